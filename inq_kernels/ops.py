@@ -1,0 +1,454 @@
+"""The public functions on tensors: validation with errors that name the tensor, and autograd, over ``torch.ops.inq``.
+
+Shapes: N output rows (dimension 0 of a weight), K = the product of its other dimensions. Dtypes: weights and
+activations are float64, float32, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from . import backends as _backends  # noqa: F401 - loading it is what implements the operators
+from . import reference
+from .format import Format, frozen_count
+from .library import STORAGE
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PARTITIONS = ("magnitude", "random")
+
+_op = torch.ops.inq
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Quantized weights as codes: value = ±2^(exponent of the code, relative to n1) · 2^weight_exp · weight_scale.
+
+    Attributes:
+        weight: uint8 [N, ceil(K/8)·bits], one little-endian bit stream a row (for ``layout`` "storage").
+        weight_exp: int8 [N, 1], n1 of each row.
+        weight_scale: float32 [N, 1] or None.
+        format: how codes are read.
+        shape: the logical shape of the weight, dimension 0 = N.
+        layout: "storage", or the backend's layout that ``torch.ops.inq.prepack`` made.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that do not belong together.
+    """
+
+    weight: Tensor
+    weight_exp: Tensor
+    weight_scale: Tensor | None
+    format: Format
+    shape: tuple[int, ...]
+    layout: str = STORAGE
+
+    def __post_init__(self) -> None:
+        n, k = self.shape[0], self.k
+        _expect("weight", self.weight, torch.uint8, (n, self.format.row_bytes(k)) if self.layout == STORAGE else None)
+        _expect("weight_exp", self.weight_exp, torch.int8, (n, 1))
+        if self.weight_scale is not None:
+            _expect("weight_scale", self.weight_scale, torch.float32, (n, 1))
+
+    @property
+    def k(self) -> int:
+        """K, the number of weights a row."""
+        return math.prod(self.shape[1:])
+
+
+def _expect(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
+    if t.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
+    if shape is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+
+
+def check_weight(name: str, w: Tensor) -> None:
+    """A clear error unless ``w`` can be quantized: float, rank ≥ 1, not empty, on a real device, all values finite."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(w).__name__}")
+    if w.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a weight of dtype float64, float32, bfloat16 or float16, got {w.dtype}")
+    if w.dim() == 0 or w.numel() == 0:
+        raise ValueError(f"{name}: expected rank ≥ 1 and at least one element, got shape {list(w.shape)}")
+    if w.device.type == "meta":
+        raise ValueError(f"{name}: expected a weight with values, got one on the meta device")
+    bad = w.numel() - int(torch.isfinite(w.detach()).sum())
+    if bad:
+        nan = int(torch.isnan(w.detach()).sum())
+        raise ValueError(f"{name}: expected finite values, got {nan} NaN and {bad - nan} Inf of {w.numel()}")
+
+
+def check_n1(name: str, n1: Tensor, w: Tensor) -> None:
+    """A clear error unless ``n1`` is int8 [N, 1] on the weight's device, within ``w``'s dtype's exponents."""
+    if not isinstance(n1, Tensor):
+        raise TypeError(f"{name}: expected an int8 tensor, got {type(n1).__name__}")
+    _expect(name, n1, torch.int8, (w.shape[0], 1))
+    if n1.device != w.device:
+        raise ValueError(f"{name}: expected device {w.device} of the weight, got {n1.device}")
+    lo, hi = reference.exponent_limits(w.dtype)
+    if int(n1.min()) < lo or int(n1.max()) > hi:
+        raise ValueError(
+            f"{name}: expected exponents in [{lo}, {hi}] for {w.dtype}, got [{int(n1.min())}, {int(n1.max())}]"
+        )
+
+
+def _check_mask(name: str, mask: Tensor, w: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.shape != w.shape or mask.device != w.device:
+        raise ValueError(
+            f"{name}: expected shape {list(w.shape)} on {w.device}, got {list(mask.shape)} on {mask.device}"
+        )
+
+
+def exponents(w: Tensor, fmt: Format) -> Tensor:
+    """n1, the largest power of two of each row (equation 2 of the paper, or the least squared error: ``fmt.exponent``).
+
+    Args:
+        w: float weight of any rank ≥ 1, finite.
+        fmt: the format; ``granularity`` "tensor" makes all rows equal. A row of zeros gets 0.
+
+    Returns:
+        int8 [N, 1], within [−126, 127] ([−24, 15] for float16).
+
+    Raises:
+        TypeError, ValueError: ``w`` is not such a weight (NaN and Inf are counted).
+    """
+    check_weight("inq.exponents: w", w)
+    return _op.exponents(w.detach(), fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
+
+
+def quantize(w: Tensor, fmt: Format, n1: Tensor | None = None) -> Tensor:
+    """Fake quantization by equation (4) of the paper: every value becomes 0 or ±2^k, n2 ≤ k ≤ n1; ties go up.
+
+    |w| ≥ 1.5·2^n1 saturates to ±2^n1. Returns a tensor like ``w`` (same shape, dtype, device); no gradient.
+
+    Raises:
+        TypeError, ValueError: ``w`` or ``n1`` is not as in ``exponents``.
+    """
+    check_weight("inq.quantize: w", w)
+    if n1 is None:
+        n1 = exponents(w, fmt)
+    check_n1("inq.quantize: n1", n1, w)
+    return reference.quantize(w.detach(), n1, fmt)
+
+
+def quantize_with_mask(
+    w: Tensor,
+    frozen: Tensor | None,
+    portion: float,
+    fmt: Format,
+    *,
+    n1: Tensor | None = None,
+    partition: str = "magnitude",
+    prune_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of INQ on one weight: freeze until ``portion`` of it is frozen, and quantize what was frozen just now.
+
+    Equations (4) and (5) of the paper. Exactly ``floor(portion·numel + 0.5)`` weights are frozen afterwards; ties go to
+    the lower flat index.
+
+    Args:
+        w: float weight, any rank ≥ 1, finite.
+        frozen: bool mask like ``w`` of what is frozen already (None: nothing). It is never re-quantized or re-opened.
+        portion: accumulated fraction σ in [0, 1].
+        fmt: the format.
+        n1: int8 [N, 1]; None derives it from all of ``w``. Pass the first portion's on later calls.
+        partition: ``"magnitude"``, largest |w| first, or ``"random"``.
+        prune_mask: bool mask like ``w``, True = kept (as in torch.nn.utils.prune). Pruned weights become 0, are
+            never frozen and do not count towards the portion.
+        generator: where ``"random"`` draws its seed from; None is torch's default generator.
+
+    Returns:
+        ``(w_hat, frozen, n1)``: new tensors; unfrozen weights keep their values.
+
+    Raises:
+        TypeError, ValueError: arguments that are not as above, or more is frozen already than ``portion`` asks for.
+    """
+    check_weight("inq.quantize_with_mask: w", w)
+    if partition not in PARTITIONS:
+        raise ValueError(f"inq.quantize_with_mask: partition: expected one of {PARTITIONS}, got {partition!r}")
+    check_portion("inq.quantize_with_mask: portion", portion)
+    if frozen is None:
+        frozen = torch.zeros_like(w, dtype=torch.bool)
+    _check_mask("inq.quantize_with_mask: frozen", frozen, w)
+    w_hat = w.detach().clone()
+    keep = None
+    if prune_mask is not None:
+        _check_mask("inq.quantize_with_mask: prune_mask", prune_mask, w)
+        if bool((frozen & ~prune_mask).any()):
+            raise ValueError("inq.quantize_with_mask: frozen: expected no pruned weight among the frozen ones")
+        keep = reference.pack_bits(prune_mask)
+        w_hat.masked_fill_(~prune_mask, 0.0)
+    if n1 is None:
+        n1 = exponents(w_hat, fmt)
+    check_n1("inq.quantize_with_mask: n1", n1, w)
+    total = w.numel() if prune_mask is None else int(prune_mask.sum())
+    count, held = frozen_count(portion, total), int(frozen.sum())
+    if count < held:
+        raise ValueError(f"inq.quantize_with_mask: portion: {portion} means {count} weights, {held} are frozen already")
+    random = partition == "random"
+    seed = int(torch.randint(1 << 62, (), generator=generator)) if random else 0
+    mask = reference.pack_bits(frozen)
+    threshold = _op.partition_threshold(w_hat, mask, keep, count - held, random, seed)
+    _op.quantize_with_mask_(w_hat, mask, n1, threshold, keep, fmt.bits, fmt.levels, random, seed)
+    return w_hat, reference.unpack_bits(mask, w.shape), n1
+
+
+def check_portion(name: str, portion: float) -> None:
+    """A clear error unless ``portion`` is a number in [0, 1]."""
+    if isinstance(portion, bool) or not isinstance(portion, (int, float)):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {portion!r}")
+    if not 0 <= portion <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {portion!r}")
+
+
+def exact_exponents(w_hat: Tensor, fmt: Format) -> Tensor:
+    """The n1 with which quantized weights are represented, if any represents them: from the largest of each row."""
+    return exponents(w_hat, dataclasses.replace(fmt, exponent="max"))
+
+
+def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
+    """Quantized weights as codes. Lossless, or an error: values are never rounded here.
+
+    Args:
+        w_hat: float weight whose values are 0 or ±2^k, n2 ≤ k ≤ n1 of their row, as ``quantize`` returns them.
+        fmt: the format.
+        n1: int8 [N, 1]; None derives it from the largest value.
+
+    Raises:
+        ValueError: some value is not representable (they are counted). TypeError, ValueError: as in ``exponents``.
+    """
+    check_weight("inq.pack: w_hat", w_hat)
+    if n1 is None:
+        n1 = exact_exponents(w_hat, fmt)
+    check_n1("inq.pack: n1", n1, w_hat)
+    w_hat = w_hat.detach()
+    bad = reference.not_representable(w_hat, n1, fmt)
+    if bad:
+        raise ValueError(
+            f"inq.pack: w_hat: expected 0 or ±2^k with n2 ≤ k ≤ n1 ({fmt}); "
+            f"{bad} of {w_hat.numel()} values are something else: quantize first"
+        )
+    codes = _op.pack(w_hat, n1, fmt.bits, fmt.levels)
+    return PackedWeight(codes, n1.clone(), None, fmt, tuple(w_hat.shape))
+
+
+def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights again, of ``packed.shape`` and ``dtype``, times the row scale where there is one.
+
+    Raises:
+        TypeError: ``dtype`` is not one of the four float dtypes.
+    """
+    if dtype not in FLOATS:
+        raise TypeError(f"inq.unpack: dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
+    fmt, k = packed.format, packed.k
+    weight = packed.weight
+    if packed.layout != STORAGE:
+        weight = _op.unprepack(weight, packed.shape[0], k, fmt.bits, fmt.levels, packed.layout)
+    flat = _op.unpack(weight, packed.weight_exp, packed.weight_scale, k, fmt.bits, fmt.levels, dtype)
+    return flat.reshape(packed.shape)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+#
+# An autograd.Function is applied only where a gradient is needed: it costs several µs a call, the operator alone does
+# not. Each backward is linear in the gradient, so it is a Function of its own and double backward works.
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, bias, weight, weight_exp, weight_scale, tail):
+        ctx.packed, ctx.tail, ctx.k = (weight, weight_exp, weight_scale), tail, x.shape[-1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _op.linear(x, weight, weight_exp, weight_scale, bias, *tail)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _LinearDx.apply(grad, ctx.k, *ctx.packed, ctx.tail)
+        if ctx.needs_input_grad[1]:
+            dbias = _sum_to_bias(grad, [*range(grad.dim() - 1)], ctx.bias_dtype)
+        return dx, dbias, None, None, None, None
+
+
+class _LinearDx(Function):
+    @staticmethod
+    def forward(ctx, grad, k, weight, weight_exp, weight_scale, tail):
+        ctx.packed, ctx.tail = (weight, weight_exp, weight_scale), tail
+        return _op.linear_dx(grad, weight, weight_exp, weight_scale, k, *tail)
+
+    @staticmethod
+    def backward(ctx, v):
+        return _Linear.apply(v, None, *ctx.packed, ctx.tail), None, None, None, None, None
+
+
+class _Conv2d(Function):
+    @staticmethod
+    def forward(ctx, x, bias, weight, weight_exp, weight_scale, conv, tail):
+        ctx.packed, ctx.conv, ctx.tail, ctx.size = (weight, weight_exp, weight_scale), conv, tail, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _op.conv2d(x, weight, weight_exp, weight_scale, bias, *conv, *tail)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _Conv2dDx.apply(grad, ctx.size, *ctx.packed, ctx.conv, ctx.tail)
+        if ctx.needs_input_grad[1]:
+            dbias = _sum_to_bias(grad, [0, 2, 3], ctx.bias_dtype)
+        return dx, dbias, None, None, None, None, None
+
+
+class _Conv2dDx(Function):
+    @staticmethod
+    def forward(ctx, grad, size, weight, weight_exp, weight_scale, conv, tail):
+        ctx.packed, ctx.conv, ctx.tail = (weight, weight_exp, weight_scale), conv, tail
+        return _op.conv2d_dx(grad, weight, weight_exp, weight_scale, size, *conv, *tail)
+
+    @staticmethod
+    def backward(ctx, v):
+        return _Conv2d.apply(v, None, *ctx.packed, ctx.conv, ctx.tail), None, None, None, None, None, None
+
+
+def _sum_to_bias(grad: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
+    if not dims:
+        return grad.to(dtype)
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.sum(dims, dtype=wide).to(dtype)
+
+
+def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Validate, and return x in its autocast dtype where autocast is on."""
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"inq.{op}: x: expected activations of dtype float64, float32, bfloat16 or float16, got {x.dtype}. "
+            "(Packed weights are uint8: a model that casts its input to `layer.weight.dtype` must not.)"
+        )
+    if x.device != packed.weight.device:
+        raise ValueError(f"inq.{op}: x: expected device {packed.weight.device} of the weight, got {x.device}")
+    n = packed.shape[0]
+    if bias is not None:
+        if bias.dtype not in FLOATS:
+            raise TypeError(f"inq.{op}: bias: expected a float dtype, got {bias.dtype}")
+        if tuple(bias.shape) != (n,) or bias.device != x.device:
+            raise ValueError(
+                f"inq.{op}: bias: expected shape [{n}] on {x.device}, got {list(bias.shape)} on {bias.device}"
+            )
+    if packed.weight_scale is not None and packed.weight_scale.requires_grad:
+        raise ValueError(f"inq.{op}: weight_scale: expected requires_grad=False: packed weights take no gradient")
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """y = (x · Wᵀ) · row scale + bias, accumulated in float32 (float64 for float64), rounded once to x's dtype.
+
+    Args:
+        x: float [..., K], any strides, batch 0 included; under autocast its autocast dtype is used.
+        packed: a weight of logical shape [N, K].
+        bias: float [N] or None.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` to force one; None picks (or ``INQ_BACKEND``).
+
+    Returns:
+        [..., N] in x's (autocast) dtype. Gradients flow to ``x`` and ``bias``; the packed weight takes none.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit. BackendError: a forced backend cannot run.
+    """
+    x = _check_product("linear", x, packed, bias)
+    if x.dim() == 0 or len(packed.shape) != 2 or x.shape[-1] != packed.shape[1]:
+        raise ValueError(
+            f"inq.linear: x: expected [..., K] for a weight of shape {list(packed.shape)}, got {list(x.shape)}"
+        )
+    tail = (packed.format.bits, packed.format.levels, packed.layout, backend or "")
+    weights = (packed.weight, packed.weight_exp, packed.weight_scale)
+    if _needs_grad(x, bias):
+        return _Linear.apply(x, bias, *weights, tail)
+    return _op.linear(x, *weights, bias, *tail)
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in pair):
+        raise ValueError(f"inq.conv2d: {name}: expected one int ≥ {least} or two, got {value!r}")
+    return pair
+
+
+def conv2d(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Two-dimensional convolution with packed weights; arguments as in torch.nn.functional.conv2d.
+
+    Args:
+        x: float [B, C, H, W] or [C, H, W].
+        packed: a weight of logical shape [O, C/groups, kh, kw].
+        bias: float [O] or None.
+        stride, padding, dilation: an int or a pair; padding also ``"valid"`` or ``"same"``.
+        groups: as in torch; C for a depthwise convolution.
+        backend: as in ``linear``.
+
+    Returns:
+        [B, O, H', W'] in x's (autocast) dtype; rounding and gradients as in ``linear``.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit. BackendError: a forced backend cannot run.
+    """
+    x = _check_product("conv2d", x, packed, bias)
+    if x.dim() == 3:
+        return conv2d(x[None], packed, bias, stride, padding, dilation, groups, backend=backend)[0]
+    shape = packed.shape
+    if len(shape) != 4 or x.dim() != 4 or x.shape[1] != shape[1] * groups or shape[0] % groups:
+        raise ValueError(
+            f"inq.conv2d: x: expected [B, C, H, W] with C = {groups} groups × {shape[1] if len(shape) == 4 else '?'} "
+            f"for a weight of shape {list(shape)}, got {list(x.shape)}"
+        )
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"inq.conv2d: padding: 'same' needs stride 1, got {stride}")
+        total = [dilation[i] * (shape[2 + i] - 1) for i in range(2)]
+        # As torch does: an odd total puts the extra row and column at the end.
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2)) if total[0] % 2 or total[1] % 2 else x
+        padding = (total[0] // 2, total[1] // 2)
+    elif padding == "valid":
+        padding = (0, 0)
+    elif isinstance(padding, str):
+        raise ValueError(f"inq.conv2d: padding: expected 'same', 'valid' or ints, got {padding!r}")
+    padding = _pair("padding", padding, 0)
+    for i, name in ((0, "H"), (1, "W")):
+        span = dilation[i] * (shape[2 + i] - 1) + 1
+        if x.shape[2 + i] + 2 * padding[i] < span:
+            raise ValueError(
+                f"inq.conv2d: x: expected padded {name} of at least {span}, got {x.shape[2 + i] + 2 * padding[i]}"
+            )
+    conv = (shape[2:], stride, padding, dilation, groups)
+    tail = (packed.format.bits, packed.format.levels, packed.layout, backend or "")
+    weights = (packed.weight, packed.weight_exp, packed.weight_scale)
+    if _needs_grad(x, bias):
+        return _Conv2d.apply(x, bias, *weights, conv, tail)
+    return _op.conv2d(x, *weights, bias, *conv, *tail)
