@@ -1,15 +1,21 @@
 """Incremental Network Quantization: lossless power-of-two weights at 2 to 5 bits, packed, as torch operators."""
 
 from .format import Format
+from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm
 from .ops import PackedWeight, conv2d, exponents, linear, pack, quantize, quantize_with_mask, unpack
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conv2d",
+    "ConvertReport",
     "Format",
+    "Linear",
     "PackedWeight",
     "conv2d",
+    "convert",
     "exponents",
+    "fold_batchnorm",
     "linear",
     "pack",
     "quantize",
