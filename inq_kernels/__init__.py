@@ -1,12 +1,15 @@
 """Incremental Network Quantization: lossless power-of-two weights at 2 to 5 bits, packed, as torch operators."""
 
 from .format import Format
+from .inq import INQ, PAPER_PORTIONS
 from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm
 from .ops import PackedWeight, conv2d, exponents, linear, pack, quantize, quantize_with_mask, unpack
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "INQ",
+    "PAPER_PORTIONS",
     "Conv2d",
     "ConvertReport",
     "Format",

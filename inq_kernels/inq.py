@@ -1,0 +1,540 @@
+"""Incremental Network Quantization: freeze the weights of a model portion by portion while the rest is retrained.
+
+The algorithm is Algorithm 1 of the paper (arXiv 1702.03044). It works beside any torch optimizer: a hook zeroes the
+gradients of frozen weights as they are accumulated, and another writes the frozen values back after every step, so
+that neither weight decay nor momentum moves them by a bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from . import ops, reference
+from .format import Format, frozen_count
+from .nn import PACKED_TYPES, as_patterns, check_patterns, first_match, sqnr_db
+from .table import render
+
+# The accumulated portions of the paper's ResNet-18 at each bit-width (section 3.1 and 3.3).
+PAPER_PORTIONS: dict[int, tuple[float, ...]] = {
+    5: (0.5, 0.75, 0.875, 1.0),
+    4: (0.3, 0.5, 0.8, 0.9, 0.95, 1.0),
+    3: (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
+    2: (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 1.0),
+}
+QUANTIZED_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+STATE_VERSION = 1
+
+_LAYER_KEYS = ("format", "shape", "mask", "keep", "codes", "n1", "signal", "noise")
+_RUN_KEYS = (
+    *("version", "portions", "partition", "seed", "reset_optimizer", "index", "in_progress", "layers"),
+    *("lr_schedulers", "initial_lr_schedulers", "initial_groups"),
+)
+
+_op = torch.ops.inq
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: ``portion`` and ``frozen`` of ``numel`` weights (pruned ones not counted), the range of ``n1``
+    (None before the first portion), SQNR in dB of what was frozen at the moment it was, zeros among the frozen, and
+    how many frozen weights have each exponent."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    portion: float
+    frozen: int
+    numel: int
+    n1: tuple[int, int] | None
+    sqnr_db: float
+    zeros: int
+    histogram: dict[int, int]
+
+
+class Report(list[LayerReport]):
+    """``LayerReport`` for each layer; ``print`` it for a table."""
+
+    def __str__(self) -> str:
+        headers = ("layer", "shape", "format", "portion", "frozen", "n1", "SQNR dB", "zeros", "exponents: weights")
+        rows = []
+        for r in self:
+            n1 = "-" if r.n1 is None else str(r.n1[0]) if r.n1[0] == r.n1[1] else f"{r.n1[0]}…{r.n1[1]}"
+            shape = "×".join(map(str, r.shape))
+            histogram = " ".join(f"2^{k}:{count}" for k, count in sorted(r.histogram.items(), reverse=True))
+            sqnr = f"{r.sqnr_db:.1f}" if r.frozen else "-"
+            frozen = f"{r.frozen}/{r.numel}"
+            rows.append((r.name, shape, r.format, f"{r.portion:g}", frozen, n1, sqnr, r.zeros, histogram))
+        return render(headers, rows)
+
+
+class _Layer:
+    """One weight under INQ: one bit a weight for the mask, the frozen values as packed codes."""
+
+    def __init__(self, name: str, weight: nn.Parameter, fmt: Format, prune_mask: Tensor | None, seed: int):
+        self.name, self.weight, self.format = name, weight, fmt
+        numel = weight.numel()
+        self.mask = torch.zeros((numel + 7) // 8, dtype=torch.uint8, device=weight.device)
+        self.keep = None if prune_mask is None else reference.pack_bits(prune_mask.to(weight.device))
+        self.total = numel if prune_mask is None else int(prune_mask.sum())
+        self.codes = torch.zeros(
+            weight.shape[0], fmt.row_bytes(numel // weight.shape[0]), dtype=torch.uint8, device=weight.device
+        )
+        self.n1: Tensor | None = None
+        self.frozen = 0
+        # Σw² and Σ(w − ŵ)² of the frozen weights, each taken when it was frozen.
+        self.signal = self.noise = 0.0
+        # By name, so that skipping another layer does not change the order in which this one is frozen.
+        self.seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+    def follow_device(self) -> None:
+        """``model.to(device)`` moves parameters in place, under us."""
+        device = self.weight.device
+        if self.mask.device != device:
+            self.mask, self.codes = self.mask.to(device), self.codes.to(device)
+            self.keep = None if self.keep is None else self.keep.to(device)
+            self.n1 = None if self.n1 is None else self.n1.to(device)
+
+    def frozen_mask(self) -> Tensor:
+        return reference.unpack_bits(self.mask, self.weight.shape)
+
+    def kept_mask(self) -> Tensor | None:
+        return None if self.keep is None else reference.unpack_bits(self.keep, self.weight.shape)
+
+    def held_mask(self) -> Tensor:
+        """T = 0: the frozen weights, and the pruned ones, which stay zero."""
+        self.follow_device()
+        frozen, kept = self.frozen_mask(), self.kept_mask()
+        return frozen if kept is None else frozen | ~kept
+
+    def frozen_values(self) -> Tensor:
+        """The frozen weights' values, and 0 elsewhere, in the weight's shape and dtype."""
+        w, fmt = self.weight, self.format
+        flat = _op.unpack(self.codes, self.n1, None, w.numel() // w.shape[0], fmt.bits, fmt.levels, w.dtype)
+        return flat.reshape(w.shape)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the held weights back, whatever a step did to them."""
+        if self.n1 is not None:
+            held = self.held_mask()
+            self.weight.copy_(torch.where(held, self.frozen_values(), self.weight))
+
+    @torch.no_grad()
+    def mask_gradient(self, weight: Tensor) -> None:
+        # masked_fill, not a product: an Inf or NaN gradient of a frozen weight must not survive as NaN.
+        if weight.grad is not None and self.n1 is not None:
+            weight.grad.masked_fill_(self.held_mask(), 0.0)
+
+    def check(self) -> None:
+        """A clear error, before anything is changed, unless the weight can be quantized."""
+        name = f"inq.INQ: weight of layer {self.name!r}"
+        ops.check_weight(name, self.weight)
+        if self.n1 is None and not bool((self.weight != 0).any()):
+            raise ValueError(f"{name}: expected some nonzero values to choose n1 from, got {self.weight.numel()} zeros")
+
+    @torch.no_grad()
+    def freeze(self, portion: float, partition: str) -> None:
+        """Equations (4) and (5): freeze up to ``portion``, quantize what was added."""
+        fmt, random = self.format, partition == "random"
+        count = frozen_count(portion, self.total)
+        w = self.weight.detach().clone()
+        if self.keep is not None:
+            w.masked_fill_(~self.kept_mask(), 0.0)
+        # Fixed at the first portion, from all weights: what is frozen then stays representable for ever.
+        n1 = self.n1
+        if n1 is None:
+            n1 = _op.exponents(w, fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
+        mask = self.mask.clone()
+        threshold = _op.partition_threshold(w, mask, self.keep, count - self.frozen, random, self.seed)
+        before = w.double()
+        _op.quantize_with_mask_(w, mask, n1, threshold, self.keep, fmt.bits, fmt.levels, random, self.seed)
+        added = reference.unpack_bits(mask ^ self.mask, w.shape)
+        signal = float((before[added] ** 2).sum())
+        noise = float(((before[added] - w[added].double()) ** 2).sum())
+        frozen = reference.unpack_bits(mask, w.shape)
+        codes = _op.pack(torch.where(frozen, w, 0.0), n1, fmt.bits, fmt.levels)
+        self.weight.copy_(w)
+        self.mask, self.codes, self.n1, self.frozen = mask, codes, n1, count
+        self.signal, self.noise = self.signal + signal, self.noise + noise
+
+    def report(self, portion: float) -> LayerReport:
+        histogram: dict[int, int] = {}
+        zeros, n1 = 0, None
+        if self.n1 is not None:
+            self.follow_device()
+            n1 = (int(self.n1.min()), int(self.n1.max()))
+            _, e = torch.frexp(self.frozen_values().double()[self.frozen_mask()].abs())
+            values, counts = torch.unique(e, return_counts=True)
+            # frexp writes 2^k as 0.5·2^(k+1), and 0 with exponent 0, which 2^-1 has too: count zeros apart.
+            zeros = self.frozen - int((self.frozen_values() != 0).sum())
+            histogram = {int(v) - 1: int(c) for v, c in zip(values, counts, strict=True)}
+            if zeros:
+                histogram[-1] -= zeros
+            histogram = {k: c for k, c in histogram.items() if c}
+        return LayerReport(
+            self.name, tuple(self.weight.shape), self.format, portion, self.frozen, self.total, n1,
+            sqnr_db(self.signal, self.noise), zeros, histogram,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict:
+        return {
+            "format": dataclasses.asdict(self.format),
+            "shape": list(self.weight.shape),
+            "mask": self.mask.clone(),
+            "keep": None if self.keep is None else self.keep.clone(),
+            "codes": self.codes.clone(),
+            "n1": None if self.n1 is None else self.n1.clone(),
+            "signal": self.signal,
+            "noise": self.noise,
+        }
+
+    def check_state(self, state: Mapping) -> None:
+        where = f"inq.INQ.load_state_dict: layer {self.name!r}"
+        _check_keys(where, state, _LAYER_KEYS)
+        for key, expected in (("format", dataclasses.asdict(self.format)), ("shape", list(self.weight.shape))):
+            if state[key] != expected:
+                raise ValueError(f"{where}: {key}: expected {expected}, got {state[key]}")
+        for key, like in (("mask", self.mask), ("codes", self.codes), ("keep", self.keep)):
+            if (state[key] is None) != (like is None):
+                raise ValueError(f"{where}: {key}: one of the two runs has it, the other has not")
+            if like is not None and (state[key].dtype != like.dtype or state[key].shape != like.shape):
+                raise ValueError(
+                    f"{where}: {key}: expected {like.dtype} {list(like.shape)}, "
+                    f"got {state[key].dtype} {list(state[key].shape)}"
+                )
+        if state["n1"] is not None:
+            ops.check_n1(f"{where}: n1", state["n1"].to(self.weight.device), self.weight)
+
+    def load_state(self, state: Mapping) -> None:
+        self.follow_device()
+        device = self.weight.device
+        self.mask = state["mask"].to(device, copy=True)
+        self.keep = None if state["keep"] is None else state["keep"].to(device, copy=True)
+        self.codes = state["codes"].to(device, copy=True)
+        self.n1 = None if state["n1"] is None else state["n1"].to(device, copy=True)
+        self.total = self.weight.numel() if self.keep is None else int(self.kept_mask().sum())
+        self.frozen = int(self.frozen_mask().sum())
+        self.signal, self.noise = state["signal"], state["noise"]
+        self.restore()
+
+
+class INQ:
+    """Incremental quantization of ``model`` while ``optimizer`` retrains what is not frozen yet.
+
+    ``for portion in run:`` partitions, quantizes and freezes at each turn, then the body retrains. After the last
+    turn every weight is 0 or ±2^k and ``inq.convert(model, run.formats)`` packs them exactly. Leaving the loop early
+    and iterating again goes on with the portion in progress, and so does a run after ``load_state_dict``.
+
+    Args:
+        model: its Conv1d, Conv2d, Conv3d and Linear weights are quantized, first and last layer included; chosen by
+            module type, shared weights once, under their first name.
+        optimizer: any torch.optim.Optimizer. torch.optim.LBFGS's history is dropped at every portion: it would move
+            weights that are frozen now.
+        fmt: the format of all layers that ``overrides`` does not name.
+        portions: accumulated fractions σ, increasing, the last 1. ``inq.PAPER_PORTIONS[bits]`` has the paper's.
+        partition: which weights freeze next in a layer: ``"magnitude"``, the largest |w|, or ``"random"``.
+        overrides: formats by name pattern of modules (fnmatch); the first that matches wins.
+        skip: name patterns of modules to leave alone.
+        prune_masks: bool masks by module name, True = kept (as in torch.nn.utils.prune), of the weight's shape. Pruned
+            weights are set to 0 and stay 0, and the portions are of the kept ones.
+        lr_schedulers: at every portion these and their optimizers' parameter groups (learning rate, momentum, …) get
+            back the state they have now: the paper's "reset the learning rate and its policy".
+        reset_optimizer: drop the optimizer's state (momenta) at every portion.
+        seed: for the ``"random"`` partition.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, no layer is left, a pattern matches nothing, or a weight
+            cannot be quantized. Nothing is changed then. Iterating raises ValueError, before any layer is touched,
+            for NaN or Inf in a weight or a layer of zeros.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        fmt: Format,
+        portions: Sequence[float] = (0.5, 0.75, 0.875, 1.0),
+        partition: str = "magnitude",
+        overrides: Mapping[str, Format] | None = None,
+        skip: str | Iterable[str] = (),
+        prune_masks: Mapping[str, Tensor] | None = None,
+        lr_schedulers: object | Iterable[object] = (),
+        reset_optimizer: bool = False,
+        seed: int = 0,
+    ):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"inq.INQ: optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if partition not in ops.PARTITIONS:
+            raise ValueError(f"inq.INQ: partition: expected one of {ops.PARTITIONS}, got {partition!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"inq.INQ: seed: expected an int, got {seed!r}")
+        self.model, self.optimizer, self.partition, self.seed = model, optimizer, partition, seed
+        self.reset_optimizer = reset_optimizer
+        self.portions = _checked_portions(portions)
+        self.lr_schedulers = list(lr_schedulers) if isinstance(lr_schedulers, (list, tuple)) else [lr_schedulers]
+        for scheduler in self.lr_schedulers:
+            if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "optimizer")):
+                raise TypeError(f"inq.INQ: lr_schedulers: expected torch LR schedulers, got {type(scheduler).__name__}")
+        self._layers = _choose_layers(model, fmt, overrides or {}, as_patterns(skip), prune_masks or {}, seed)
+        self._by_id = {id(layer.weight): layer for layer in self._layers.values()}
+        self._warn_of_strangers()
+        self._initial_schedulers = [copy.deepcopy(s.state_dict()) for s in self.lr_schedulers]
+        self._initial_groups = [_hyperparameters(s.optimizer) for s in self.lr_schedulers]
+        self._index = -1
+        # True while the body of the loop runs for portion ``_index``, and after it was left early.
+        self._in_progress = False
+        self._handles = [
+            layer.weight.register_post_accumulate_grad_hook(layer.mask_gradient)
+            for layer in self._layers.values()
+            if layer.weight.requires_grad
+        ]
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._restore()))
+
+    def _warn_of_strangers(self) -> None:
+        ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        strangers = [
+            n for n, layer in self._layers.items() if layer.weight.requires_grad and id(layer.weight) not in ours
+        ]
+        if strangers:
+            warnings.warn(
+                f"inq.INQ: optimizer: the weights of {strangers} are not among its parameters: they will be quantized "
+                "but not retrained, and another optimizer could move them",
+                stacklevel=3,
+            )
+
+    def _restore(self) -> None:
+        for layer in self._layers.values():
+            layer.restore()
+
+    def __iter__(self) -> Iterator[float]:
+        if self._in_progress:
+            yield self.portion
+            self._in_progress = False
+        while self._index + 1 < len(self.portions):
+            self._advance()
+            yield self.portion
+            self._in_progress = False
+
+    def _advance(self) -> None:
+        """The start of one portion in Algorithm 1."""
+        # A checkpoint of an earlier portion may have been loaded into the model since.
+        self._restore()
+        for layer in self._layers.values():
+            layer.follow_device()
+            layer.check()
+        portion = self.portions[self._index + 1]
+        for layer in self._layers.values():
+            layer.freeze(portion, self.partition)
+        if self.reset_optimizer or isinstance(self.optimizer, torch.optim.LBFGS):
+            self.optimizer.state.clear()
+        for scheduler, state, groups in zip(
+            self.lr_schedulers, self._initial_schedulers, self._initial_groups, strict=True
+        ):
+            scheduler.load_state_dict(copy.deepcopy(state))
+            _restore_hyperparameters(scheduler.optimizer, groups)
+        self._index += 1
+        self._in_progress = True
+
+    @property
+    def portion(self) -> float:
+        """The accumulated fraction σ that is frozen now; 0 before the first turn."""
+        return self.portions[self._index] if self._index >= 0 else 0.0
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The format of each quantized module by its name, as ``inq.convert`` takes it."""
+        return {name: layer.format for name, layer in self._layers.items()}
+
+    def _layer(self, weight: Tensor | str) -> _Layer:
+        layer = self._layers.get(weight) if isinstance(weight, str) else self._by_id.get(id(weight))
+        if layer is None:
+            what = repr(weight) if isinstance(weight, str) else f"a tensor of shape {list(weight.shape)}"
+            raise KeyError(f"inq.INQ: expected a quantized weight or the name of its module, got {what}")
+        return layer
+
+    def frozen(self, weight: Tensor | str) -> Tensor:
+        """The bool mask, of the weight's shape, of what is frozen (pruned weights are not). By weight or module name.
+
+        Raises:
+            KeyError: that weight is not quantized by this run.
+        """
+        layer = self._layer(weight)
+        layer.follow_device()
+        return layer.frozen_mask()
+
+    def n1(self, weight: Tensor | str) -> Tensor | None:
+        """n1 of each row, int8 [N, 1], fixed at the first portion; None before it. KeyError as in ``frozen``."""
+        layer = self._layer(weight)
+        layer.follow_device()
+        return None if layer.n1 is None else layer.n1.clone()
+
+    def report(self) -> Report:
+        """What is frozen, layer by layer."""
+        return Report(layer.report(self.portion) for layer in self._layers.values())
+
+    def close(self) -> None:
+        """Take the hooks off the parameters and the optimizer: nothing holds the frozen weights any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def state_dict(self) -> dict:
+        """All it takes to go on bit for bit, the LR schedulers' state included; model and optimizer have their own.
+
+        Tensors, numbers, strings, lists and dicts only. ``inq.save_training`` writes it without pickle.
+        """
+        return {
+            "version": STATE_VERSION,
+            "portions": list(self.portions),
+            "partition": self.partition,
+            "seed": self.seed,
+            "reset_optimizer": self.reset_optimizer,
+            "index": self._index,
+            "in_progress": self._in_progress,
+            "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
+            "lr_schedulers": [copy.deepcopy(s.state_dict()) for s in self.lr_schedulers],
+            "initial_lr_schedulers": copy.deepcopy(self._initial_schedulers),
+            "initial_groups": copy.deepcopy(self._initial_groups),
+        }
+
+    def check_state(self, state: Mapping) -> None:
+        """Raise ValueError unless ``state`` is of a run with these arguments on a model like this."""
+        where = "inq.INQ.load_state_dict"
+        _check_keys(where, state, _RUN_KEYS)
+        expected = {
+            "version": STATE_VERSION,
+            "portions": list(self.portions),
+            "partition": self.partition,
+            "seed": self.seed,
+            "reset_optimizer": self.reset_optimizer,
+        }
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise ValueError(f"{where}: {key}: expected {value!r}, as this run was made, got {state.get(key)!r}")
+        if list(state["layers"]) != list(self._layers):
+            raise ValueError(f"{where}: layers: expected {list(self._layers)}, got {list(state['layers'])}")
+        if not -1 <= state["index"] < len(self.portions):
+            raise ValueError(f"{where}: index: expected −1 to {len(self.portions) - 1}, got {state['index']}")
+        if len(state["lr_schedulers"]) != len(self.lr_schedulers):
+            raise ValueError(
+                f"{where}: lr_schedulers: expected {len(self.lr_schedulers)}, got {len(state['lr_schedulers'])}"
+            )
+        for name, layer in self._layers.items():
+            layer.check_state(state["layers"][name])
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take over a ``state_dict``. Load the model and the optimizer too; frozen weights are written into the model.
+
+        Raises:
+            ValueError: it belongs to another run (portions, partition, seed, layers, formats); nothing is changed.
+        """
+        self.check_state(state)
+        for name, layer in self._layers.items():
+            layer.load_state(state["layers"][name])
+        for scheduler, current in zip(self.lr_schedulers, state["lr_schedulers"], strict=True):
+            scheduler.load_state_dict(copy.deepcopy(current))
+        self._initial_schedulers = copy.deepcopy(state["initial_lr_schedulers"])
+        self._initial_groups = copy.deepcopy(state["initial_groups"])
+        self._index, self._in_progress = state["index"], state["in_progress"]
+
+
+def _check_keys(where: str, state: Mapping, keys: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise ValueError(f"{where}: expected a state with the keys {list(keys)}, got one without {missing}")
+
+
+def _checked_portions(portions: Sequence[float]) -> tuple[float, ...]:
+    portions = tuple(portions)
+    for portion in portions:
+        ops.check_portion("inq.INQ: portions", portion)
+    increasing = all(a < b for a, b in zip((0.0, *portions), portions, strict=False))
+    if not portions or not increasing or portions[-1] != 1:
+        raise ValueError(f"inq.INQ: portions: expected increasing fractions above 0, the last 1, got {portions}")
+    return tuple(float(p) for p in portions)
+
+
+def _choose_layers(
+    model: nn.Module,
+    fmt: Format,
+    overrides: Mapping[str, Format],
+    skip: tuple[str, ...],
+    prune_masks: Mapping[str, Tensor],
+    seed: int,
+) -> dict[str, _Layer]:
+    for where, value in (("fmt", fmt), *((f"overrides[{k!r}]", v) for k, v in overrides.items())):
+        if not isinstance(value, Format):
+            raise TypeError(f"inq.INQ: {where}: expected an inq.Format, got {value!r}")
+    packed = tuple(PACKED_TYPES.values())
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QUANTIZED_TYPES) and not isinstance(module, packed)
+    }
+    check_patterns("inq.INQ: skip", skip, modules)
+    check_patterns("inq.INQ: overrides", overrides, modules)
+    layers: dict[str, _Layer] = {}
+    seen: set[int] = set()
+    for name, module in modules.items():
+        if first_match(skip, name):
+            continue
+        where = f"inq.INQ: weight of layer {name!r}"
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"{where}: expected a parameter, got a value computed from others (pruning or a parametrization): "
+                "remove that first, or skip the layer"
+            )
+        if isinstance(weight, UninitializedParameter):
+            raise ValueError(f"{where}: expected an initialised weight: run one batch through the lazy module first")
+        if weight.dtype not in ops.FLOATS or weight.device.type == "meta" or weight.numel() == 0:
+            raise ValueError(
+                f"{where}: expected a non-empty float weight on a real device, "
+                f"got {weight.dtype} {list(weight.shape)} on {weight.device}"
+            )
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        mask = prune_masks.get(name)
+        if mask is not None:
+            _check_prune_mask(where, mask, weight)
+        pattern = first_match(overrides, name)
+        layers[name] = _Layer(name, weight, fmt if pattern is None else overrides[pattern], mask, seed)
+    unknown = [name for name in prune_masks if name not in layers]
+    if unknown:
+        raise ValueError(f"inq.INQ: prune_masks: expected names of quantized layers {list(layers)}, got {unknown}")
+    if not layers:
+        raise ValueError("inq.INQ: model: expected at least one Conv1d, Conv2d, Conv3d or Linear to quantize, got none")
+    return layers
+
+
+def _check_prune_mask(where: str, mask: Tensor, weight: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"{where}: prune mask: expected a bool tensor of shape {list(weight.shape)}, got {got}")
+    if not bool(mask.any()):
+        raise ValueError(f"{where}: prune mask: expected some weight to be kept, got none")
+
+
+def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """A copy of each parameter group without its parameters."""
+    return [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def _restore_hyperparameters(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
+    for group, saved in zip(optimizer.param_groups, groups, strict=False):
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                # Capturable optimizers and compiled steps hold on to the tensor itself.
+                group[key].copy_(value)
+            else:
+                group[key] = copy.deepcopy(value)
