@@ -1,15 +1,18 @@
 """Incremental Network Quantization: lossless power-of-two weights at 2 to 5 bits, packed, as torch operators."""
 
+from .files import CheckpointError
 from .format import Format
 from .inq import INQ, PAPER_PORTIONS
 from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm
 from .ops import PackedWeight, conv2d, exponents, linear, pack, quantize, quantize_with_mask, unpack
+from .training import load_training, save_training
 
 __version__ = "0.1.0"
 
 __all__ = [
     "INQ",
     "PAPER_PORTIONS",
+    "CheckpointError",
     "Conv2d",
     "ConvertReport",
     "Format",
@@ -20,8 +23,10 @@ __all__ = [
     "exponents",
     "fold_batchnorm",
     "linear",
+    "load_training",
     "pack",
     "quantize",
     "quantize_with_mask",
+    "save_training",
     "unpack",
 ]

@@ -1,0 +1,477 @@
+"""inq.INQ beside every kind of optimizer: frozen weights keep their bits, counts are exact, schedules start afresh,
+and a run that is stopped anywhere goes on bit for bit."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import inq_kernels as inq
+from inq_kernels.format import frozen_count
+
+FMT = inq.Format(4)
+PORTIONS = (0.4, 0.8, 1.0)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 5)
+    )
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 1, 8, 8, generator=generator), torch.randint(5, (16,), generator=generator)
+
+
+def weights_of(model, run):
+    return {name: model.get_submodule(name).weight for name in run.formats}
+
+
+def snapshot(model, run):
+    """What is frozen, and the bits it has."""
+    return {name: (run.frozen(name), w.detach().clone()) for name, w in weights_of(model, run).items()}
+
+
+def assert_unmoved(model, before):
+    for name, (frozen, values) in before.items():
+        now = model.get_submodule(name).weight.detach()
+        assert torch.equal(now[frozen].view(torch.int32), values[frozen].view(torch.int32)), name
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01),
+    "sgd-nesterov": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=0.01, foreach=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.01),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, fused=True),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.001, momentum=0.9, weight_decay=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("partition", ["magnitude", "random"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_frozen_weights_never_move_and_counts_are_exact(optimizer, partition):
+    model, (x, t) = small_net(), batch()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    run = inq.INQ(model, opt, FMT, PORTIONS, partition=partition)
+    previous = None
+    for portion in run:
+        before = snapshot(model, run)
+        for name, (frozen, _) in before.items():
+            assert int(frozen.sum()) == frozen_count(portion, frozen.numel())
+            assert previous is None or not (previous[name][0] & ~frozen).any(), "a frozen weight was re-opened"
+        previous = before
+        for _ in range(4):
+            opt.zero_grad()
+            F.cross_entropy(model(x), t).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            opt.step()
+            assert_unmoved(model, before)
+        if portion < 1:
+            moved = [(model.get_submodule(n).weight[~f] != w[~f]).any() for n, (f, w) in before.items()]
+            assert all(moved), "the test proves nothing unless the others move"
+    for name, w in weights_of(model, run).items():
+        assert torch.equal(inq.quantize(w, FMT, run.n1(name)), w)
+    assert inq.convert(model, run.formats).modules[0].sqnr_db == float("inf")
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_moves_nothing_frozen_inside_its_closures(line_search):
+    model, (x, t) = small_net(), batch()
+    opt = torch.optim.LBFGS(model.parameters(), 0.5, max_iter=5, history_size=4, line_search_fn=line_search)
+    calls = 0
+    run = inq.INQ(model, opt, FMT, PORTIONS)
+    for _ in run:
+        before = snapshot(model, run)
+
+        def closure(before=before):
+            nonlocal calls
+            calls += 1
+            assert_unmoved(model, before)
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x), t)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+            assert_unmoved(model, before)
+    assert calls > 15
+
+
+def test_grad_scaler_autocast_and_accumulation():
+    model, (x, t) = small_net(), batch()
+    opt = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    run = inq.INQ(model, opt, FMT, PORTIONS)
+    for _ in run:
+        before = snapshot(model, run)
+        for step in range(4):
+            opt.zero_grad()
+            for half in (slice(8), slice(8, 16)):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = F.cross_entropy(model(x[half]).float(), t[half])
+                scaler.scale(loss).backward()
+                for name, (frozen, _) in before.items():
+                    assert not model.get_submodule(name).weight.grad[frozen].any()
+            if step == 2:  # an overflow: the scaler must see it and leave the step out
+                model[1].weight.grad[0] = float("inf")
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(opt)
+            scaler.update()
+            assert_unmoved(model, before)
+    assert scaler.get_scale() < 2.0**10
+
+
+def test_frozen_gradients_do_not_count_in_the_clipping_norm():
+    model, (x, t) = small_net(), batch()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    run = inq.INQ(model, opt, FMT, (1.0,))
+    for _ in run:
+        F.cross_entropy(model(x), t).backward()
+        quantized = list(weights_of(model, run).values())
+        assert nn.utils.get_total_norm([w.grad for w in quantized]) == 0
+        opt.zero_grad()
+        # An infinite gradient of a frozen weight is no overflow of the training.
+        (model[0].weight * float("inf")).sum().backward()
+        assert not model[0].weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weight_dtypes(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(13, 7, dtype=dtype)
+    opt = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    run = inq.INQ(model, opt, inq.Format(3, granularity="channel"), PORTIONS)
+    for _ in run:
+        frozen, w = run.frozen(model.weight), model.weight.detach().clone()
+        model(torch.randn(4, 13, dtype=dtype)).square().sum().backward()
+        opt.step()
+        assert torch.equal(model.weight[frozen], w[frozen])
+    assert torch.equal(inq.unpack(inq.pack(model.weight, run.formats[""], run.n1("")), dtype), model.weight)
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("bits", inq.PAPER_PORTIONS)
+def test_counts_at_odd_sizes(size, bits):
+    model = nn.Linear(size, 1, bias=False)
+    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), inq.Format(bits), inq.PAPER_PORTIONS[bits])
+    for portion in run:
+        frozen = run.frozen("")
+        assert int(frozen.sum()) == frozen_count(portion, size)
+        report = run.report()[0]
+        assert report.frozen == int(frozen.sum()) == report.zeros + sum(report.histogram.values())
+
+
+def test_twenty_million_weights_of_one_layer():
+    """Beyond torch.quantile's 2^24 elements (mistake 10), with exact counts and one bit a weight."""
+    torch.manual_seed(0)
+    model = nn.Linear(5000, 4000, bias=False)
+    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), inq.Format(5), (0.3, 1.0))
+    for portion in run:
+        assert int(run.frozen("").sum()) == frozen_count(portion, 20_000_000)
+    assert run.state_dict()["layers"][""]["mask"].numel() == 20_000_000 // 8
+
+
+def test_layers_are_chosen_by_type_and_shared_weights_once():
+    tied = nn.Linear(4, 4)
+    other = nn.Linear(4, 4)
+    other.weight = tied.weight
+    model = nn.ModuleDict(
+        {
+            "bn_looking": nn.Linear(4, 4),
+            "conv_looking": nn.BatchNorm2d(4),
+            "c1": nn.Conv1d(2, 3, 2),
+            "c3": nn.Conv3d(2, 3, 2),
+            "up": nn.ConvTranspose2d(2, 3, 2),
+            "embedding": nn.Embedding(5, 4),
+            "tied": tied,
+            "other": other,
+            "attention": nn.MultiheadAttention(4, 2),
+        }
+    )
+    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), FMT)
+    assert list(run.formats) == ["bn_looking", "c1", "c3", "tied", "attention.out_proj"]
+
+
+def test_overrides_and_skip_by_pattern():
+    model = small_net()
+    wide = inq.Format(5, granularity="channel")
+    with torch.no_grad():
+        model[5].weight[0] *= 8
+    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), FMT, overrides={"5": wide, "*": FMT}, skip="0")
+    assert run.formats == {"3": FMT, "5": wide}
+    list(run)
+    assert not torch.equal(inq.quantize(model[0].weight, FMT), model[0].weight), "the skipped layer was quantized"
+    assert len(run.n1("5").unique()) > 1
+    assert len(run.n1("3").unique()) == 1
+
+
+_lr = torch.optim.lr_scheduler
+SCHEDULERS = {
+    "step": lambda opt: _lr.StepLR(opt, 2),
+    "multistep": lambda opt: _lr.MultiStepLR(opt, [1, 3]),
+    "lambda": lambda opt: _lr.LambdaLR(opt, lambda epoch: 0.9**epoch),
+    "cosine": lambda opt: _lr.CosineAnnealingLR(opt, 5),
+    "onecycle": lambda opt: _lr.OneCycleLR(opt, 0.2, total_steps=6),  # cycles the momentum too
+    "cyclic": lambda opt: _lr.CyclicLR(opt, 0.01, 0.2, step_size_up=2),
+    "chained": lambda opt: _lr.ChainedScheduler([_lr.ExponentialLR(opt, 0.9), _lr.StepLR(opt, 2)]),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_start_afresh_at_every_portion(kind):
+    model = small_net()
+    opt = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scheduler = SCHEDULERS[kind](opt)
+    run = inq.INQ(model, opt, FMT, PORTIONS, lr_schedulers=scheduler)
+    seen = []
+    for _ in run:
+        seen.append([])
+        for _ in range(5):
+            seen[-1].append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
+            opt.step()
+            scheduler.step()
+    assert len(set(seen[0])) > 1, "the schedule must change something"
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_plateau_scheduler_and_a_tensor_learning_rate():
+    model = small_net()
+    opt = torch.optim.Adam(model.parameters(), torch.tensor(0.1), foreach=False)
+    rate = opt.param_groups[0]["lr"]
+    scheduler = _lr.ReduceLROnPlateau(opt, factor=0.1, patience=0)
+    run = inq.INQ(model, opt, FMT, PORTIONS, lr_schedulers=[scheduler])
+    for _ in run:
+        assert opt.param_groups[0]["lr"] is rate, "a capturable optimizer holds on to the tensor"
+        assert float(rate) == pytest.approx(0.1)
+        for loss in (1.0, 2.0, 3.0):
+            scheduler.step(loss)
+        assert float(rate) < 0.1
+
+
+def test_without_schedulers_the_groups_are_the_users_business():
+    model = small_net()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    run = iter(inq.INQ(model, opt, FMT, PORTIONS))
+    next(run)
+    opt.param_groups[0]["lr"] = 0.01
+    next(run)
+    assert opt.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_optimizer_state_is_reset_on_request(reset):
+    model, (x, t) = small_net(), batch()
+    opt = torch.optim.Adam(model.parameters(), 0.01)
+    run = iter(inq.INQ(model, opt, FMT, PORTIONS, reset_optimizer=reset))
+    next(run)
+    F.cross_entropy(model(x), t).backward()
+    opt.step()
+    next(run)
+    assert bool(opt.state) != reset
+
+
+def test_prune_masks():
+    """Portions are of the kept weights (PAPER.md, DNS + INQ); pruned ones become 0 at once and stay 0."""
+    model, (x, t) = small_net(), batch()
+    kept = torch.rand(6, 4, 3, 3, generator=torch.Generator().manual_seed(2)) < 0.3
+    opt = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+    run = inq.INQ(model, opt, FMT, PORTIONS, prune_masks={"3": kept})
+    for portion in run:
+        frozen = run.frozen("3")
+        assert int(frozen.sum()) == frozen_count(portion, int(kept.sum()))
+        assert not (frozen & ~kept).any()
+        for _ in range(3):
+            opt.zero_grad()
+            F.cross_entropy(model(x), t).backward()
+            opt.step()
+            assert not model[3].weight[~kept].any()
+
+
+def make(portions=PORTIONS):
+    model = small_net()
+    opt = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+    scheduler = _lr.OneCycleLR(opt, 0.1, total_steps=6)
+    return model, opt, scheduler, inq.INQ(model, opt, FMT, portions, lr_schedulers=scheduler)
+
+
+def train(model, opt, scheduler, run, step=0, stop_at=None):
+    """Four steps a portion; after step ``stop_at``, what a checkpoint holds."""
+    x, t = batch()
+    for portion in run:
+        while step < 4 * (PORTIONS.index(portion) + 1):
+            opt.zero_grad()
+            F.cross_entropy(model(x), t).backward()
+            opt.step()
+            scheduler.step()
+            step += 1
+            if step == stop_at:
+                return copy.deepcopy((model.state_dict(), opt.state_dict(), run.state_dict()))
+    return None
+
+
+@pytest.mark.parametrize("stop_at", range(1, 13))
+def test_resume_is_bit_exact(stop_at):
+    whole = make()
+    train(*whole)
+    model_state, opt_state, run_state = train(*make(), stop_at=stop_at)
+    model, opt, scheduler, run = make()
+    model.load_state_dict(model_state)
+    opt.load_state_dict(opt_state)
+    run.load_state_dict(run_state)
+    train(model, opt, scheduler, run, step=stop_at)
+    for name, expected in whole[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], expected), name
+    assert opt.param_groups[0]["lr"] == whole[1].param_groups[0]["lr"]
+    assert str(run.report()) == str(whole[3].report())
+
+
+def test_state_of_another_run_is_refused_and_changes_nothing():
+    *_, run = make()
+    next(iter(run))
+    state = run.state_dict()
+    model, opt, _, other = make(portions=(0.5, 1.0))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"portions: expected \[0.5, 1.0\], .* got \[0.4, 0.8, 1.0\]"):
+        other.load_state_dict(state)
+    *_, fresh = make()
+    for change, message in (
+        ({"layers": {}}, "layers: expected"),
+        ({"index": 7}, "index: expected"),
+        ({"seed": 5}, "seed: expected 0"),
+        ({"lr_schedulers": []}, "lr_schedulers: expected 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fresh.load_state_dict({**state, **change})
+    with pytest.raises(ValueError, match="without \\['index'\\]"):
+        fresh.load_state_dict({k: v for k, v in state.items() if k != "index"})
+    layer = {**state["layers"]["3"], "codes": state["layers"]["3"]["codes"][:-1]}
+    with pytest.raises(ValueError, match="layer '3': codes: expected torch.uint8"):
+        fresh.load_state_dict({**state, "layers": {**state["layers"], "3": layer}})
+    assert fresh.portion == other.portion == 0
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_loop_that_was_left_goes_on_with_its_portion():
+    *_, run = make()
+    for _ in run:
+        break
+    frozen = run.frozen("3")
+    seen = []
+    for portion in run:
+        seen.append(portion)
+        if portion == PORTIONS[0]:
+            assert torch.equal(run.frozen("3"), frozen)
+    assert seen == list(PORTIONS)
+    assert list(run) == []
+
+
+def test_loading_an_older_checkpoint_into_the_model_cannot_thaw_it():
+    model, opt, _, run = make()
+    old = copy.deepcopy(model.state_dict())
+    turns = iter(run)
+    next(turns)
+    before = snapshot(model, run)
+    model.load_state_dict(old)
+    next(turns)
+    assert_unmoved(model, before)
+
+
+def test_close_takes_the_hooks_off():
+    model, opt, _, run = make()
+    next(iter(run))
+    run.close()
+    frozen, w = snapshot(model, run)["3"]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert (model[3].weight[frozen] != w[frozen]).all()
+
+
+def test_nan_names_the_layer_and_leaves_all_layers_alone():
+    model, _, _, run = make()
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = float("nan")
+        model[3].weight[0, 0, 0, 1] = float("inf")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="layer '3': expected finite values, got 1 NaN and 1 Inf of 216"):
+        next(iter(run))
+    assert run.portion == 0
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if k != "3.weight")
+
+
+def test_a_layer_of_zeros_is_refused():
+    model, _, _, run = make()
+    nn.init.zeros_(model[5].weight)
+    with pytest.raises(ValueError, match="layer '5': expected some nonzero values to choose n1 from, got 480 zeros"):
+        next(iter(run))
+
+
+def test_a_weight_outside_the_optimizer_is_warned_about():
+    model = small_net()
+    with pytest.warns(UserWarning, match=r"the weights of \['5'\] are not among its parameters"):
+        inq.INQ(model, torch.optim.SGD([*model[0].parameters(), *model[3].parameters()], 0.1), FMT)
+
+
+def weight_norm_net():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+
+
+BAD_ARGUMENTS = {
+    "optimizer": (dict(optimizer=object()), TypeError, "optimizer: expected a torch.optim.Optimizer, got object"),
+    "format": (dict(fmt=4), TypeError, "fmt: expected an inq.Format, got 4"),
+    "override": (dict(overrides={"0": 5}), TypeError, r"overrides\['0'\]: expected an inq.Format"),
+    "override-typo": (dict(overrides={"fc*": FMT}), ValueError, r"overrides: expected a pattern .* got 'fc\*'"),
+    "skip-typo": (dict(skip=("fc",)), ValueError, "skip: expected a pattern that matches a module, got 'fc'"),
+    "skip-all": (dict(skip="*"), ValueError, "expected at least one"),
+    "partition": (dict(partition="largest"), ValueError, "partition: expected one of"),
+    "portions-order": (dict(portions=(0.5, 0.4, 1.0)), ValueError, "portions: expected increasing"),
+    "portions-end": (dict(portions=(0.5, 0.9)), ValueError, "the last 1, got"),
+    "portions-empty": (dict(portions=()), ValueError, "portions: expected increasing"),
+    "portions-range": (dict(portions=(0.5, 1.5)), ValueError, r"portions: expected a number in \[0, 1\], got 1.5"),
+    "portions-type": (dict(portions=("half", 1.0)), TypeError, "portions: expected a number"),
+    "seed": (dict(seed=0.5), TypeError, "seed: expected an int, got 0.5"),
+    "scheduler": (dict(lr_schedulers=3), TypeError, "lr_schedulers: expected torch LR schedulers, got int"),
+    "mask-name": (
+        dict(prune_masks={"1": torch.ones(4, dtype=torch.bool)}), ValueError, "prune_masks: expected names of"
+    ),
+    "mask-shape": (
+        dict(prune_masks={"5": torch.ones(4, dtype=torch.bool)}), ValueError, r"bool tensor of shape \[5, 96\]"
+    ),
+    "mask-dtype": (dict(prune_masks={"5": torch.ones(5, 96)}), ValueError, "got torch.float32"),
+    "mask-empty": (dict(prune_masks={"5": torch.zeros(5, 96, dtype=torch.bool)}), ValueError, "got none"),
+    "no-layers": (dict(model=nn.BatchNorm2d(3)), ValueError, "expected at least one"),
+    "computed": (dict(model=weight_norm_net()), ValueError, "layer '0': expected a parameter, got a value computed"),
+    "lazy": (dict(model=nn.LazyLinear(3)), ValueError, "expected an initialised weight"),
+    "meta": (dict(model=nn.Linear(3, 3, device="meta")), ValueError, "on a real device, got .* on meta"),
+    "complex": (dict(model=nn.Linear(3, 3, dtype=torch.complex64)), ValueError, "got torch.complex64"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature", "ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_have_one_clear_error_and_leave_no_hooks(case):
+    arguments, kind, message = BAD_ARGUMENTS[case]
+    model = small_net()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(kind, match=message):
+        inq.INQ(**{"model": model, "optimizer": opt, "fmt": FMT, **arguments})
+    assert not opt._optimizer_step_post_hooks
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_unknown_weights_are_named():
+    model, _, _, run = make()
+    with pytest.raises(KeyError, match="expected a quantized weight or the name of its module, got 'fc'"):
+        run.frozen("fc")
+    with pytest.raises(KeyError, match=r"got a tensor of shape \[4\]"):
+        run.n1(model[0].bias)

@@ -1,0 +1,214 @@
+"""inq.save_training and load_training: a run goes on bit for bit from anywhere, and a bad file changes nothing."""
+
+import collections
+import copy
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import inq_kernels as inq
+from inq_kernels.files import read_header, read_tensors, write_safetensors
+
+PORTIONS = (0.5, 1.0)
+
+
+def test_fifty_kills(tmp_path):
+    """SIGKILL at 50 random moments, saving after every step: the same final hash as without."""
+    script = Path(__file__).with_name("kill_training.py")
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "50", "0"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["kills"] == 50
+    assert set(report["killed"]) == {report["whole"]}
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, amsgrad=True),
+    "adam-tensor-lr": lambda p: torch.optim.Adam(p, torch.tensor(0.01), foreach=False),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, 0.5, max_iter=3, history_size=3),
+}
+
+
+def make(optimizer="sgd", portions=PORTIONS, width=6):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 3))
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    schedulers = [torch.optim.lr_scheduler.MultiStepLR(opt, [2, 4]), torch.optim.lr_scheduler.ReduceLROnPlateau(opt)]
+    return model, opt, inq.INQ(model, opt, inq.Format(3), portions, lr_schedulers=schedulers)
+
+
+def train(model, opt, run, step=0, stop_at=None, save=None):
+    x, t = torch.linspace(-1, 1, 40).view(8, 5), torch.arange(8) % 3
+    for portion in run:
+        while step < 5 * (PORTIONS.index(portion) + 1):
+            torch.manual_seed(step)
+
+            def closure():
+                opt.zero_grad()
+                loss = F.cross_entropy(model(x), t)
+                loss.backward()
+                return loss
+
+            loss = opt.step(closure).detach()
+            run.lr_schedulers[0].step()
+            run.lr_schedulers[1].step(float(loss))
+            step += 1
+            if step == stop_at:
+                return save()
+    return None
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 8])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resume_in_every_optimizer(tmp_path, optimizer, stop_at):
+    whole = make(optimizer)
+    train(*whole)
+    path = tmp_path / "run.safetensors"
+    first = make(optimizer)
+    extra = {"best": float("inf"), "seen": (1, 2), "table": {3: "x", "$tensor": None}, "ema": torch.ones(2)}
+    train(*first, stop_at=stop_at, save=lambda: inq.save_training(path, *first, extra))
+    second = make(optimizer)
+    torch.manual_seed(99)
+    back = inq.load_training(path, *second)
+    assert torch.equal(back.pop("ema"), torch.ones(2))
+    assert back == {k: v for k, v in extra.items() if k != "ema"}
+    train(*second, step=stop_at)
+    for name, expected in whole[0].state_dict().items():
+        assert torch.equal(second[0].state_dict()[name], expected), name
+    assert second[1].param_groups[0]["lr"] == whole[1].param_groups[0]["lr"]
+
+
+def test_random_states_are_restored(tmp_path):
+    objects = make()
+    inq.save_training(tmp_path / "run.safetensors", *objects)
+    drawn = torch.rand(3), random.random()
+    inq.load_training(tmp_path / "run.safetensors", *objects)
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert random.random() == drawn[1]
+
+
+def test_schedulers_keep_their_types(tmp_path):
+    """JSON has neither int keys nor Counters; MultiStepLR's milestones are both."""
+    *objects, run = make()
+    inq.save_training(tmp_path / "run.safetensors", *objects, run)
+    fresh = make()
+    inq.load_training(tmp_path / "run.safetensors", *fresh)
+    milestones = fresh[2].lr_schedulers[0].milestones
+    assert milestones == collections.Counter({2: 1, 4: 1})
+    assert isinstance(milestones, collections.Counter)
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"f": len}, r"state\['extra'\]\['f'\]: .* got builtin_function_or_method"),
+        ({"a": [1, {2}]}, r"state\['extra'\]\['a'\]\[1\]: .* got set"),
+        ({"d": torch.float32}, "got dtype"),
+    ],
+)
+def test_what_cannot_be_stored_is_named_and_the_old_file_stays(tmp_path, value, where):
+    path = tmp_path / "run.safetensors"
+    objects = make()
+    inq.save_training(path, *objects)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match=where):
+        inq.save_training(path, *objects, value)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def state_of(model, opt, run):
+    return copy.deepcopy((model.state_dict(), opt.state_dict(), run.state_dict(), torch.get_rng_state()))
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: make(width=7), r"model: 0.weight: expected torch.float32 \[7, 5\], got torch.float32 \[6, 5\]"),
+        (lambda: make("adamw"), "optimizer: expected AdamW, got SGD"),
+        (lambda: make(portions=(0.4, 1.0)), r"portions: expected \[0.4, 1.0\]"),
+    ],
+)
+def test_a_checkpoint_of_something_else_changes_nothing(tmp_path, other, message):
+    path = tmp_path / "run.safetensors"
+    objects = make()
+    train(*objects, stop_at=3, save=lambda: inq.save_training(path, *objects))
+    others = other()
+    before = state_of(*others)
+    with pytest.raises(ValueError, match=message):
+        inq.load_training(path, *others)
+    assert_same(before, state_of(*others))
+
+
+def rewrite(path, change):
+    """Change the JSON of a checkpoint and its checksum with it, as somebody who means harm would."""
+    header = read_header(path)
+    tensors, metadata = read_tensors(path, header), dict(header.metadata)
+    state = json.loads(metadata["inq_training"])
+    change(state, metadata)
+    metadata["inq_training"] = json.dumps(state)
+    metadata["inq_training_sha256"] = hashlib.sha256(metadata["inq_training"].encode()).hexdigest()
+    write_safetensors(path, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, m: m.update(inq_training_version="2"), "inq_training_version: expected '1', got '2'"),
+        (lambda s, m: m.pop("inq_training_version"), "expected a file of inq.save_training"),
+        (lambda s, m: m.update(inq_checksums="{}"), "inq_checksums: expected one for each"),
+        (lambda s, m: s.pop("rng"), "expected the parts"),
+        (lambda s, m: s.update(extra={"$tensor": "t.999"}), r"\$tensor: expected what save_training writes"),
+        (lambda s, m: s.update(extra={"$pickle": "gASV"}), r"expected what save_training writes, got \$pickle"),
+        (lambda s, m: s.update(inq=5), "expected a state as inq.save_training writes it"),
+        (lambda s, m: s["inq"]["layers"]["0"].update(mask=[1]), "expected a state as inq.save_training writes it"),
+    ],
+)
+def test_forged_files_are_refused_and_change_nothing(tmp_path, change, message):
+    path = tmp_path / "run.safetensors"
+    objects = make()
+    inq.save_training(path, *objects)
+    rewrite(path, change)
+    before = state_of(*objects)
+    with pytest.raises(inq.CheckpointError, match=message):
+        inq.load_training(path, *objects)
+    assert_same(before, state_of(*objects))
+
+
+@pytest.mark.parametrize("where", ["header", "data"])
+def test_a_flipped_bit_is_found(tmp_path, where):
+    path = tmp_path / "run.safetensors"
+    objects = make()
+    inq.save_training(path, *objects)
+    data = bytearray(path.read_bytes())
+    position = data.index(b"last_epoch") + 15 if where == "header" else len(data) - 3
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(inq.CheckpointError, match="sha256"):
+        inq.load_training(path, *objects)
