@@ -65,6 +65,10 @@ class _PackedModule:
         self._set_codes(packed.weight, packed.weight_exp, None)
         if source.bias is not None:
             self.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=source.bias.requires_grad)
+        self._inherit(source)
+
+    def _inherit(self, source: nn.Module) -> None:
+        """Take over hooks and mode of the module that this one replaces."""
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(self, hooks).update(getattr(source, hooks))
         for kinds in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
@@ -227,12 +231,10 @@ PACKED_TYPES: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: L
 
 
 def fit(name: str, w: Tensor, fmt: Format, n1: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``(w_hat, n1)``: ``w`` itself where ``fmt`` represents it exactly (as after INQ), else ``w`` quantized."""
+    """``(w_hat, n1)``: ``w`` quantized; ``w`` itself where it lies on the grid of ``fmt`` already, as after INQ, since
+    both exponent rules find an n1 without error then. ``name`` is for the errors of ``ops.check_weight``."""
     ops.check_weight(name, w)
     if n1 is None:
-        n1 = ops.exact_exponents(w, fmt)
-        if reference.not_representable(w, n1, fmt) == 0:
-            return w, n1
         n1 = ops.exponents(w, fmt)
     return ops.quantize(w, fmt, n1), n1
 
@@ -373,8 +375,11 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, owners: Mapping[int
     return None
 
 
-def _own_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+def _own_bytes(module: nn.Module, counted: set[int]) -> int:
+    """Bytes of the module's own parameters, without those in ``counted``, to which they are added: shared once."""
+    own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+    counted.update(map(id, own))
+    return sum(p.numel() * p.element_size() for p in own)
 
 
 def convert(
@@ -420,9 +425,10 @@ def convert(
             owners.setdefault(id(parameter), []).append(name)
 
     report = ConvertReport()
+    counted: set[int] = set()
     replacements: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
-        before = _own_bytes(module)
+        before = _own_bytes(module, counted)
         if before == 0 and not isinstance(module, tuple(PACKED_TYPES)):
             continue
         kind = type(module).__name__
@@ -446,7 +452,7 @@ def convert(
         w = module.weight.detach().double()
         noise = float((w - ops.unpack(new.packed, torch.float64)).square().sum())
         sqnr = sqnr_db(float(w.square().sum()), noise)
-        report.modules.append(Converted(name, kind, True, before, _own_bytes(new), "", layer_format, sqnr))
+        report.modules.append(Converted(name, kind, True, before, _own_bytes(new, counted), "", layer_format, sqnr))
 
     # Everything that can fail has been done: now swap, under every name that a module has.
     for parent in list(model.modules()):

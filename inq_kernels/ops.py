@@ -212,11 +212,6 @@ def check_portion(name: str, portion: float) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {portion!r}")
 
 
-def exact_exponents(w_hat: Tensor, fmt: Format) -> Tensor:
-    """The n1 with which quantized weights are represented, if any represents them: from the largest of each row."""
-    return exponents(w_hat, dataclasses.replace(fmt, exponent="max"))
-
-
 def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
     """Quantized weights as codes. Lossless, or an error: values are never rounded here.
 
@@ -230,7 +225,8 @@ def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
     """
     check_weight("inq.pack: w_hat", w_hat)
     if n1 is None:
-        n1 = exact_exponents(w_hat, fmt)
+        # If any n1 represents the values, that of the largest does.
+        n1 = exponents(w_hat, dataclasses.replace(fmt, exponent="max"))
     check_n1("inq.pack: n1", n1, w_hat)
     w_hat = w_hat.detach()
     bad = reference.not_representable(w_hat, n1, fmt)
@@ -348,7 +344,7 @@ def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None
     if packed.weight_scale is not None and packed.weight_scale.requires_grad:
         raise ValueError(f"inq.{op}: weight_scale: expected requires_grad=False: packed weights take no gradient")
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -385,7 +381,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in pair):
         raise ValueError(f"inq.conv2d: {name}: expected one int ≥ {least} or two, got {value!r}")
     return pair

@@ -1,0 +1,130 @@
+"""Mutation check: put each known mistake into a copy of the package and see the test that names it fail.
+
+``make mutants`` runs it; exit 1 if a mutant survives, or if a test fails without one. Not collected by pytest.
+"""
+
+# ruff: noqa: E501 - the table is easier to read with one mutant a line
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# (test, file, [(text, replacement), …])
+MUTANTS = [
+    ("test_mistakes.py::test_01", "reference.py", [("pack_bits(frozen | chosen)", "pack_bits(chosen)")]),
+    (
+        "test_mistakes.py::test_02",
+        "reference.py",
+        [
+            ("level = torch.minimum(_max_rule(m, e), top)", "level = _max_rule(m, e).long()"),
+            ("nonzero = (m > 0) & ", "nonzero = (m > 0) & (level <= top) & "),
+        ],
+    ),
+    ("test_mistakes.py::test_03", "inq.py", [("        n1 = self.n1\n        if n1 is None:", "        if True:")]),
+    ("test_mistakes.py::test_04", "reference.py", [("torch.where(m >= 0.75, e, e - 1)", "torch.where(m > 0.75, e, e - 1)")]),
+    ("test_mistakes.py::test_04", "reference.py", [("& (m < 0.75), bottom", "& (m < 0.75) & (m > 0.5), bottom")]),
+    ("test_mistakes.py::test_04", "format.py", [("range(1 << (bits - 2), 1 << (bits - 1))", "range(8, 16)")]),
+    ("test_mistakes.py::test_05_", "inq.py", [("lambda *_: self._restore()", "lambda *_: None")]),
+    ("test_mistakes.py::test_05b", "inq.py", [("weight.grad.masked_fill_(self.held_mask(), 0.0)", "pass")]),
+    ("test_inq.py::test_lbfgs", "inq.py", [(" or isinstance(self.optimizer, torch.optim.LBFGS)", "")]),
+    ("test_inq.py::test_frozen_gradients", "inq.py", [(".masked_fill_(self.held_mask(), 0.0)", ".mul_(~self.held_mask())")]),
+    ("test_mistakes.py::test_06", "format.py", [("math.floor(portion * numel + 0.5)", "int(portion * numel) - 1")]),
+    (
+        "test_mistakes.py::test_07",
+        "inq.py",
+        [("isinstance(module, QUANTIZED_TYPES) and", "hasattr(module, 'weight') and 'bn' not in name and")],
+    ),
+    ("test_mistakes.py::test_08", "reference.py", [("flat = w.detach().abs().reshape(-1)", "flat = (9 - w.detach().abs()).reshape(-1)")]),
+    ("test_mistakes.py::test_09", "inq.py", [('= state["index"], state["in_progress"]', "= -1, False")]),
+    ("test_mistakes.py::test_09", "inq.py", [('self.mask = state["mask"].to(device, copy=True)', "pass")]),
+    ("test_mistakes.py::test_09", "training.py", [('optimizer.load_state_dict(state["optimizer"]["state"])', "pass")]),
+    (
+        "test_mistakes.py::test_10",
+        "reference.py",
+        [("torch.kthvalue(keys, keys.numel() - count + 1).values", "torch.quantile(keys.double(), 0.5).long()")],
+    ),
+    ("test_mistakes.py::test_11", "inq.py", [("numel if prune_mask is None else int(prune_mask.sum())", "numel")]),
+    ("test_mistakes.py::test_11", "format.py", [("return n1 + 1 - self.magnitudes", "return n1 + 2 - self.magnitudes")]),
+    ("test_mistakes.py::test_12", "inq.py", [("torch.zeros((numel + 7) // 8, dtype=torch.uint8", "torch.zeros((numel + 7) // 8, dtype=torch.float32")]),
+    (
+        "test_mistakes.py::test_13",
+        "nn.py",
+        [
+            (
+                "folded._set_codes(folded.weight.detach(), folded.weight_exp.detach(), scale.float().view(n, 1))",
+                "folded = type(module).from_float(_scaled(module, scale), module.format)",
+            ),
+            (
+                "def fold_batchnorm(",
+                "def _scaled(module, scale):\n"
+                "    module = module.to_float()\n"
+                "    module.weight = nn.Parameter(module.weight * scale.float().view(-1, 1, 1, 1))\n"
+                "    return module\n\n\ndef fold_batchnorm(",
+            ),
+        ],
+    ),
+    ("test_inq.py::test_schedulers", "inq.py", [("            scheduler.load_state_dict(copy.deepcopy(state))\n", "")]),
+    ("test_inq.py::test_schedulers", "inq.py", [("_restore_hyperparameters(scheduler.optimizer, groups)", "pass")]),
+    ("test_inq.py::test_loading_an_older", "inq.py", [("been loaded into the model since.\n        self._restore()", "")]),
+    ("test_training.py::test_random_states", "training.py", [('_set_rng_state(state["rng"])', "pass")]),
+    ("test_training.py::test_a_flipped_bit", "training.py", [("read_tensors(path, header, checksums)", "read_tensors(path, header)")]),
+]  # fmt: skip
+
+
+def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess:
+    file, name = test.split("::")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", name]
+    # The copy comes before the installed package, and one thread each leaves the other core to the other mutant.
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def copy_of(folder: Path) -> Path:
+    for name in ("inq_kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def check(mutant: tuple) -> str | None:
+    """None if the mutant is caught, else what went wrong."""
+    test, file, changes = mutant
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = copy_of(Path(temporary))
+        path = folder / "inq_kernels" / file
+        text = path.read_text()
+        for old, new in changes:
+            if text.count(old) != 1:
+                return f"{test}: {file}: expected {old!r} once, found it {text.count(old)} times: mend the mutant"
+            text = text.replace(old, new)
+        path.write_text(text)
+        result = run_tests(folder, test)
+        if result.returncode == 1:
+            return None
+        return f"{test}: survived {changes[0][1]!r} in {file} (pytest exit {result.returncode})\n{result.stdout[-600:]}"
+
+
+def main() -> int:
+    wanted = [m for m in MUTANTS if len(sys.argv) < 2 or sys.argv[1] in m[0]]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = copy_of(Path(temporary))
+        broken = [t for t in dict.fromkeys(m[0] for m in wanted) if run_tests(folder, t).returncode != 0]
+    with ThreadPoolExecutor(2) as pool:
+        problems = [p for p in pool.map(check, wanted) if p]
+    for test in broken:
+        print(f"{test}: fails without a mutant")
+    for problem in problems:
+        print(problem)
+    failed = len(problems) + len(broken)
+    print(f"{len(wanted) - len(problems)} mutants caught\n{len(wanted) - len(problems)} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
