@@ -336,8 +336,11 @@ def unprepack(weight: Tensor, n: int, k: int, fmt: Format) -> Tensor:
 
 
 @contextlib.contextmanager
-def _ieee_products() -> Iterator[None]:
-    """float32 products in IEEE float32, whatever TF32 or bfloat16 shortcuts the user allowed for the dense network."""
+def _ieee_products(device: torch.device) -> Iterator[None]:
+    """float32 products in IEEE float32, whatever TF32 or bfloat16 shortcuts the user allowed for the dense network.
+
+    Autocast is one of them: it reaches into operators, and would round the sums before the epilogue.
+    """
     settings = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
     if torch.backends.cuda.is_built():
         settings += [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
@@ -345,7 +348,8 @@ def _ieee_products() -> Iterator[None]:
     try:
         for s in settings:
             s.fp32_precision = "ieee"
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         for s, precision in zip(settings, before, strict=True):
             s.fp32_precision = precision
@@ -369,8 +373,9 @@ def linear(
 ) -> Tensor:
     """y = (x · decode(W)ᵀ) · row factors + bias for x [..., K]: [..., N] in x's dtype, rounded once at the end."""
     acc = _accumulator(x.dtype)
-    with _ieee_products():
-        y = F.linear(x.to(acc), relative_values(weight, x.shape[-1], fmt, acc))
+    with _ieee_products(x.device):
+        # contiguous: the library sums in another order for other strides, and equal values shall give equal bits.
+        y = F.linear(x.to(acc).contiguous(), relative_values(weight, x.shape[-1], fmt, acc))
     for factor in _row_factors(weight_exp, weight_scale, acc):
         y = y * factor
     if bias is not None:
@@ -383,10 +388,10 @@ def linear_dx(
 ) -> Tensor:
     """The gradient of ``linear`` in x: (grad · row factors) · decode(W), [..., k] in grad's dtype."""
     acc = _accumulator(grad.dtype)
-    scaled = grad.to(acc)
+    scaled = grad.to(acc).contiguous()
     for factor in _row_factors(weight_exp, weight_scale, acc):
         scaled = scaled * factor
-    with _ieee_products():
+    with _ieee_products(grad.device):
         return F.linear(scaled, relative_values(weight, k, fmt, acc).T).to(grad.dtype).contiguous()
 
 
@@ -413,7 +418,7 @@ def conv2d(
     acc = _accumulator(x.dtype)
     shape = (weight.shape[0], x.shape[1] // groups, *kernel_size)
     w = relative_values(weight, shape[1] * shape[2] * shape[3], fmt, acc).view(shape)
-    with _ieee_products():
+    with _ieee_products(x.device):
         y = F.conv2d(x.to(acc), w, None, stride, padding, dilation, groups)
     for factor in _row_factors(weight_exp, weight_scale, acc):
         y = y * factor.view(-1, 1, 1)
@@ -442,19 +447,21 @@ def conv2d_dx(
     scaled = grad.to(acc)
     for factor in _row_factors(weight_exp, weight_scale, acc):
         scaled = scaled * factor.view(-1, 1, 1)
-    with _ieee_products():
+    with _ieee_products(grad.device):
         dx = torch.nn.grad.conv2d_input(input_size, w, scaled, stride, padding, dilation, groups)
     return dx.to(grad.dtype).contiguous()
 
 
 def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x [..., K] as e4m3 with a power-of-two scale each: (float8_e4m3fn values, int32 exponents t [..., 1]),
-    x ≈ values · 2^-t, with t the largest that keeps max|row|·2^t ≤ 448, within ±126."""
+    x ≈ values · 2^-t, with t the largest that keeps max|row|·2^t ≤ 448, within ±126. A row with NaN or Inf is NaN."""
     m, e = torch.frexp(x.float().abs().amax(dim=-1, keepdim=True))
     # 448 = 0.875·2^9 is the largest finite e4m3 value.
     t = torch.where(m <= 0.875, 9 - e, 8 - e).clamp(-126, 126)
     t = torch.where(m.isfinite() & (m > 0), t, 0)
-    return (x.float() * _power(t.long()).float()).to(torch.float8_e4m3fn), t
+    # e4m3 has no Inf, and the conversion would make it 448.
+    scaled = torch.where(m.isfinite(), x.float() * _power(t.long()).float(), torch.nan)
+    return scaled.to(torch.float8_e4m3fn), t
 
 
 def linear_fp8(
@@ -462,7 +469,13 @@ def linear_fp8(
 ) -> Tensor:
     """``linear`` with the rows of x rounded to e4m3 by ``quantize_rows_e4m3``; products and sums as in ``linear``."""
     x8, t = quantize_rows_e4m3(x)
-    y = linear(x8.float(), weight, weight_exp, weight_scale, None, fmt) * _power(-t.long()).float()
+    y = linear(x8.float(), weight, torch.zeros_like(weight_exp), None, None, fmt)
+    # 2^n1 and 2^-t together, as two factors of half the exponent each: either alone may overflow or underflow.
+    power = weight_exp.long().view(-1) - t.long()
+    half = power >> 1
+    y = y * _power(half).float() * _power(power - half).float()
+    if weight_scale is not None:
+        y = y * weight_scale.view(-1)
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)

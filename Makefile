@@ -1,0 +1,54 @@
+# `make demo` and `make test` set up everything they need in $(VENV). To use an environment that is already active:
+#   make demo PYTHON=python VENV=
+PYTHON ?= python3
+VENV ?= .venv
+# Arguments for the commands, e.g. make demo DEMO="--seeds 3", make test PYTEST="-k nn".
+DEMO ?=
+PYTEST ?= -n 2
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: demo test mutants lint format clean help
+
+help:
+	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
+	@echo "make test      the whole test suite"
+	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
+	@echo "make lint      ruff; make format rewrites"
+	@echo "make clean     remove $(VENV), demo/ and caches"
+
+demo: $(READY)
+	$(PY) -m inq_kernels.cli demo $(DEMO)
+
+test: $(READY)
+	$(PY) -m pytest $(PYTEST)
+
+mutants: $(READY)
+	$(PY) tests/mutants.py
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ifneq ($(strip $(VENV)),)
+# torch first, and pinned: a looser requirement would fetch gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools wheel
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@
+endif
