@@ -243,7 +243,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights again, of ``packed.shape`` and ``dtype``, times the row scale where there is one.
 
     Raises:
-        TypeError: ``dtype`` is not one of the four float dtypes.
+        TypeError: ``dtype`` is not one of the four float dtypes. ValueError: it is float16 and too narrow.
     """
     if dtype not in FLOATS:
         raise TypeError(f"inq.unpack: dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
@@ -252,6 +252,16 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     if packed.layout != STORAGE:
         weight = _op.unprepack(weight, packed.shape[0], k, fmt.bits, fmt.levels, packed.layout)
     flat = _op.unpack(weight, packed.weight_exp, packed.weight_scale, k, fmt.bits, fmt.levels, dtype)
+    # float16 alone is too narrow for some levels; a row scale rounds in any dtype, but must not overflow.
+    if dtype == torch.float16:
+        wide = _op.unpack(weight, packed.weight_exp, packed.weight_scale, k, fmt.bits, fmt.levels, torch.float32)
+        lost = flat.isinf() if packed.weight_scale is not None else flat.float() != wide
+        if bad := int(lost.sum()):
+            raise ValueError(
+                f"inq.unpack: dtype: expected a dtype that holds all values, got {dtype}, "
+                f"which cannot hold {bad} of {flat.numel()} (exponents {int(packed.weight_exp.min())} to "
+                f"{int(packed.weight_exp.max())})"
+            )
     return flat.reshape(packed.shape)
 
 
