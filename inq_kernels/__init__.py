@@ -1,5 +1,6 @@
 """Incremental Network Quantization: lossless power-of-two weights at 2 to 5 bits, packed, as torch operators."""
 
+from .checkpoint import load, save
 from .files import CheckpointError
 from .format import Format
 from .inq import INQ, PAPER_PORTIONS
@@ -23,10 +24,12 @@ __all__ = [
     "exponents",
     "fold_batchnorm",
     "linear",
+    "load",
     "load_training",
     "pack",
     "quantize",
     "quantize_with_mask",
+    "save",
     "save_training",
     "unpack",
 ]

@@ -310,7 +310,7 @@ def sha256(tensor: Tensor) -> str:
 
     Copies only a tensor that is not contiguous or not on the CPU.
     """
-    flat = _bytes(_plain("sha256", tensor))
+    flat = _bytes(plain("sha256", tensor))
     if flat.numel() == 0:
         return hashlib.sha256().hexdigest()
     # torch needs numpy for a buffer of its memory; ctypes does not. ``flat`` keeps the memory alive.
@@ -380,8 +380,12 @@ def _library_errors(path: str | os.PathLike) -> Iterator[None]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _plain(where: str, tensor: Tensor) -> Tensor:
-    """``tensor`` detached, contiguous and on the CPU; itself where it is that already."""
+def plain(where: str, tensor: Tensor) -> Tensor:
+    """``tensor`` detached, contiguous and on the CPU, in the same memory where it is that already.
+
+    Raises:
+        TypeError: not a dense tensor of a dtype that files hold. ValueError: on the meta device.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
     tensor = tensor.detach()
@@ -400,7 +404,7 @@ def _prepared(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prepared, seen = {}, set()
     for name, tensor in tensors.items():
         check_name(str(path), name)
-        tensor = _plain(f"{path}: tensor {name!r}", tensor)
+        tensor = plain(f"{path}: tensor {name!r}", tensor)
         memory = tensor.untyped_storage().data_ptr()
         prepared[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
@@ -537,6 +541,7 @@ def write_directory(path: str | os.PathLike, fill: Callable[[Path], None]) -> No
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(target.parent)
+    # Only now: until the exchange is on the disk, a crash may bring the old name back.
     if replaced is not None:
         try:
             shutil.rmtree(replaced)
@@ -566,7 +571,11 @@ def _settle(directory: Path) -> None:
     probe = directory / f".{secrets.token_hex(8)}.tmp"
     mode = _fresh_file(probe)
     probe.unlink()
-    for folder, _, names in os.walk(directory, topdown=False):
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would pass over what it cannot list
+
+    for folder, _, names in os.walk(directory, topdown=False, onerror=refuse):
         for name in names:
             file = Path(folder, name)
             os.chmod(file, mode)
