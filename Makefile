@@ -14,10 +14,11 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test mutants lint format clean help
+.PHONY: demo bars test mutants lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
+	@echo "make bars      the demo, and its accuracies against what they must reach"
 	@echo "make test      the whole test suite"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make lint      ruff; make format rewrites"
@@ -25,6 +26,9 @@ help:
 
 demo: $(READY)
 	$(PY) -m inq_kernels.cli demo $(DEMO)
+
+bars: demo
+	$(PY) tests/demo_bars.py demo/results.json
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)

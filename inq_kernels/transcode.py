@@ -23,6 +23,7 @@ from .file_format import (
     check_suffix,
     config,
     folder_root,
+    is_weight,
     json_text,
     model_files,
     module_name,
@@ -177,7 +178,7 @@ def quantize(
     _check_unquantized(headers, source, model_config)
 
     infos = {name: info for header in headers.values() for name, info in header.tensors.items()}
-    modules = {module_name(name) for name in infos if name.endswith("weight")}
+    modules = {module_name(name) for name in infos if is_weight(name)}
     check_patterns("inq.quantize: skip", skip, modules)
     check_patterns("inq.quantize: only", only, modules)
     tied = bool(model_config and model_config.get("tie_word_embeddings"))
@@ -191,7 +192,7 @@ def quantize(
     ignore = [
         module_name(name)
         for name, reason in reasons.items()
-        if reason is not None and name.endswith(".weight") and len(infos[name].shape) >= 2
+        if reason is not None and is_weight(name) and len(infos[name].shape) >= 2
     ]
     configuration = config({module_name(name): fmt for name in chosen}, ignore)
 
@@ -245,8 +246,8 @@ def _check_unquantized(headers: Mapping[Path, Header], source: Path, model_confi
 def _why_float(name: str, info: TensorInfo, skip: Iterable[str], only: tuple[str, ...], tied: bool) -> str | None:
     """Why a tensor is not packed, or None if it is."""
     module = module_name(name)
-    if not name.endswith(".weight"):
-        return "is no .weight"
+    if not is_weight(name):
+        return "no .weight"
     if info.dtype not in ops.FLOATS:
         return f"dtype {str(info.dtype).removeprefix('torch.')}"
     if len(info.shape) not in (2, 4):
