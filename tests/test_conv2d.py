@@ -69,7 +69,7 @@ def check(x, packed, bias, arguments):
     y = inq.conv2d(x, packed, bias, **arguments)
     w = inq.unpack(packed, torch.float64)
     exact = torch_conv2d(x.double(), w, None if bias is None else bias.double(), **arguments)
-    dense = torch_conv2d(x, inq.unpack(plain(packed), x.dtype), **arguments).double()
+    dense = torch_conv2d(x, inq.unpack(plain(packed), torch.float64).to(x.dtype), **arguments).double()
     if packed.weight_scale is not None:
         dense = dense * packed.weight_scale.double().view(-1, 1, 1)
     if bias is not None:

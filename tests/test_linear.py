@@ -35,7 +35,7 @@ def check(x, packed, bias=None):
     w = inq.unpack(packed, torch.float64)
     exact = F.linear(x.double(), w, None if bias is None else bias.double())
     # The dense product of the same dtype, with an exact epilogue.
-    dense = F.linear(x, inq.unpack(plain(packed), x.dtype)).double()
+    dense = F.linear(x, inq.unpack(plain(packed), torch.float64).to(x.dtype)).double()
     if packed.weight_scale is not None:
         dense = dense * packed.weight_scale.double().view(-1)
     if bias is not None:
