@@ -121,10 +121,11 @@ def _source_dtypes(path: Path, entries: Mapping[str, PackedWeight | Tensor]) -> 
             continue
         bias = entries.get(f"{name.removesuffix('weight')}bias")
         dtype = bias.dtype if isinstance(bias, Tensor) and bias.dtype in ops.FLOATS else fallback
+        n1 = files.plain(f"{path}: tensor {part_names(name)[1]!r}", value.weight_exp).flatten().tolist()
         low, high = reference.exponent_limits(dtype)
-        exponents = files.plain(f"{path}: tensor {part_names(name)[1]!r}", value.weight_exp)
-        fits = value.format.n2(int(exponents.min())) >= low and int(exponents.max()) <= high
-        dtypes[name] = dtype if value.weight_scale is None and (fits or low == N1_MIN) else torch.float32
+        # Levels under N1_MIN are in no file, so only float16's narrower limits can be missed.
+        fits = low == N1_MIN or all(low <= value.format.n2(n) and n <= high for n in n1)
+        dtypes[name] = dtype if fits and value.weight_scale is None else torch.float32
     return dtypes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,10 @@ _NOT_LOSSLESS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (None: the process's); the exit status: 0, 1 error, 2 usage, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without × or … shows ? instead of ending in an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         args = _parser(argv).parse_args(argv)
         status = args.run(args)
@@ -273,7 +278,7 @@ def _print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], title
         table.add_column(header, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)  # [Ee] in a pattern is no markup
 
 
 @contextlib.contextmanager

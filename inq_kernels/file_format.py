@@ -131,11 +131,10 @@ def _format_json(fmt: Format) -> dict[str, object]:
 
 
 def config(formats: Mapping[str, Format], ignore: Iterable[str]) -> dict[str, object]:
-    """The configuration as JSON: ``formats`` of the packed modules by name, ``ignore`` the names that stayed float."""
+    """The configuration as JSON: ``formats`` of the packed modules by name (at least one), and ``ignore``, the names of
+    those that stayed float."""
     from . import __version__
 
-    if not formats:
-        raise ValueError("inq: expected at least one packed weight, got none (see inq.convert)")
     default = Counter(formats.values()).most_common(1)[0][0]
     return {
         "quant_method": "inq",
@@ -354,10 +353,7 @@ def model_files(directory: Path) -> list[Path]:
         files.check_regular(single, root)
         return [single]
     if not os.path.lexists(index):
-        try:
-            others = [name for name in os.listdir(directory) if Path(name).suffix.lower() in files.PICKLE_SUFFIXES]
-        except OSError as error:
-            raise CheckpointError(f"{directory}: expected a directory, got {error.strerror}") from None
+        others = [name for name in os.listdir(directory) if Path(name).suffix.lower() in files.PICKLE_SUFFIXES]
         hint = f" (pickles are never opened: {some(others)})" if others else ""
         raise CheckpointError(f"{directory}: expected {MODEL_FILE} or {INDEX_FILE}, got neither{hint}")
     files.check_regular(index, root)

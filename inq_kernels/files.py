@@ -18,6 +18,7 @@ import secrets
 import shutil
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,10 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib",
 
 class CheckpointError(ValueError):
     """A file was refused: the message names the file, the tensor or key, what was expected and what came."""
+
+    def __init__(self, message: str) -> None:
+        # What came may be megabytes of somebody's JSON.
+        super().__init__(message if len(message) <= 2000 else f"{message[:1500]} … {message[-400:]}")
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ def parse_json(text: str | bytes, where: str, allow_nan: bool = False) -> object
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(items)
         if len(result) != len(items):
-            keys = [key for key, _ in items]
-            refuse("JSON with unique keys", f"{_first_repeated(keys)!r} twice")
+            twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
+            refuse("JSON with unique keys", f"{twice!r} twice")
         return result
 
     def integer(digits: str) -> int:
@@ -133,15 +138,6 @@ def parse_json(text: str | bytes, where: str, allow_nan: bool = False) -> object
     return result
 
 
-def _first_repeated(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
 def is_int(value: object, low: int, high: int) -> bool:
     """Whether ``value`` is an int within [low, high]; True and 1.0 are not."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -172,23 +168,19 @@ def check_regular(path: str | os.PathLike, root: Path | None = None) -> int:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CheckpointError(f"{path}: expected a file, got {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(mode.st_mode):
-        raise CheckpointError(f"{path}: expected a regular file, got a {_kind(mode.st_mode)}")
+        raise CheckpointError(f"{path}: expected a regular file, got a {_KINDS[stat.S_IFMT(mode.st_mode)]}")
     if root is not None and not real.is_relative_to(os.path.realpath(root)):
         raise CheckpointError(f"{path}: expected a file inside {root}, got a link to {real}")
     return mode.st_size
 
 
-def _kind(mode: int) -> str:
-    for test, name in (
-        (stat.S_ISDIR, "directory"),
-        (stat.S_ISFIFO, "pipe"),
-        (stat.S_ISSOCK, "socket"),
-        (stat.S_ISCHR, "device"),
-        (stat.S_ISBLK, "device"),
-    ):
-        if test(mode):
-            return name
-    return "special file"
+_KINDS = {
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 def check_name(where: str, name: str) -> None:
@@ -371,8 +363,9 @@ def _library_errors(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            code = int(number[1])
+        # Versions before 0.6 print Rust's structure, "Os { code: 28, …".
+        if number := re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error)):
+            code = int(number[1] or number[2])
             raise OSError(code, os.strerror(code), os.fspath(path)) from error
         raise CheckpointError(f"{path}: expected a safetensors file, got: {error}") from error
 

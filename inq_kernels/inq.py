@@ -11,12 +11,14 @@ import copy
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops, reference
 from .format import Format, frozen_count
@@ -38,6 +40,9 @@ _RUN_KEYS = (
     *("version", "portions", "partition", "seed", "reset_optimizer", "index", "in_progress", "layers"),
     *("lr_schedulers", "initial_lr_schedulers", "initial_groups"),
 )
+
+# The weights that some run's hooks are on: a second run's retraining would be undone by the first one.
+_held: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
 
 _op = torch.ops.inq
 
@@ -138,8 +143,11 @@ class _Layer:
         """A clear error, before anything is changed, unless the weight can be quantized."""
         name = f"inq.INQ: weight of layer {self.name!r}"
         ops.check_weight(name, self.weight)
-        if self.n1 is None and not bool((self.weight != 0).any()):
-            raise ValueError(f"{name}: expected some nonzero values to choose n1 from, got {self.weight.numel()} zeros")
+        nonzero = self.weight.detach() != 0
+        if self.keep is not None:
+            nonzero &= self.kept_mask()
+        if self.n1 is None and not bool(nonzero.any()):
+            raise ValueError(f"{name}: expected some nonzero values to choose n1 from, got {self.total} zeros")
 
     @torch.no_grad()
     def freeze(self, portion: float, partition: str) -> None:
@@ -197,7 +205,7 @@ class _Layer:
             "noise": self.noise,
         }
 
-    def check_state(self, state: Mapping) -> None:
+    def check_state(self, state: Mapping, started: bool) -> None:
         where = f"inq.INQ.load_state_dict: layer {self.name!r}"
         _check_keys(where, state, _LAYER_KEYS)
         for key, expected in (("format", dataclasses.asdict(self.format)), ("shape", list(self.weight.shape))):
@@ -206,13 +214,20 @@ class _Layer:
         for key, like in (("mask", self.mask), ("codes", self.codes), ("keep", self.keep)):
             if (state[key] is None) != (like is None):
                 raise ValueError(f"{where}: {key}: one of the two runs has it, the other has not")
+            if not isinstance(state[key], (Tensor, type(None))):
+                raise ValueError(f"{where}: {key}: expected a tensor, got {state[key]!r}")
             if like is not None and (state[key].dtype != like.dtype or state[key].shape != like.shape):
                 raise ValueError(
                     f"{where}: {key}: expected {like.dtype} {list(like.shape)}, "
                     f"got {state[key].dtype} {list(state[key].shape)}"
                 )
-        if state["n1"] is not None:
+        if (state["n1"] is not None) != started:
+            raise ValueError(f"{where}: n1: expected it once a portion has begun, and only then")
+        if started:
             ops.check_n1(f"{where}: n1", state["n1"].to(self.weight.device), self.weight)
+        for key in ("signal", "noise"):
+            if not isinstance(state[key], float):
+                raise ValueError(f"{where}: {key}: expected a float, got {state[key]!r}")
 
     def load_state(self, state: Mapping) -> None:
         self.follow_device()
@@ -277,6 +292,13 @@ class INQ:
             raise ValueError(f"inq.INQ: partition: expected one of {ops.PARTITIONS}, got {partition!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"inq.INQ: seed: expected an int, got {seed!r}")
+        if not isinstance(reset_optimizer, bool):
+            raise TypeError(f"inq.INQ: reset_optimizer: expected a bool, got {reset_optimizer!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"inq.INQ: model: expected a torch.nn.Module, got {type(model).__name__}")
+        for what, value in (("overrides", overrides), ("prune_masks", prune_masks)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"inq.INQ: {what}: expected a mapping from names, got {type(value).__name__}")
         self.model, self.optimizer, self.partition, self.seed = model, optimizer, partition, seed
         self.reset_optimizer = reset_optimizer
         self.portions = _checked_portions(portions)
@@ -292,12 +314,34 @@ class INQ:
         self._index = -1
         # True while the body of the loop runs for portion ``_index``, and after it was left early.
         self._in_progress = False
-        self._handles = [
-            layer.weight.register_post_accumulate_grad_hook(layer.mask_gradient)
-            for layer in self._layers.values()
-            if layer.weight.requires_grad
-        ]
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._restore()))
+        self._hooked: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._hook_gradients()
+        handle = optimizer.register_step_post_hook(lambda *_: self._restore())
+        # Before the user's own: an average of the weights, say, must not see frozen ones that a step has moved.
+        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+        self._handles.append(handle)
+        for layer in self._layers.values():
+            _held[layer.weight] = True
+
+    def _hook_gradients(self) -> None:
+        """Once for each weight, as soon as it takes gradients."""
+        for name, layer in self._layers.items():
+            if layer.weight.requires_grad and name not in self._hooked:
+                self._handles.append(layer.weight.register_post_accumulate_grad_hook(layer.mask_gradient))
+                self._hooked.add(name)
+
+    def _check_attached(self) -> None:
+        """Raise unless the weights are still the model's: somebody may have put others in their place."""
+        for name, layer in self._layers.items():
+            module = self.model
+            for part in name.split(".") if name else ():
+                module = getattr(module, part, None)
+            if getattr(module, "weight", None) is not layer.weight:
+                raise ValueError(
+                    f"inq.INQ: weight of layer {name!r}: expected the Parameter of when the run was made, got another "
+                    "(load_state_dict(assign=True), a new module, inq.convert?): make a new inq.INQ"
+                )
 
     def _warn_of_strangers(self) -> None:
         ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -326,6 +370,8 @@ class INQ:
 
     def _advance(self) -> None:
         """The start of one portion in Algorithm 1."""
+        self._check_attached()
+        self._hook_gradients()
         # A checkpoint of an earlier portion may have been loaded into the model since.
         self._restore()
         for layer in self._layers.values():
@@ -352,6 +398,7 @@ class INQ:
     @property
     def formats(self) -> dict[str, Format]:
         """The format of each quantized module by its name, as ``inq.convert`` takes it."""
+        self._check_attached()
         return {name: layer.format for name, layer in self._layers.items()}
 
     def _layer(self, weight: Tensor | str) -> _Layer:
@@ -379,6 +426,7 @@ class INQ:
 
     def report(self) -> Report:
         """What is frozen, layer by layer."""
+        self._check_attached()
         return Report(layer.report(self.portion) for layer in self._layers.values())
 
     def close(self) -> None:
@@ -386,12 +434,15 @@ class INQ:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for layer in self._layers.values():
+            _held.pop(layer.weight, None)
 
     def state_dict(self) -> dict:
         """All it takes to go on bit for bit, the LR schedulers' state included; model and optimizer have their own.
 
         Tensors, numbers, strings, lists and dicts only. ``inq.save_training`` writes it without pickle.
         """
+        self._check_attached()
         return {
             "version": STATE_VERSION,
             "portions": list(self.portions),
@@ -401,7 +452,9 @@ class INQ:
             "index": self._index,
             "in_progress": self._in_progress,
             "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
-            "lr_schedulers": [copy.deepcopy(s.state_dict()) for s in self.lr_schedulers],
+            "lr_schedulers": [
+                {"type": type(s).__name__, "state": copy.deepcopy(s.state_dict())} for s in self.lr_schedulers
+            ],
             "initial_lr_schedulers": copy.deepcopy(self._initial_schedulers),
             "initial_groups": copy.deepcopy(self._initial_groups),
         }
@@ -422,14 +475,19 @@ class INQ:
                 raise ValueError(f"{where}: {key}: expected {value!r}, as this run was made, got {state.get(key)!r}")
         if list(state["layers"]) != list(self._layers):
             raise ValueError(f"{where}: layers: expected {list(self._layers)}, got {list(state['layers'])}")
-        if not -1 <= state["index"] < len(self.portions):
-            raise ValueError(f"{where}: index: expected −1 to {len(self.portions) - 1}, got {state['index']}")
-        if len(state["lr_schedulers"]) != len(self.lr_schedulers):
-            raise ValueError(
-                f"{where}: lr_schedulers: expected {len(self.lr_schedulers)}, got {len(state['lr_schedulers'])}"
-            )
+        index, in_progress = state["index"], state["in_progress"]
+        if type(index) is not int or not -1 <= index < len(self.portions):
+            raise ValueError(f"{where}: index: expected −1 to {len(self.portions) - 1}, got {index!r}")
+        if not isinstance(in_progress, bool) or (in_progress and index < 0):
+            raise ValueError(f"{where}: in_progress: expected a bool that fits index {index}, got {in_progress!r}")
+        kinds = [type(s).__name__ for s in self.lr_schedulers]
+        if (got := [s["type"] for s in state["lr_schedulers"]]) != kinds:
+            raise ValueError(f"{where}: lr_schedulers: expected {kinds}, got {got}")
+        for key in ("initial_lr_schedulers", "initial_groups"):
+            if len(state[key]) != len(kinds):
+                raise ValueError(f"{where}: {key}: expected {len(kinds)}, got {len(state[key])}")
         for name, layer in self._layers.items():
-            layer.check_state(state["layers"][name])
+            layer.check_state(state["layers"][name], started=index >= 0)
 
     def load_state_dict(self, state: Mapping) -> None:
         """Take over a ``state_dict``. Load the model and the optimizer too; frozen weights are written into the model.
@@ -441,7 +499,7 @@ class INQ:
         for name, layer in self._layers.items():
             layer.load_state(state["layers"][name])
         for scheduler, current in zip(self.lr_schedulers, state["lr_schedulers"], strict=True):
-            scheduler.load_state_dict(copy.deepcopy(current))
+            scheduler.load_state_dict(copy.deepcopy(current["state"]))
         self._initial_schedulers = copy.deepcopy(state["initial_lr_schedulers"])
         self._initial_groups = copy.deepcopy(state["initial_groups"])
         self._index, self._in_progress = state["index"], state["in_progress"]
@@ -472,8 +530,7 @@ def _choose_layers(
     seed: int,
 ) -> dict[str, _Layer]:
     for where, value in (("fmt", fmt), *((f"overrides[{k!r}]", v) for k, v in overrides.items())):
-        if not isinstance(value, Format):
-            raise TypeError(f"inq.INQ: {where}: expected an inq.Format, got {value!r}")
+        ops.check_format(f"inq.INQ: {where}", value)
     packed = tuple(PACKED_TYPES.values())
     modules = {
         name: module
@@ -501,8 +558,14 @@ def _choose_layers(
                 f"{where}: expected a non-empty float weight on a real device, "
                 f"got {weight.dtype} {list(weight.shape)} on {weight.device}"
             )
+        if any(size > 1 and step == 0 for size, step in zip(weight.shape, weight.stride(), strict=True)):
+            raise ValueError(f"{where}: expected a weight with memory of its own for each value, got an expanded one")
         if id(weight) in seen:
             continue
+        if weight in _held:
+            raise ValueError(
+                f"{where}: expected a weight of no other run, got one of another inq.INQ: close() it first"
+            )
         seen.add(id(weight))
         mask = prune_masks.get(name)
         if mask is not None:

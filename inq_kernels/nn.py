@@ -13,11 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from . import ops, reference
 from .format import Format
 from .ops import PackedWeight
 from .table import bytes_text, render
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 
 
 class _PackedModule:
@@ -33,9 +40,8 @@ class _PackedModule:
 
     def _init_packed(self, shape: tuple[int, ...], fmt: Format, device, dtype) -> None:
         """Replace the float weight and bias, which were made on the meta device, by zero codes and a zero bias."""
-        if not isinstance(fmt, Format):
-            raise TypeError(f"inq.{type(self).__name__}: fmt: expected an inq.Format, got {fmt!r}")
-        self.format, self.shape, self.backend = fmt, tuple(shape), None
+        ops.check_format(f"inq.{type(self).__name__}: fmt", fmt)
+        self.format, self.shape, self.backend = fmt, tuple(map(int, shape)), None
         n, k = shape[0], math.prod(shape[1:])
         self._set_codes(
             torch.zeros(n, fmt.row_bytes(k), dtype=torch.uint8, device=device),
@@ -69,10 +75,9 @@ class _PackedModule:
 
     def _inherit(self, source: nn.Module) -> None:
         """Take over hooks and mode of the module that this one replaces."""
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(self, hooks).update(getattr(source, hooks))
-        for kinds in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
-            getattr(self, kinds).update(getattr(source, kinds))
+        # The dicts themselves, not copies: the handles that register_… returned remove hooks from these.
+        for hooks in _HOOKS:
+            setattr(self, hooks, getattr(source, hooks))
         self.train(source.training)
 
     def _float_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
@@ -105,14 +110,18 @@ class _PackedModule:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # .half() and .to(dtype) are for activations and bias: the row scale stays float32 and keeps its bits.
         scale = self.weight_scale
+        if scale is None:
+            return super()._apply(fn, recurse)
         self.register_parameter("weight_scale", None)
-        super()._apply(fn, recurse)
-        if scale is not None:
+        try:
+            super()._apply(fn, recurse)
             moved = fn(scale.detach())
             if moved.dtype != torch.float32:
                 moved = scale.detach().to(moved.device)
             scale = nn.Parameter(moved, requires_grad=False)
-        self.register_parameter("weight_scale", scale)
+        finally:
+            # Also when there is no such device, or no memory on it: without it the outputs would be others.
+            self.register_parameter("weight_scale", scale)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -123,15 +132,12 @@ class _PackedModule:
             if tensor.dtype != expected[name]:
                 errors.append(f"{prefix}{name}: expected {expected[name]} (packed), got {tensor.dtype}")
                 return
-        if "weight" in found and "weight_exp" in found and found["weight"].device.type != "meta":
-            try:
-                packed = PackedWeight(
-                    found["weight"], found["weight_exp"], found.get("weight_scale"), self.format, self.shape
-                )
-            except ValueError as error:
-                errors.append(f"{prefix}{error}")
+            shape = tuple(self.weight.shape) if name == "weight" else (self.shape[0], 1)
+            if tuple(tensor.shape) != shape:
+                errors.append(f"{prefix}{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
                 return
-            bad = reference.invalid_codes(packed.weight, packed.weight_exp, packed.k, self.format)
+        if "weight" in found and "weight_exp" in found and found["weight"].device.type != "meta":
+            bad = reference.invalid_codes(found["weight"], found["weight_exp"], math.prod(self.shape[1:]), self.format)
             if bad:
                 errors.append(f"{prefix}weight: expected codes of {self.format}, got {bad} that are not canonical")
                 return
@@ -265,6 +271,11 @@ def fold_batchnorm(module: Linear | Conv2d, bn: _BatchNorm) -> Linear | Conv2d:
         raise ValueError(f"inq.fold_batchnorm: bn: expected {n} features, got {bn.num_features}")
     if bn.running_mean is None:
         raise ValueError("inq.fold_batchnorm: bn: expected running statistics, got track_running_stats=False")
+    for name, tensor in bn.state_dict().items():
+        if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+            raise ValueError(f"inq.fold_batchnorm: bn: {name}: expected finite values, got {bad} that are not")
+    if bool((bn.running_var + bn.eps <= 0).any()):
+        raise ValueError("inq.fold_batchnorm: bn: running_var: expected var + eps above 0")
     with torch.no_grad():
         g = (bn.running_var.double() + bn.eps).rsqrt()
         if bn.weight is not None:
@@ -337,15 +348,17 @@ def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def first_match(patterns: Iterable[str], name: str) -> str | None:
-    """The first pattern (fnmatch: ``*``, ``?``, ``[…]``, case-sensitive) that ``name`` matches."""
-    return next((p for p in patterns if fnmatchcase(name, p)), None)
+    """``name`` itself if it is among ``patterns``, else the first (fnmatch: ``*``, ``?``, ``[…]``, case-sensitive) that
+    it matches."""
+    patterns = list(patterns)
+    return name if name in patterns else next((p for p in patterns if fnmatchcase(name, p)), None)
 
 
 def check_patterns(where: str, patterns: Iterable[str], names: Iterable[str]) -> None:
     """A pattern that matches nothing is a typing mistake, and an error."""
     names = list(names)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"{where}: expected a pattern that matches a module, got {pattern!r}; there are {names}")
 
 
@@ -369,6 +382,11 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, owners: Mapping[int
         return "its weight is computed from other parameters (pruning or a parametrization: remove it first)"
     if type(module) not in PACKED_TYPES:
         return f"is a subclass of {base.__name__}, whose forward may differ"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    carried = [*module._modules, *module._buffers, *(module._parameters.keys() - {"weight", "bias"})]
+    if carried or "bias" not in module._parameters:
+        return f"it carries more than weight and bias: {', '.join(carried) or 'a computed bias'}"
     shared = [owner for owner in owners[id(module.weight)] if owner != name]
     if any(model.get_submodule(owner) is not module for owner in shared):
         return f"its weight is shared with {shared[0]!r}"
@@ -411,7 +429,11 @@ def convert(
         ValueError: a pattern that matches no module, NaN or Inf in a weight, or ``model`` itself is a Linear or Conv2d.
     """
     skip, only = as_patterns(skip), as_patterns(only)
-    formats = {"*": fmt} if isinstance(fmt, Format) else dict(fmt)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"inq.convert: model: expected a torch.nn.Module, got {type(model).__name__}")
+    formats = dict(fmt) if isinstance(fmt, Mapping) else {"*": fmt}
+    for pattern, value in formats.items():
+        ops.check_format(f"inq.convert: fmt: {pattern!r}", value)
     if type(model) in PACKED_TYPES:
         kind = PACKED_TYPES[type(model)].__name__
         raise ValueError(f"inq.convert: model: cannot replace the model itself: use inq.{kind}.from_float")
@@ -422,6 +444,8 @@ def convert(
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"inq.convert: layer {name!r}: expected initialised weights: run one batch through it")
             owners.setdefault(id(parameter), []).append(name)
 
     report = ConvertReport()
@@ -448,11 +472,15 @@ def convert(
             new = PACKED_TYPES[type(module)].from_float(module, layer_format)
         except (TypeError, ValueError) as error:
             raise type(error)(f"inq.convert: layer {name!r}: {error}") from error
+        # The same Parameter: an optimizer may hold it, or another module share it.
+        new.bias = module.bias
         replacements[id(module)] = new
-        w = module.weight.detach().double()
-        noise = float((w - ops.unpack(new.packed, torch.float64)).square().sum())
-        sqnr = sqnr_db(float(w.square().sum()), noise)
-        report.modules.append(Converted(name, kind, True, before, _own_bytes(new, counted), "", layer_format, sqnr))
+        w, w_hat = module.weight.detach().double(), ops.unpack(new.packed, torch.float64)
+        # Relative to the largest, so that no square underflows.
+        peak = float(w.abs().max()) or 1.0
+        sqnr = sqnr_db(float((w / peak).square().sum()), float(((w - w_hat) / peak).square().sum()))
+        after = before - module.weight.nbytes + new.weight.nbytes + new.weight_exp.nbytes
+        report.modules.append(Converted(name, kind, True, before, after, "", layer_format, sqnr))
 
     # Everything that can fail has been done: now swap, under every name that a module has.
     for parent in list(model.modules()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,9 @@ class PackedWeight:
     layout: str = STORAGE
 
     def __post_init__(self) -> None:
+        check_format("PackedWeight: format", self.format)
+        if not self.shape:
+            raise ValueError("PackedWeight: shape: expected rank ≥ 1, got ()")
         n, k = self.shape[0], self.k
         _expect("weight", self.weight, torch.uint8, (n, self.format.row_bytes(k)) if self.layout == STORAGE else None)
         _expect("weight_exp", self.weight_exp, torch.int8, (n, 1))
@@ -68,6 +72,17 @@ def _expect(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | N
         raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
     if shape is not None and tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+
+
+def check_format(name: str, fmt: Format) -> None:
+    """A clear error unless ``fmt`` is a Format."""
+    if not isinstance(fmt, Format):
+        raise TypeError(f"{name}: expected an inq.Format, got {fmt!r}")
+
+
+def _check_packed(name: str, packed: PackedWeight) -> None:
+    if not isinstance(packed, PackedWeight):
+        raise TypeError(f"{name}: expected an inq.PackedWeight, got {type(packed).__name__}")
 
 
 def check_weight(name: str, w: Tensor) -> None:
@@ -123,6 +138,7 @@ def exponents(w: Tensor, fmt: Format) -> Tensor:
         TypeError, ValueError: ``w`` is not such a weight (NaN and Inf are counted).
     """
     check_weight("inq.exponents: w", w)
+    check_format("inq.exponents: fmt", fmt)
     return _op.exponents(w.detach(), fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
 
 
@@ -135,6 +151,7 @@ def quantize(w: Tensor, fmt: Format, n1: Tensor | None = None) -> Tensor:
         TypeError, ValueError: ``w`` or ``n1`` is not as in ``exponents``.
     """
     check_weight("inq.quantize: w", w)
+    check_format("inq.quantize: fmt", fmt)
     if n1 is None:
         n1 = exponents(w, fmt)
     check_n1("inq.quantize: n1", n1, w)
@@ -175,6 +192,7 @@ def quantize_with_mask(
         TypeError, ValueError: arguments that are not as above, or more is frozen already than ``portion`` asks for.
     """
     check_weight("inq.quantize_with_mask: w", w)
+    check_format("inq.quantize_with_mask: fmt", fmt)
     if partition not in PARTITIONS:
         raise ValueError(f"inq.quantize_with_mask: partition: expected one of {PARTITIONS}, got {partition!r}")
     check_portion("inq.quantize_with_mask: portion", portion)
@@ -197,7 +215,11 @@ def quantize_with_mask(
     if count < held:
         raise ValueError(f"inq.quantize_with_mask: portion: {portion} means {count} weights, {held} are frozen already")
     random = partition == "random"
-    seed = int(torch.randint(1 << 62, (), generator=generator)) if random else 0
+    seed = (
+        int(torch.randint(1 << 62, (), generator=generator, device="cpu" if generator is None else generator.device))
+        if random
+        else 0
+    )
     mask = reference.pack_bits(frozen)
     threshold = _op.partition_threshold(w_hat, mask, keep, count - held, random, seed)
     _op.quantize_with_mask_(w_hat, mask, n1, threshold, keep, fmt.bits, fmt.levels, random, seed)
@@ -224,6 +246,7 @@ def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
         ValueError: some value is not representable (they are counted). TypeError, ValueError: as in ``exponents``.
     """
     check_weight("inq.pack: w_hat", w_hat)
+    check_format("inq.pack: fmt", fmt)
     if n1 is None:
         # If any n1 represents the values, that of the largest does.
         n1 = exponents(w_hat, dataclasses.replace(fmt, exponent="max"))
@@ -245,6 +268,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     Raises:
         TypeError: ``dtype`` is not one of the four float dtypes. ValueError: it is float16 and too narrow.
     """
+    _check_packed("inq.unpack: packed", packed)
     if dtype not in FLOATS:
         raise TypeError(f"inq.unpack: dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
     fmt, k = packed.format, packed.k
@@ -336,6 +360,16 @@ def _sum_to_bias(grad: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
 
 def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """Validate, and return x in its autocast dtype where autocast is on."""
+    _check_packed(f"inq.{op}: packed", packed)
+    for name, value in (("x", x), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"inq.{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        # The operators are opaque to torch.func: jvp, for one, would see a constant and answer with zeros.
+        raise RuntimeError(
+            f"inq.{op}: x: expected a plain tensor, got one inside a torch.func transform (grad, jvp, vmap, …), "
+            "which packed products do not support: use torch.autograd"
+        )
     if x.dtype not in FLOATS:
         raise TypeError(
             f"inq.{op}: x: expected activations of dtype float64, float32, bfloat16 or float16, got {x.dtype}. "
@@ -391,8 +425,14 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in pair):
+    """As torch takes it: one integer (numpy's too), or a sequence of one or two."""
+    try:
+        values = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
+    except TypeError:
+        values = ()
+    pair = values * 2 if len(values) == 1 else values
+    given_bool = isinstance(value, bool) or (isinstance(value, Sequence) and any(isinstance(v, bool) for v in value))
+    if len(pair) != 2 or min(pair) < least or given_bool:
         raise ValueError(f"inq.conv2d: {name}: expected one int ≥ {least} or two, got {value!r}")
     return pair
 
@@ -428,6 +468,8 @@ def conv2d(
     if x.dim() == 3:
         return conv2d(x[None], packed, bias, stride, padding, dilation, groups, backend=backend)[0]
     shape = packed.shape
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"inq.conv2d: groups: expected an int ≥ 1, got {groups!r}")
     if len(shape) != 4 or x.dim() != 4 or x.shape[1] != shape[1] * groups or shape[0] % groups:
         raise ValueError(
             f"inq.conv2d: x: expected [B, C, H, W] with C = {groups} groups × {shape[1] if len(shape) == 4 else '?'} "

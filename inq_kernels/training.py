@@ -8,6 +8,7 @@ leaves a checkpoint from which the run goes on bit for bit.
 from __future__ import annotations
 
 import collections
+import copy
 import hashlib
 import json
 import math
@@ -19,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import CheckpointError, parse_json, read_header, read_tensors, sha256, write_safetensors
+from .files import MAX_JSON, CheckpointError, parse_json, read_header, read_tensors, sha256, write_safetensors
 from .inq import INQ
 
 VERSION = "1"
+# A header holds the text escaped once more, and at most 16 MiB; and nobody's state is nested this deep.
+_MAX_TEXT = MAX_JSON // 4
+_MAX_DEPTH = 64
 
 # Keys that stand for what JSON has no word for. A dict of the user's with such a key is written as items.
 _TENSOR, _TUPLE, _ITEMS, _COUNTER, _FLOAT = "$tensor", "$tuple", "$items", "$counter", "$float"
@@ -45,18 +49,30 @@ def save_training(
         extra: the same kinds of values: epoch, step, a GradScaler's state, a data loader's generator state, …
 
     Raises:
-        TypeError: the state holds something else; the message says where. OSError: the file could not be written; the
-            old one is still there.
+        TypeError, ValueError: the state holds something else, or too much; the message says where. OSError: the file
+            could not be written. The old one is still there then.
     """
+    values = model.state_dict()
     state = {
-        "model": model.state_dict(),
-        "optimizer": {"type": type(optimizer).__name__, "state": optimizer.state_dict()},
+        "model": values,
+        # The versions of modules' state, which their load_state_dict reads.
+        "model_metadata": dict(getattr(values, "_metadata", {})),
+        "optimizer": {
+            "type": type(optimizer).__name__,
+            "parameters": _parameter_names(model, optimizer),
+            "state": optimizer.state_dict(),
+        },
         "inq": run.state_dict(),
         "rng": _rng_state(),
         "extra": dict(extra or {}),
     }
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(state, "state", tensors), allow_nan=False)
+    if len(text) > _MAX_TEXT:
+        raise ValueError(
+            f"inq.save_training: state: expected at most {_MAX_TEXT} bytes of numbers and strings, got {len(text)}: "
+            "give large things to extra as tensors"
+        )
     metadata = {
         "format": "pt",
         "inq_training_version": VERSION,
@@ -82,15 +98,52 @@ def load_training(path: str | os.PathLike, model: nn.Module, optimizer: torch.op
     state = _read(path)
     try:
         _check_model(path, model, state["model"])
-        _check_optimizer(path, optimizer, state["optimizer"])
+        _check_optimizer(path, model, optimizer, state["optimizer"])
         run.check_state(state["inq"])
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        _check_rng_state(state["rng"])
+    except _MALFORMED as error:
         raise CheckpointError(f"{path}: expected a state as inq.save_training writes it, got {error!r}") from error
+    before = _snapshot(model, optimizer, run)
+    try:
+        _take_over(model, optimizer, run, state)
+    except BaseException as error:
+        # What the checks cannot know: a module's own loading, an optimizer's or a scheduler's.
+        _take_over(model, optimizer, run, before)
+        if isinstance(error, _MALFORMED):
+            raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
+        raise
+    return state["extra"]
+
+
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
+
+
+def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:
+    """The way back. Loading replaces the optimizer's tensors and writes into the model's, so only these are copied."""
+    values = model.state_dict()
+    copied = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
+    return {
+        "model": copied,
+        "model_metadata": dict(getattr(values, "_metadata", {})),
+        "optimizer": {"state": optimizer.state_dict()},
+        "inq": run.state_dict(),
+        "rng": _rng_state(),
+    }
+
+
+def _take_over(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ, state: Mapping) -> None:
     optimizer.load_state_dict(state["optimizer"]["state"])
-    model.load_state_dict(state["model"])
+    values = collections.OrderedDict(state["model"])
+    values._metadata = collections.OrderedDict(state["model_metadata"])
+    model.load_state_dict(values)
     run.load_state_dict(state["inq"])
     _set_rng_state(state["rng"])
-    return state["extra"]
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """For each group the model's names of its parameters, "" for a parameter that is not the model's."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _read(path: str | os.PathLike) -> dict:
@@ -110,7 +163,7 @@ def _read(path: str | os.PathLike) -> dict:
     encoded = parse_json(text, f"{path}: inq_training")
     tensors = read_tensors(path, header, checksums)
     state = _decode(encoded, f"{path}: inq_training", tensors)
-    expected = {"model", "optimizer", "inq", "rng", "extra"}
+    expected = {"model", "model_metadata", "optimizer", "inq", "rng", "extra"}
     if not isinstance(state, dict) or set(state) != expected:
         raise CheckpointError(f"{path}: inq_training: expected the parts {sorted(expected)}, got something else")
     return state
@@ -129,13 +182,13 @@ def _check_model(path: object, model: nn.Module, state: Mapping[str, Tensor]) ->
             )
 
 
-def _check_optimizer(path: object, optimizer: torch.optim.Optimizer, state: Mapping) -> None:
+def _check_optimizer(path: object, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping) -> None:
     if state["type"] != type(optimizer).__name__:
         raise ValueError(f"{path}: optimizer: expected {type(optimizer).__name__}, got {state['type']}")
-    expected = [len(group["params"]) for group in optimizer.param_groups]
-    got = [len(group["params"]) for group in state["state"]["param_groups"]]
+    # Optimizers know parameters by position only: in another order they would take over each other's momenta.
+    expected, got = _parameter_names(model, optimizer), state["parameters"]
     if expected != got:
-        raise ValueError(f"{path}: optimizer: expected parameter groups of {expected} parameters, got {got}")
+        raise ValueError(f"{path}: optimizer: expected groups of the parameters {expected}, got {got}")
 
 
 def _rng_state() -> dict:
@@ -145,6 +198,18 @@ def _rng_state() -> dict:
     return state
 
 
+def _check_rng_state(state: Mapping) -> None:
+    """Raise as a malformed state does unless ``_set_rng_state`` will take it."""
+    generators = [state["torch"], *state.get("cuda", [])]
+    if not all(isinstance(g, Tensor) and g.dtype == torch.uint8 and g.dim() == 1 for g in generators):
+        raise TypeError("rng: expected uint8 tensors")
+    try:
+        random.Random().setstate(state["python"])
+        torch.Generator().set_state(state["torch"])
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"rng: {error}") from error
+
+
 def _set_rng_state(state: Mapping) -> None:
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
@@ -152,11 +217,21 @@ def _set_rng_state(state: Mapping) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
-def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON; its tensors go into ``tensors``."""
-    if value is None or isinstance(value, (bool, str)):
+def _encode(value: Any, where: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+    """``value`` as JSON; its tensors go into ``tensors``. What could not be read again is an error here, by name."""
+    if depth > _MAX_DEPTH:
+        raise TypeError(f"inq.save_training: {where[:200]}: expected at most {_MAX_DEPTH} levels of nesting, got more")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if not value.isascii() and value != value.encode("utf-8", "replace").decode():
+            raise TypeError(
+                f"inq.save_training: {where}: expected text, got a string that UTF-8 cannot hold: {value!r}"
+            )
         return value
     if type(value) is int:
+        if value.bit_length() > 1024:
+            raise TypeError(f"inq.save_training: {where}: expected an int of at most 1024 bits, got a larger one")
         return value if -(1 << 63) <= value < 1 << 63 else {_FLOAT: str(value)}
     if type(value) is float:
         # repr is exact; JSON has no infinities.
@@ -166,16 +241,16 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return {_TENSOR: name}
     if isinstance(value, list):
-        return [_encode(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]
+        return [_encode(v, f"{where}[{i}]", tensors, depth + 1) for i, v in enumerate(value)]
     if isinstance(value, tuple):
-        return {_TUPLE: [_encode(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]}
+        return {_TUPLE: [_encode(v, f"{where}[{i}]", tensors, depth + 1) for i, v in enumerate(value)]}
     if isinstance(value, dict):
-        items = [(k, _encode(v, f"{where}[{k!r}]", tensors)) for k, v in value.items()]
+        items = [(k, _encode(v, f"{where}[{k!r}]", tensors, depth + 1)) for k, v in value.items()]
         # MultiStepLR counts its milestones.
         kind = _COUNTER if isinstance(value, collections.Counter) else _ITEMS
         if kind == _ITEMS and all(isinstance(k, str) and not k.startswith("$") for k in value):
             return dict(items)
-        return {kind: [[_encode(k, f"{where}: key", tensors), v] for k, v in items]}
+        return {kind: [[_encode(k, f"{where}: key", tensors, depth + 1), v] for k, v in items]}
     raise TypeError(
         f"inq.save_training: {where}: expected tensors, numbers, strings, lists, tuples and dicts, "
         f"got {type(value).__name__}"

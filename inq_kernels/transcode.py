@@ -323,7 +323,9 @@ def export_dense(
         files.write_safetensors(path, tensors, {"format": "pt"})
 
     def fill(directory: Path) -> None:
-        names = {file: file.name if source.is_dir() else MODEL_FILE for file in checkpoint.headers}
+        # A shard of nothing but exponents leaves nothing to write.
+        used = dict.fromkeys(checkpoint.file_of[name] for name in checkpoint.names)
+        names = {file: file.name if source.is_dir() else MODEL_FILE for file in used}
         for file, name in names.items():
             write(file, directory / name)
         if (source / INDEX_FILE).is_file():

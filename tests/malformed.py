@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import stat
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -230,6 +231,13 @@ def directory_named_like_a_file(directory):
 def fifo(directory):
     path = directory / "model.safetensors"
     os.mkfifo(path)
+    return path
+
+
+@case(r"expected a regular file, got a socket")
+def unix_socket(directory):
+    path = directory / "model.safetensors"
+    os.mknod(path, 0o600 | stat.S_IFSOCK)
     return path
 
 
@@ -568,6 +576,7 @@ configured("bits_bool", r"inq_config: Format: bits: expected an int, got True", 
 configured("bits_float", r"inq_config: Format: bits: expected an int, got 4.0", bits=4.0)
 configured("bits_missing", r"inq_config: Format: bits: expected an int, got None", bits=None)
 configured("levels_unknown", r"inq_config: Format: levels: expected one of .*, got 'sparse'", levels="sparse")
+configured("levels_long", r"inq_config: Format: levels: expected one of .*, got 'aaa.* … .*aaa'$", levels="a" * 10**6)
 configured("levels_list", r"inq_config: Format: levels: expected one of .*, got \['paper'\]", levels=["paper"])
 configured("granularity_unknown", r"Format: granularity: expected one of .*, got 'row'", exponent_granularity="row")
 configured("rule_unknown", r"Format: exponent: expected one of .*, got 'min'", exponent_rule="min")

@@ -51,7 +51,7 @@ MUTANTS = [
     ),
     ("test_mistakes.py::test_11", "inq.py", [("numel if prune_mask is None else int(prune_mask.sum())", "numel")]),
     ("test_mistakes.py::test_11", "format.py", [("return n1 + 1 - self.magnitudes", "return n1 + 2 - self.magnitudes")]),
-    ("test_mistakes.py::test_12", "inq.py", [("torch.zeros((numel + 7) // 8, dtype=torch.uint8", "torch.zeros((numel + 7) // 8, dtype=torch.float32")]),
+    ("test_mistakes.py::test_12", "inq.py", [("        self.n1: Tensor | None = None\n", "        self.n1: Tensor | None = None\n        self.float_mask = torch.zeros(numel)\n")]),
     (
         "test_mistakes.py::test_13",
         "nn.py",
@@ -72,6 +72,13 @@ MUTANTS = [
     ("test_inq.py::test_schedulers", "inq.py", [("            scheduler.load_state_dict(copy.deepcopy(state))\n", "")]),
     ("test_inq.py::test_schedulers", "inq.py", [("_restore_hyperparameters(scheduler.optimizer, groups)", "pass")]),
     ("test_inq.py::test_loading_an_older", "inq.py", [("been loaded into the model since.\n        self._restore()", "")]),
+    ("test_inq.py::test_the_report", "inq.py", [("histogram = {int(v) - 1: int(c)", "histogram = {int(v): int(c)")]),
+    ("test_inq.py::test_the_report", "inq.py", [("sqnr_db(self.signal, self.noise)", "sqnr_db(self.noise, self.signal)")]),
+    ("test_inq.py::test_a_second_run", "inq.py", [("        if weight in _held:", "        if False:")]),
+    ("test_inq.py::test_hooks_of_the_user", "inq.py", [("        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)\n", "")]),
+    ("test_training.py::test_the_first_hyperparameters", "inq.py", [('        self._initial_groups = copy.deepcopy(state["initial_groups"])\n', "")]),
+    ("test_training.py::test_forged", "training.py", [("        _take_over(model, optimizer, run, before)\n", "")]),
+    ("test_nn.py::test_a_failed_convert", "nn.py", [("        new.bias = module.bias\n", "        new.bias = module.bias\n        parent = model.get_submodule(name.rpartition('.')[0])\n        parent._modules[name.rpartition('.')[2]] = new\n")]),
     ("test_training.py::test_random_states", "training.py", [('_set_rng_state(state["rng"])', "pass")]),
     ("test_training.py::test_a_flipped_bit", "training.py", [("read_tensors(path, header, checksums)", "read_tensors(path, header)")]),
 ]  # fmt: skip
@@ -111,7 +118,7 @@ def check(mutant: tuple) -> str | None:
 
 
 def main() -> int:
-    wanted = [m for m in MUTANTS if len(sys.argv) < 2 or sys.argv[1] in m[0]]
+    wanted = [m for m in MUTANTS if len(sys.argv) < 2 or any(a in m[0] for a in sys.argv[1:])]
     with tempfile.TemporaryDirectory() as temporary:
         folder = copy_of(Path(temporary))
         broken = [t for t in dict.fromkeys(m[0] for m in wanted) if run_tests(folder, t).returncode != 0]

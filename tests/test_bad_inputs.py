@@ -92,6 +92,31 @@ def test_wrong_shapes():
         inq.PackedWeight(layer.weight[:, 1:], layer.weight_exp, None, FMT, (3, 40))
 
 
+def test_wrong_types():
+    layer, w = packed_linear(), torch.randn(3, 40)
+    for call in (
+        lambda: inq.exponents(w, 5),
+        lambda: inq.quantize(w, 5),
+        lambda: inq.quantize_with_mask(w, None, 0.5, 5),
+        lambda: inq.pack(w, 5),
+    ):
+        with pytest.raises(TypeError, match="fmt: expected an inq.Format, got 5"):
+            call()
+    with pytest.raises(TypeError, match="inq.linear: packed: expected an inq.PackedWeight, got Tensor"):
+        inq.linear(w, w)
+    with pytest.raises(TypeError, match="inq.unpack: packed: expected an inq.PackedWeight, got Tensor"):
+        inq.unpack(w)
+    with pytest.raises(TypeError, match="inq.linear: x: expected a torch.Tensor, got NoneType"):
+        inq.linear(None, layer.packed)
+    with pytest.raises(TypeError, match="inq.linear: bias: expected a torch.Tensor, got list"):
+        inq.linear(w, layer.packed, [0.0])
+    with pytest.raises(ValueError, match=r"PackedWeight: shape: expected rank ≥ 1, got \(\)"):
+        inq.PackedWeight(layer.weight, layer.weight_exp, None, FMT, ())
+    conv = inq.Conv2d.from_float(nn.Conv2d(2, 3, 3), FMT)
+    with pytest.raises(ValueError, match="inq.conv2d: groups: expected an int ≥ 1, got 0"):
+        inq.conv2d(torch.zeros(1, 2, 5, 5), conv.packed, groups=0)
+
+
 def test_a_layer_of_zeros_packs_but_cannot_be_retrained():
     layer = nn.Linear(9, 4)
     nn.init.zeros_(layer.weight)

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support import generator, same_bits
 
@@ -304,6 +305,23 @@ def test_a_failed_step_leaves_the_old_directory(tmp_path, monkeypatch, name, aft
     assert hidden(tmp_path) == [] or name in ("open", "scandir", "fsync")
 
 
+def test_a_directory_that_cannot_be_listed_is_not_taken_for_synced(tmp_path, monkeypatch):
+    real, calls = os.scandir, []
+
+    def second_fails(path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "I/O error")
+        return real(path)
+
+    write_directory(tmp_path / "model", fill_with(OLD))
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "scandir", second_fails)
+        with pytest.raises(OSError, match="I/O error"):
+            write_directory(tmp_path / "model", fill_with(NEW))
+    assert is_old(tmp_path / "model" / "model.safetensors")
+
+
 def test_a_library_that_writes_something_else_is_found_out(tmp_path, monkeypatch):
     def wrong_value(tensors, path, metadata):
         save_file(tensors | {"a": tensors["a"] + 1}, path, metadata)
@@ -327,6 +345,28 @@ def test_a_library_that_writes_something_else_is_found_out(tmp_path, monkeypatch
             write_safetensors(path, NEW, {})
         assert is_old(path)
         assert hidden(tmp_path) == []
+
+
+def test_errors_of_the_library_are_ours(tmp_path, monkeypatch):
+    """It tells of the system's errors in words only."""
+    path = tmp_path / "x.safetensors"
+    for text, error, message in (
+        ("I/O error: No space left on device (os error 28)", OSError, f"No space left on device: '{path}'"),
+        ('IoError(Os { code: 28, kind: StorageFull, message: "…" })', OSError, f"No space left on device: '{path}'"),
+        ("no idea", CheckpointError, f"{path}: expected a safetensors file, got: no idea"),
+    ):
+        monkeypatch.setattr(files, "save_file", raising(SafetensorError(text)))
+        with pytest.raises(error, match=message) as caught:
+            write_safetensors(path, OLD, {})
+        assert getattr(caught.value, "errno", 28) == errno.ENOSPC
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_shrinks_while_its_header_is_read(tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 1000) + b"{}")
+    monkeypatch.setattr(files, "check_regular", lambda path: 1 << 20)
+    with pytest.raises(CheckpointError, match="expected a header of 1000 bytes, got 2"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_a_file_that_goes_away_is_named(tmp_path):

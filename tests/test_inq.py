@@ -2,6 +2,7 @@
 and a run that is stopped anywhere goes on bit for bit."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ OPTIMIZERS = {
 def test_frozen_weights_never_move_and_counts_are_exact(optimizer, partition):
     model, (x, t) = small_net(), batch()
     opt = OPTIMIZERS[optimizer](model.parameters())
-    run = inq.INQ(model, opt, FMT, PORTIONS, partition=partition)
+    run = inq.INQ(model, opt, FMT, inq.PAPER_PORTIONS[4], partition=partition)
     previous = None
     for portion in run:
         before = snapshot(model, run)
@@ -106,9 +107,10 @@ def test_lbfgs_moves_nothing_frozen_inside_its_closures(line_search):
     assert calls > 15
 
 
-def test_grad_scaler_autocast_and_accumulation():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_grad_scaler_autocast_and_accumulation(optimizer):
     model, (x, t) = small_net(), batch()
-    opt = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    opt = OPTIMIZERS[optimizer](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     run = inq.INQ(model, opt, FMT, PORTIONS)
     for _ in run:
@@ -171,14 +173,38 @@ def test_counts_at_odd_sizes(size, bits):
         assert report.frozen == int(frozen.sum()) == report.zeros + sum(report.histogram.values())
 
 
-def test_twenty_million_weights_of_one_layer():
-    """Beyond torch.quantile's 2^24 elements (mistake 10), with exact counts and one bit a weight."""
+TWENTY_MILLION = [4, 8, 12, 14, 16, 17, 18, 19, 19.5, 20]  # the paper's portions at 2 bits, in millions
+
+
+@pytest.mark.parametrize("partition", ["magnitude", "random"])
+def test_twenty_million_weights_of_one_layer(partition):
+    """Beyond torch.quantile's 2^24 elements (mistake 10), with exact counts at every portion and one bit a weight."""
     torch.manual_seed(0)
     model = nn.Linear(5000, 4000, bias=False)
-    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), inq.Format(5), (0.3, 1.0))
-    for portion in run:
-        assert int(run.frozen("").sum()) == frozen_count(portion, 20_000_000)
+    portions = inq.PAPER_PORTIONS[2] if partition == "magnitude" else (0.3, 1.0)
+    counts = TWENTY_MILLION if partition == "magnitude" else [6, 20]
+    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), inq.Format.paper(2), portions, partition)
+    for _, millions in zip(run, counts, strict=True):
+        assert int(run.frozen("").sum()) == millions * 1_000_000
     assert run.state_dict()["layers"][""]["mask"].numel() == 20_000_000 // 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the same test runs there")
+@pytest.mark.parametrize("capturable", [False, True])
+def test_on_a_gpu(capturable):
+    model, (x, t) = small_net().cuda(), [v.cuda() for v in batch()]
+    opt = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1, capturable=capturable)
+    run = inq.INQ(model, opt, FMT, PORTIONS)
+    for _ in run:
+        before = snapshot(model, run)
+        for _ in range(3):
+            opt.zero_grad()
+            F.cross_entropy(model(x), t).backward()
+            opt.step()
+            assert_unmoved(model, before)
+    y = model.eval()(x)
+    inq.convert(model, run.formats)
+    torch.testing.assert_close(model(x), y)
 
 
 def test_layers_are_chosen_by_type_and_shared_weights_once():
@@ -348,7 +374,9 @@ def test_state_of_another_run_is_refused_and_changes_nothing():
         ({"layers": {}}, "layers: expected"),
         ({"index": 7}, "index: expected"),
         ({"seed": 5}, "seed: expected 0"),
-        ({"lr_schedulers": []}, "lr_schedulers: expected 1, got 0"),
+        ({"lr_schedulers": []}, r"lr_schedulers: expected \['OneCycleLR'\], got \[\]"),
+        ({"index": True}, "index: expected"),
+        ({"in_progress": 1}, "in_progress: expected a bool"),
     ):
         with pytest.raises(ValueError, match=message):
             fresh.load_state_dict({**state, **change})
@@ -414,6 +442,97 @@ def test_a_layer_of_zeros_is_refused():
     nn.init.zeros_(model[5].weight)
     with pytest.raises(ValueError, match="layer '5': expected some nonzero values to choose n1 from, got 480 zeros"):
         next(iter(run))
+
+
+def test_kept_weights_that_are_all_zero_are_refused():
+    model = nn.Linear(4, 4)
+    kept = torch.zeros(4, 4, dtype=torch.bool)
+    kept[0, 0] = True
+    nn.init.zeros_(model.weight[:1])
+    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), FMT, prune_masks={"": kept})
+    with pytest.raises(ValueError, match="expected some nonzero values to choose n1 from, got 1 zeros"):
+        next(iter(run))
+
+
+def test_a_second_run_on_the_same_weights_is_refused_until_the_first_is_closed():
+    model, opt, _, run = make()
+    with pytest.raises(ValueError, match=r"layer '0': .* got one of another inq.INQ: close\(\) it first"):
+        inq.INQ(model, opt, FMT)
+    list(run)
+    run.close()
+    second = inq.INQ(model, opt, inq.Format(2), (0.5, 1.0))
+    (x, t), before = batch(), model[3].weight.detach().clone()
+    next(iter(second))
+    F.cross_entropy(model(x), t).backward()
+    opt.step()
+    assert (model[3].weight != before)[~second.frozen("3")].any()
+
+
+@pytest.mark.parametrize("how", ["assign", "module"])
+def test_weights_that_were_replaced_are_noticed(how):
+    """The run would go on freezing Parameters that are the model's no more."""
+    model, _, _, run = make()
+    next(iter(run))
+    if how == "assign":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model[0] = nn.Conv2d(1, 4, 3)
+    for call in (lambda: next(iter(run)) and list(run), run.report, run.state_dict, lambda: run.formats):
+        with pytest.raises(ValueError, match="layer '0': expected the Parameter of when the run was made, got another"):
+            call()
+
+
+def test_a_layer_that_is_unfrozen_later_gets_its_gradient_masked():
+    model, (x, t) = small_net(), batch()
+    model[3].weight.requires_grad_(False)
+    run = iter(r := inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), FMT, PORTIONS))
+    next(run)
+    model[3].weight.requires_grad_(True)
+    next(run)
+    F.cross_entropy(model(x), t).backward()
+    assert not model[3].weight.grad[r.frozen("3")].any()
+    assert model[3].weight.grad[~r.frozen("3")].any()
+
+
+def test_hooks_of_the_user_see_the_weights_after_they_were_restored():
+    model, (x, t) = small_net(), batch()
+    opt = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    seen = []
+    opt.register_step_post_hook(lambda *_: seen.append(model[3].weight.detach().clone()))
+    run = inq.INQ(model, opt, FMT, PORTIONS)
+    for _ in run:
+        frozen, w = snapshot(model, run)["3"]
+        F.cross_entropy(model(x), t).backward()
+        opt.step()
+        assert torch.equal(seen[-1][frozen], w[frozen])
+
+
+def test_an_expanded_weight_is_refused():
+    model = nn.Linear(16, 4)
+    model.weight = nn.Parameter(torch.randn(4, 1).expand(4, 16))
+    with pytest.raises(ValueError, match="expected a weight with memory of its own for each value"):
+        inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), FMT)
+
+
+def test_the_report_of_a_layer_worked_by_hand():
+    """4 bits, n1 = 0: levels 1, ½, ¼, ⅛. Frozen first: 1.0 → 1, −0.8 → −1; then 0.3 → ¼, 0.05 → 0."""
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.05, -0.8, 0.3]]))
+    run = inq.INQ(model, torch.optim.SGD(model.parameters(), 0.1), inq.Format.paper(4), (0.5, 1.0))
+    assert (run.report()[0].n1, run.report()[0].frozen) == (None, 0)
+    turns = iter(run)
+    next(turns)
+    row = run.report()[0]
+    assert (row.name, row.shape, row.portion, row.frozen, row.numel) == ("", (1, 4), 0.5, 2, 4)
+    assert (row.n1, row.zeros, row.histogram) == ((0, 0), 0, {0: 2})
+    assert row.sqnr_db == pytest.approx(10 * math.log10((1.0 + 0.64) / 0.04), abs=1e-4)
+    next(turns)
+    row = run.report()[0]
+    assert (row.zeros, row.histogram) == (1, {0: 2, -2: 1})
+    noise = 0.04 + 0.05**2 + 0.05**2
+    assert row.sqnr_db == pytest.approx(10 * math.log10((1.0 + 0.64 + 0.09 + 0.0025) / noise), abs=1e-4)
+    assert "2^0:2 2^-2:1" in str(run.report())
 
 
 def test_a_weight_outside_the_optimizer_is_warned_about():

@@ -184,9 +184,9 @@ def test_11_random_partition_and_portions_are_of_the_weights_that_count():
 def test_12_the_mask_takes_one_bit_a_weight():
     _, _, run = one_layer(gaussian(100, 80), inq.Format.paper(5))
     next(iter(run))
-    state = run.state_dict()["layers"][""]
-    held = [v for v in state.values() if isinstance(v, torch.Tensor)]
-    assert state["mask"].numel() * state["mask"].element_size() == 1000
+    layer = run._layers[""]
+    held = [v for v in vars(layer).values() if isinstance(v, torch.Tensor) and v is not layer.weight]
+    assert layer.mask.numel() * layer.mask.element_size() == 1000
     assert sum(t.numel() * t.element_size() for t in held) == 8000 * (1 + 5) // 8 + 100
 
 

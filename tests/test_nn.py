@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,41 @@ def test_hooks_and_bias_gradient_settings_are_taken_over():
     assert not packed.bias.requires_grad
 
 
+def test_handles_of_hooks_still_remove_them_after_convert():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    calls = []
+    forward = model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    backward = model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+    inq.convert(model, FMT)
+    model(torch.ones(1, 3, requires_grad=True)).sum().backward()
+    assert calls == ["forward", "backward"]
+    forward.remove()
+    backward.remove()
+    model(torch.ones(1, 3, requires_grad=True)).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+def test_a_failed_move_keeps_the_row_scale():
+    packed = inq.fold_batchnorm(inq.Linear.from_float(nn.Linear(5, 3), FMT), nn.BatchNorm1d(3))
+
+    def no_memory(_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        packed._apply(no_memory)
+    assert packed.weight_scale is not None
+
+
+@compiles  # torch.func.jvp scripts something of torch's own
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))]
+)
+def test_functorch_is_refused_instead_of_answered_with_zeros(transform):
+    packed = inq.Linear.from_float(nn.Linear(5, 3), FMT).packed
+    with pytest.raises(RuntimeError, match="one inside a torch.func transform"):
+        transform(lambda x: inq.linear(x, packed).sum())(torch.randn(2, 5))
+
+
 def test_gradients_reach_x_and_bias_only():
     packed = inq.Linear.from_float(nn.Linear(5, 3), FMT)
     x = torch.randn(4, 5, requires_grad=True)
@@ -128,6 +164,7 @@ BAD_STATES = {
     "half-scale": ({"weight_scale": torch.ones(4, 1).half()}, "weight_scale: expected torch.float32"),
     "shape": ({"weight": torch.zeros(4, 8, dtype=torch.uint8)}, r"weight: expected shape \[4, 4\], got \[4, 8\]"),
     "exp-shape": ({"weight_exp": torch.zeros(4, dtype=torch.int8)}, r"weight_exp: expected shape \[4, 1\], got \[4\]"),
+    "scale-shape": ({"weight_scale": torch.ones(4)}, r"weight_scale: expected shape \[4, 1\], got \[4\]"),
     "reserved": ({"weight": torch.full((4, 4), 1, dtype=torch.uint8)}, "got 16 that are not canonical"),
 }
 
@@ -238,6 +275,14 @@ def test_fold_batchnorm_refuses_what_it_cannot_fold():
         inq.fold_batchnorm(packed, nn.BatchNorm1d(5))
     with pytest.raises(ValueError, match="track_running_stats=False"):
         inq.fold_batchnorm(packed, nn.BatchNorm1d(4, track_running_stats=False))
+    bn = nn.BatchNorm1d(4)
+    bn.running_mean[1] = math.nan
+    with pytest.raises(ValueError, match="bn: running_mean: expected finite values, got 1 that are not"):
+        inq.fold_batchnorm(packed, bn)
+    flat = nn.BatchNorm1d(4, eps=0)
+    flat.running_var[0] = 0
+    with pytest.raises(ValueError, match="running_var: expected var"):
+        inq.fold_batchnorm(packed, flat)
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------
@@ -246,6 +291,17 @@ def test_fold_batchnorm_refuses_what_it_cannot_fold():
 class OwnLinear(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight * 2)
+
+
+def patched(linear):
+    linear.forward = lambda x: x
+    return linear
+
+
+def adapted(linear):
+    linear.lora = nn.Linear(4, 2)
+    linear.register_buffer("calls", torch.zeros(1))
+    return linear
 
 
 def zoo():
@@ -268,6 +324,9 @@ def zoo():
             "pruned": prune.l1_unstructured(nn.Linear(4, 4), "weight", 2),
             "twice": nn.ModuleList([tied, tied]),
             "rnn": nn.LSTM(4, 4),
+            "patched": patched(nn.Linear(4, 4)),
+            "adapted": adapted(nn.Linear(4, 4)),
+            "bias_pruned": prune.l1_unstructured(nn.Linear(4, 4), "bias", 2),
             "bn": nn.BatchNorm2d(4),
             "packed": inq.Linear.from_float(nn.Linear(4, 4), FMT),
         }
@@ -278,7 +337,7 @@ def test_convert_reports_what_stayed_float_and_why():
     model = zoo()
     report = inq.convert(model, FMT)
     packed = {m.name for m in report.modules if m.packed}
-    assert packed == {"fc", "conv", "decoder.linear1", "decoder.linear2", "twice.0"}
+    assert packed == {"fc", "conv", "decoder.linear1", "decoder.linear2", "twice.0", "adapted.lora"}
     assert model["twice"][0] is model["twice"][1]
     assert isinstance(model["twice"][1], inq.Linear)
     why = {m.name: m.reason for m in report.modules if not m.packed}
@@ -290,6 +349,9 @@ def test_convert_reports_what_stayed_float_and_why():
     assert why["own"] == "is a subclass of Linear, whose forward may differ"
     assert why["normed"].startswith("its weight is computed from other parameters")
     assert why["pruned"].startswith("its weight is computed from other parameters")
+    assert why["patched"] == "its forward was replaced on the instance"
+    assert why["adapted"] == "it carries more than weight and bias: lora, calls"
+    assert why["bias_pruned"].startswith("it carries more than weight and bias: bias_")
     assert why["rnn"] == "no packed module for LSTM"
     assert why["packed"] == "is packed already"
     assert report.bytes_after == sum(p.numel() * p.element_size() for p in model.parameters())
@@ -308,6 +370,59 @@ def test_convert_by_patterns():
     assert model[2].format.bits == 2
     again = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     assert inq.convert(again, {"0": FMT}).modules[1].reason == "no format for its name"
+
+
+def test_names_are_names_before_they_are_patterns():
+    model = nn.ModuleDict({"a[0]": nn.Linear(8, 8), "*": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    fmts = {"*": inq.Format(2), "a[0]": inq.Format(3), "b": inq.Format(5)}
+    inq.convert(model, fmts)
+    assert [m.format.bits for m in model.values()] == [3, 2, 5]
+
+
+def test_convert_keeps_the_bias_parameters():
+    """An optimizer may hold them, and modules share them."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    bias = model[0].bias
+    inq.convert(model, FMT)
+    assert model[0].bias is bias
+    assert model[1].bias is bias
+
+
+def test_tiny_float64_weights_are_not_called_exact():
+    """Their squares underflow; they became zeros."""
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float64))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-200)
+    assert inq.convert(model, FMT).modules[0].sqnr_db == 0
+
+
+def test_numpy_integers_and_short_lists_as_torch_takes_them():
+    for stride in (numpy.int64(2), [2], (2, 1)):
+        m = nn.Conv2d(numpy.int64(2), 4, 3, stride=stride)
+        x = torch.randn(1, 2, 7, 7)
+        assert inq.Conv2d.from_float(m, FMT)(x).shape == m(x).shape
+
+
+def test_lazy_modules_and_wrong_types_are_named():
+    with pytest.raises(ValueError, match="layer '0': expected initialised weights"):
+        inq.convert(nn.Sequential(nn.LazyLinear(3)), FMT)
+    with pytest.raises(TypeError, match="inq.convert: fmt: .*expected an inq.Format, got 4"):
+        inq.convert(nn.Sequential(nn.Linear(2, 2)), 4)
+    with pytest.raises(TypeError, match="inq.convert: model: expected a torch.nn.Module, got int"):
+        inq.convert(3, FMT)
+    with pytest.raises(ValueError, match="weight: expected a weight with values, got one on the meta device"):
+        inq.convert(nn.Sequential(nn.Linear(2, 2, device="meta")), FMT)
+
+
+def test_unfreezing_a_whole_model_meets_torchs_error():
+    """torch asks every parameter itself, so the message is torch's; the documented way passes over packed ones."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    inq.convert(model, FMT)
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+        model.requires_grad_(True)
+    for p in model.parameters():
+        p.requires_grad_(p.is_floating_point())
 
 
 def test_convert_warns_when_little_was_packed():

@@ -40,11 +40,23 @@ OPTIMIZERS = {
 }
 
 
-def make(optimizer="sgd", portions=PORTIONS, width=6):
+def reordered(objects):
+    """The same optimizer over the same parameters in another order: it would take over momenta of others."""
+    model, _, run = objects
+    run.close()
+    opt = OPTIMIZERS["sgd"](list(model.parameters())[::-1])
+    schedulers = [torch.optim.lr_scheduler.MultiStepLR(opt, [2, 4]), torch.optim.lr_scheduler.ReduceLROnPlateau(opt)]
+    return model, opt, inq.INQ(model, opt, inq.Format(3), PORTIONS, lr_schedulers=schedulers)
+
+
+def make(optimizer="sgd", portions=PORTIONS, width=6, schedule=torch.optim.lr_scheduler.MultiStepLR):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 3))
     opt = OPTIMIZERS[optimizer](model.parameters())
-    schedulers = [torch.optim.lr_scheduler.MultiStepLR(opt, [2, 4]), torch.optim.lr_scheduler.ReduceLROnPlateau(opt)]
+    schedulers = [
+        schedule(opt, 2 if schedule is torch.optim.lr_scheduler.StepLR else [2, 4]),
+        torch.optim.lr_scheduler.ReduceLROnPlateau(opt),
+    ]
     return model, opt, inq.INQ(model, opt, inq.Format(3), portions, lr_schedulers=schedulers)
 
 
@@ -109,12 +121,22 @@ def test_schedulers_keep_their_types(tmp_path):
     assert isinstance(milestones, collections.Counter)
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("value", "where"),
     [
         ({"f": len}, r"state\['extra'\]\['f'\]: .* got builtin_function_or_method"),
         ({"a": [1, {2}]}, r"state\['extra'\]\['a'\]\[1\]: .* got set"),
         ({"d": torch.float32}, "got dtype"),
+        ({"s": "\udcff.txt"}, r"state\['extra'\]\['s'\]: expected text, got a string that UTF-8 cannot hold"),
+        ({"i": 10**4500}, r"state\['extra'\]\['i'\]: expected an int of at most 1024 bits"),
+        ({"n": nested(600)}, "expected at most 64 levels of nesting"),
     ],
 )
 def test_what_cannot_be_stored_is_named_and_the_old_file_stays(tmp_path, value, where):
@@ -126,6 +148,46 @@ def test_what_cannot_be_stored_is_named_and_the_old_file_stays(tmp_path, value, 
         inq.save_training(path, *objects, value)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_too_much_text_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="expected at most 4194304 bytes of numbers and strings"):
+        inq.save_training(tmp_path / "run.safetensors", *make(), {"log": "x" * 5_000_000})
+    assert not list(tmp_path.iterdir())
+
+
+class Versioned(nn.Linear):
+    """A module that migrates the state of older versions, as some of torch's and torchvision's do."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            state_dict[prefix + "bias"] = torch.zeros_like(self.bias)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_versions_of_modules_are_kept(tmp_path):
+    model = nn.Sequential(Versioned(3, 3))
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    run = inq.INQ(model, opt, inq.Format(3))
+    bias = model[0].bias.detach().clone()
+    inq.save_training(tmp_path / "run.safetensors", model, opt, run)
+    inq.load_training(tmp_path / "run.safetensors", model, opt, run)
+    assert torch.equal(model[0].bias, bias)
+
+
+def test_the_first_hyperparameters_survive_a_resume(tmp_path):
+    """A portion restores what the groups were when the first run was made, not when it was resumed."""
+    objects = make()
+    next(iter(objects[2]))
+    inq.save_training(tmp_path / "run.safetensors", *objects)
+    fresh = make()
+    fresh[1].param_groups[0]["momentum"] = 0.5
+    fresh[2]._initial_groups[0][0]["momentum"] = 0.5
+    inq.load_training(tmp_path / "run.safetensors", *fresh)
+    list(fresh[2])
+    assert fresh[1].param_groups[0]["momentum"] == 0.9
 
 
 def state_of(model, opt, run):
@@ -152,6 +214,8 @@ def assert_same(a, b):
     [
         (lambda: make(width=7), r"model: 0.weight: expected torch.float32 \[7, 5\], got torch.float32 \[6, 5\]"),
         (lambda: make("adamw"), "optimizer: expected AdamW, got SGD"),
+        (lambda: reordered(make()), r"optimizer: expected groups of the parameters .*, got"),
+        (lambda: make(schedule=torch.optim.lr_scheduler.StepLR), "lr_schedulers: expected .*'StepLR'.*, got"),
         (lambda: make(portions=(0.4, 1.0)), r"portions: expected \[0.4, 1.0\]"),
     ],
 )
@@ -187,7 +251,11 @@ def rewrite(path, change):
         (lambda s, m: s.update(extra={"$tensor": "t.999"}), r"\$tensor: expected what save_training writes"),
         (lambda s, m: s.update(extra={"$pickle": "gASV"}), r"expected what save_training writes, got \$pickle"),
         (lambda s, m: s.update(inq=5), "expected a state as inq.save_training writes it"),
-        (lambda s, m: s["inq"]["layers"]["0"].update(mask=[1]), "expected a state as inq.save_training writes it"),
+        (lambda s, m: s["optimizer"].pop("parameters"), "expected a state as inq.save_training writes it"),
+        (lambda s, m: s["rng"].update(python=5), "expected a state as inq.save_training writes it, got .*rng|int"),
+        (lambda s, m: s["rng"].update(torch={"$tensor": "t.0"}), "expected a state as .*rng: expected uint8 tensors"),
+        (lambda s, m: s["inq"]["lr_schedulers"][0].update(state=5), "expected a state that can be loaded"),
+        (lambda s, m: s["optimizer"]["state"].update(state=5), "expected a state that can be loaded"),
     ],
 )
 def test_forged_files_are_refused_and_change_nothing(tmp_path, change, message):
