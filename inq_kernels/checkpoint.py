@@ -409,7 +409,7 @@ def verify(path: str | os.PathLike) -> int:
 
 
 def _layer(name: str, packed: PackedWeight) -> Layer:
-    counts = torch.zeros(1 << packed.format.bits, dtype=torch.int64)
+    counts = torch.zeros(1 << packed.format.bits, dtype=torch.int64, device=packed.weight.device)
     for rows in row_chunks(packed):
         codes = reference.unpack_codes(packed.weight[rows], packed.format.bits, packed.k)
         counts += torch.bincount(codes.reshape(-1), minlength=counts.numel())

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser(argv).parse_args(argv)
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed: a daemon, or `>&-`
+            sys.stdout.flush()
         return status
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else _ERROR
@@ -257,7 +258,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _rich_on(stream: object) -> bool:
-    if not stream.isatty():
+    if stream is None or not stream.isatty():
         return False
     try:
         import rich  # noqa: F401

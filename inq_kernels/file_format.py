@@ -394,7 +394,7 @@ def _directory_config(directory: Path) -> tuple[str, object]:
     if os.path.lexists(theirs):
         files.check_regular(theirs, root)
         content = files.read_json(theirs, allow_nan=True)
-        if isinstance(content, dict) and QUANTIZATION_CONFIG in content:
+        if isinstance(content, dict) and content.get(QUANTIZATION_CONFIG) is not None:
             found.append((f"{theirs}: {QUANTIZATION_CONFIG}", content[QUANTIZATION_CONFIG]))
     if not found:
         raise CheckpointError(

@@ -417,7 +417,9 @@ def _beside(target: Path) -> Path:
 
     Only a process that is killed leaves such a ``.….tmp`` behind; it may be deleted.
     """
-    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    # 100 bytes, not characters: file systems count those, to 255.
+    name = os.fsdecode(os.fsencode(target.name)[:100]).encode("utf-8", "ignore").decode()
+    return target.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 
 def _fresh_file(path: Path) -> int:
@@ -471,12 +473,15 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], me
         OSError: no space, no directory, no permission; it names the path.
     """
     target = _target(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file, got that of a directory", str(target))
     tensors, metadata = _prepared(target, tensors), dict(metadata)
     temporary = _beside(target)
     try:
         mode = _fresh_file(temporary)
         with _library_errors(target):
             save_file(tensors, temporary, metadata)
+        _sort_metadata(temporary)
         os.chmod(temporary, mode)  # the library leaves 0600
         _fsync(temporary)
         _verify_written(temporary, tensors, metadata)
@@ -485,6 +490,23 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], me
         temporary.unlink(missing_ok=True)
         raise
     _fsync(target.parent)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata into the order of their keys, so that the same model gives the same bytes: the library writes
+    them in another order each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", None)
+        if not metadata:
+            return
+        ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        # The same JSON in another order takes the same room; the library pads it with spaces, too.
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -540,6 +562,9 @@ def write_directory(path: str | os.PathLike, fill: Callable[[Path], None]) -> No
             shutil.rmtree(replaced)
         except OSError as error:
             warnings.warn(f"{target} is written; what it replaces could not be deleted: {error}", stacklevel=2)
+        except BaseException:  # Ctrl-C: the new one is there, so finish
+            shutil.rmtree(replaced, ignore_errors=True)
+            raise
 
 
 def _check_replaceable(target: Path) -> None:

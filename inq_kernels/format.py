@@ -37,11 +37,12 @@ LEVELS = tuple(_FIELDS)
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight tensor is quantized and stored.
+    """How a weight tensor is quantized and stored: P = {±2^n1, …, ±2^n2, 0} of equation (1) for each row.
 
     Args:
         bits: storage bits a weight: 2, 3, 4 or 5.
-        levels: ``"paper"``, 2^(bits−2) magnitudes as in the INQ paper, or ``"dense"``, 2^(bits−1) − 1 magnitudes.
+        levels: ``"paper"``, 2^(bits−2) magnitudes as in the INQ paper (8, 4, 2, 1 at 5, 4, 3, 2 bits), or ``"dense"``,
+            2^(bits−1) − 1 magnitudes (15, 7, 3, 1).
         granularity: ``"tensor"``, one exponent n1 for all rows (the paper), or ``"channel"``, one a row (dimension 0).
         exponent: the rule that picks n1: ``"max"``, from max|W| (the paper, equation 2), or ``"mse"``, the n1 with
             the least squared error, larger weights saturating.

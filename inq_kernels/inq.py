@@ -245,6 +245,9 @@ class _Layer:
 class INQ:
     """Incremental quantization of ``model`` while ``optimizer`` retrains what is not frozen yet.
 
+    Algorithm 1 of the paper, with the partition of equation (5), the values of (4) and the update of (8). Weights are
+    float64, float32, bfloat16 or float16; each costs one bit for the mask and ``bits`` for its code.
+
     ``for portion in run:`` partitions, quantizes and freezes at each turn, then the body retrains. After the last
     turn every weight is 0 or ±2^k and ``inq.convert(model, run.formats)`` packs them exactly. Leaving the loop early
     and iterating again goes on with the portion in progress, and so does a run after ``load_state_dict``.
@@ -425,7 +428,7 @@ class INQ:
         return None if layer.n1 is None else layer.n1.clone()
 
     def report(self) -> Report:
-        """What is frozen, layer by layer."""
+        """What is frozen, a ``LayerReport`` for each layer. ValueError if the model's weights were replaced."""
         self._check_attached()
         return Report(layer.report(self.portion) for layer in self._layers.values())
 
@@ -460,7 +463,8 @@ class INQ:
         }
 
     def check_state(self, state: Mapping) -> None:
-        """Raise ValueError unless ``state`` is of a run with these arguments on a model like this."""
+        """Raise ValueError unless ``state`` (as from ``state_dict``) is of a run with these arguments on a model like
+        this: portions, partition, seed, layers, formats, kinds of LR schedulers; shapes and dtypes of its tensors."""
         where = "inq.INQ.load_state_dict"
         _check_keys(where, state, _RUN_KEYS)
         expected = {

@@ -153,11 +153,18 @@ class _PackedModule:
 class Linear(_PackedModule, nn.Linear):
     """torch.nn.Linear with packed weights: y = (x · decode(W)ᵀ) · 2^n1 · scale + bias (see ``inq.linear``).
 
-    Made with zero codes; fill it with ``from_float``, ``load_state_dict`` or ``inq.load``.
+    Made with zero codes; fill it with ``from_float``, ``load_state_dict`` or ``inq.load``. x is float64, float32,
+    bfloat16 or float16 [..., in_features]; y has x's dtype, [..., out_features]. Parameters: ``weight`` uint8
+    [out_features, ceil(in_features/8)·bits], ``weight_exp`` int8 [out_features, 1], ``weight_scale`` float32
+    [out_features, 1] or None, ``bias`` float [out_features] or None. Only the bias takes a gradient: to unfreeze a
+    whole model, pass over parameters that are not ``is_floating_point()``.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear; ``dtype`` is the bias's.
         fmt: the format of the weight.
+
+    Raises:
+        TypeError: ``fmt`` is no Format; at a call x is no float tensor. ValueError: at a call x does not fit.
     """
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, fmt: Format):
@@ -179,7 +186,11 @@ class Linear(_PackedModule, nn.Linear):
         return new
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A torch.nn.Linear with the decoded weights in ``dtype`` (None: the bias's, or float32)."""
+        """A torch.nn.Linear with the decoded weights in ``dtype`` (None: the bias's, or float32).
+
+        Raises:
+            TypeError: ``dtype`` is none of the four float dtypes. ValueError: it is float16 and too narrow.
+        """
         dtype = self._float_dtype(dtype)
         return self._return_float(nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", dtype))
 
@@ -190,8 +201,14 @@ class Linear(_PackedModule, nn.Linear):
 class Conv2d(_PackedModule, nn.Conv2d):
     """torch.nn.Conv2d with packed weights (see ``inq.conv2d``); every padding mode, groups and dilation.
 
+    x is float64, float32, bfloat16 or float16 [B, in_channels, H, W]; y has x's dtype, [B, out_channels, H', W'].
+    Parameters as in ``inq.Linear``, with K = in_channels/groups · kh · kw in the place of in_features.
+
     Args:
         fmt: the format of the weight. The others are torch.nn.Conv2d's; ``dtype`` is the bias's.
+
+    Raises:
+        TypeError: ``fmt`` is no Format; at a call x is no float tensor. ValueError: at a call x does not fit.
     """
 
     def __init__(
@@ -205,7 +222,11 @@ class Conv2d(_PackedModule, nn.Conv2d):
 
     @classmethod
     def from_float(cls, m: nn.Conv2d, fmt: Format, n1: Tensor | None = None) -> Conv2d:
-        """The packed form of ``m``; as ``Linear.from_float``."""
+        """The packed form of ``m``; as ``Linear.from_float``.
+
+        Raises:
+            TypeError: ``m`` is no torch.nn.Conv2d with a float weight. ValueError: NaN or Inf in its weight.
+        """
         if not isinstance(m, nn.Conv2d):
             raise TypeError(f"inq.Conv2d.from_float: m: expected a torch.nn.Conv2d, got {type(m).__name__}")
         new = cls(*_conv_arguments(m), m.bias is not None, m.padding_mode, "meta", fmt=fmt)
@@ -213,7 +234,11 @@ class Conv2d(_PackedModule, nn.Conv2d):
         return new
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
-        """A torch.nn.Conv2d with the decoded weights in ``dtype`` (None: the bias's, or float32)."""
+        """A torch.nn.Conv2d with the decoded weights in ``dtype`` (None: the bias's, or float32).
+
+        Raises:
+            TypeError, ValueError: as in ``Linear.to_float``.
+        """
         dtype = self._float_dtype(dtype)
         return self._return_float(
             nn.Conv2d(*_conv_arguments(self), self.bias is not None, self.padding_mode, "meta", dtype)
@@ -258,9 +283,17 @@ def fold_batchnorm(module: Linear | Conv2d, bn: _BatchNorm) -> Linear | Conv2d:
     With g = γ/√(var + ε): the row scale becomes scale·g, the bias (bias − mean)·g + β. Codes and exponents stay
     powers of two, as they are. Replace ``bn`` by torch.nn.Identity afterwards.
 
+    Args:
+        module: a packed module of N output rows or channels.
+        bn: torch.nn.BatchNorm1d, 2d or 3d of N features, affine or not; its statistics [N] are taken as they are now.
+
+    Returns:
+        A new module of the same codes, with ``weight_scale`` float32 [N, 1] and a bias [N] of the old bias's dtype, or
+        of the running mean's.
+
     Raises:
         TypeError: ``module`` is not packed, or ``bn`` is no batch norm. ValueError: their channel counts differ, or
-            ``bn`` has no running statistics.
+            ``bn`` has no running statistics, or NaN, Inf or var + ε ≤ 0 among them.
     """
     if not isinstance(module, (Linear, Conv2d)):
         raise TypeError(f"inq.fold_batchnorm: module: expected inq.Linear or inq.Conv2d, got {type(module).__name__}")
@@ -317,10 +350,12 @@ class ConvertReport:
 
     @property
     def bytes_before(self) -> int:
+        """Bytes of all parameters before, shared ones once."""
         return sum(m.bytes_before for m in self.modules)
 
     @property
     def bytes_after(self) -> int:
+        """Bytes of all parameters now."""
         return sum(m.bytes_after for m in self.modules)
 
     @property
@@ -412,10 +447,13 @@ def convert(
     report gives their SQNR. All or nothing: after an error, out of memory included, the model is as it was.
 
     Args:
-        model: any module; modules are chosen by type. Tied weights, MultiheadAttention, TransformerEncoderLayer and
-            subclasses of Linear and Conv2d stay float, with the reason in the report.
-        fmt: a format for all, or a mapping from name patterns (fnmatch) to formats; the first that matches wins, and
-            modules that none matches stay float. ``run.formats`` of an ``inq.INQ`` fits.
+        model: any module with values (not on the meta device); modules are chosen by type. Tied weights,
+            MultiheadAttention, TransformerEncoderLayer, and what carries or does more than a Linear or Conv2d (a
+            subclass, a patched forward, modules inside) stay float, with the reason in the report. Biases stay the same
+            Parameters.
+        fmt: a format for all, or a mapping from names or name patterns (fnmatch) to formats; a name comes before a
+            pattern, then the first that matches wins, and modules that none matches stay float. ``run.formats`` of an
+            ``inq.INQ`` fits.
         skip: name patterns of modules that stay float.
         only: name patterns of the only modules to replace.
 

@@ -145,7 +145,15 @@ def exponents(w: Tensor, fmt: Format) -> Tensor:
 def quantize(w: Tensor, fmt: Format, n1: Tensor | None = None) -> Tensor:
     """Fake quantization by equation (4) of the paper: every value becomes 0 or ±2^k, n2 ≤ k ≤ n1; ties go up.
 
-    |w| ≥ 1.5·2^n1 saturates to ±2^n1. Returns a tensor like ``w`` (same shape, dtype, device); no gradient.
+    |w| ≥ 1.5·2^n1 saturates to ±2^n1, and what is under 2^(n2−1) becomes 0.
+
+    Args:
+        w: float64, float32, bfloat16 or float16 weight [N, …] of any rank ≥ 1, finite.
+        fmt: the format.
+        n1: int8 [N, 1], the largest exponent of each row; None derives it by ``fmt.exponent``.
+
+    Returns:
+        A new tensor like ``w`` (shape, dtype, device), without gradient.
 
     Raises:
         TypeError, ValueError: ``w`` or ``n1`` is not as in ``exponents``.
@@ -235,12 +243,15 @@ def check_portion(name: str, portion: float) -> None:
 
 
 def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
-    """Quantized weights as codes. Lossless, or an error: values are never rounded here.
+    """Quantized weights, the set P of equation (1), as codes. Lossless, or an error: values are never rounded here.
 
     Args:
-        w_hat: float weight whose values are 0 or ±2^k, n2 ≤ k ≤ n1 of their row, as ``quantize`` returns them.
+        w_hat: float weight [N, …] whose values are 0 or ±2^k, n2 ≤ k ≤ n1 of their row, as ``quantize`` returns them.
         fmt: the format.
         n1: int8 [N, 1]; None derives it from the largest value.
+
+    Returns:
+        ``PackedWeight`` with ``weight`` uint8 [N, ceil(K/8)·bits] and ``weight_exp`` int8 [N, 1], K = numel/N.
 
     Raises:
         ValueError: some value is not representable (they are counted). TypeError, ValueError: as in ``exponents``.
@@ -263,7 +274,14 @@ def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights again, of ``packed.shape`` and ``dtype``, times the row scale where there is one.
+    """The weights again: ±2^k of each code, times the row scale where there is one.
+
+    Args:
+        packed: what ``pack`` returned.
+        dtype: of the result: float64, float32, bfloat16 or float16.
+
+    Returns:
+        A new tensor of ``packed.shape`` and ``dtype``; zeros are +0.
 
     Raises:
         TypeError: ``dtype`` is not one of the four float dtypes. ValueError: it is float16 and too narrow.
@@ -398,7 +416,9 @@ def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """y = (x · Wᵀ) · row scale + bias, accumulated in float32 (float64 for float64), rounded once to x's dtype.
+    """y = (x · Wᵀ) · row scale + bias, W of equation (4); accumulated in float32 (float64 for float64), rounded once to
+    x's dtype. Products are of x and W / 2^n1; the sum is multiplied by 2^n1 and then by the row scale, in float32, so a
+    sum or a product past 2^128 overflows even where a later factor would bring it back.
 
     Args:
         x: float [..., K], any strides, batch 0 included; under autocast its autocast dtype is used.

@@ -235,7 +235,7 @@ def _check_unquantized(headers: Mapping[Path, Header], source: Path, model_confi
     for shard, header in headers.items():
         if VERSION_KEY in header.metadata:
             raise CheckpointError(f"{shard}: expected float weights, got an inq file: it is packed already")
-    if model_config and QUANTIZATION_CONFIG in model_config:
+    if model_config and model_config.get(QUANTIZATION_CONFIG) is not None:
         settings = model_config[QUANTIZATION_CONFIG]
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise CheckpointError(

@@ -876,7 +876,7 @@ def configs_that_disagree(directory):
     return path
 
 
-@case(r"config.json: quantization_config: expected an object, got NoneType")
+@case(r"expected inq.json, or quantization_config in config.json, got neither: not an inq checkpoint")
 def config_null(directory):
     path = model_directory(directory)
     (path / "inq.json").rename(path / "config.json")

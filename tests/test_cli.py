@@ -701,3 +701,12 @@ def test_a_full_disk_is_an_error_of_one_line_and_nothing_is_left(tmp_path):
         assert line.startswith(f"inq: error: {tmp_path}/")
         assert f"{name}: " in line
         assert line.endswith(("No space left on device", "File too large"))
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(tmp_path, closed):
+    """As a daemon has them."""
+    done = subprocess.run(
+        f"{sys.executable} -m inq_kernels.cli doctor {closed}", shell=True, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

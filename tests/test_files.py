@@ -668,3 +668,24 @@ def test_killed_at_any_moment_what_is_on_disk_verifies(tmp_path):
     # Else the kills came at the wrong moments and showed nothing.
     assert int(states) >= 2
     assert interrupted == "True"
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    """The library writes metadata in another order each time; whoever hashes a model's file should not see that."""
+    metadata = {key: f'value of {key}: é " \\ \n' for key in "hgfedcba"}
+    written = set()
+    for i in range(6):
+        files.write_safetensors(tmp_path / f"{i}.safetensors", {"a": torch.arange(3), "b": torch.ones(2)}, metadata)
+        written.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(written) == 1
+    assert files.read_header(tmp_path / "0.safetensors").metadata == metadata
+
+
+def test_long_names_and_a_directory_in_the_way(tmp_path):
+    path = tmp_path / ("模" * 78 + ".safetensors")
+    files.write_safetensors(path, {"a": torch.ones(1)}, {})
+    assert files.read_header(path).tensors
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match="expected the name of a file.*x.safetensors"):
+        files.write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, "x.safetensors"])
