@@ -14,13 +14,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo bars test mutants lint format clean help
+.PHONY: demo bars test mutants mutants-files lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
 	@echo "make test      the whole test suite"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
+	@echo "make mutants-files   the same for files and the command line (ten minutes)"
 	@echo "make lint      ruff; make format rewrites"
 	@echo "make clean     remove $(VENV), demo/ and caches"
 
@@ -35,6 +36,10 @@ test: $(READY)
 
 mutants: $(READY)
 	$(PY) tests/mutants.py
+
+# Takes ten minutes, so CI leaves it out.
+mutants-files: $(READY)
+	$(PY) tests/mutants_files.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

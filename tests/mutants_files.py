@@ -96,7 +96,7 @@ MUTANTS = [
     (f"{K}::keep_the_dtype", tr, [("    dtypes = {name: infos[name].dtype for name in chosen}","    dtypes = {}")]),
     (f"{K}::tied_head", tr, [('    if tied and module == "lm_head":','    if False:')]),
     (f"{K}::goes_away", cli, [("        _silence_stdout()\n","")]),
-    (f"{K}::interrupt", cli, [("    except KeyboardInterrupt:","    except ZeroDivisionError:")]),
+    (f"{K}::interrupt", cli, [("        return _INTERRUPTED","        return _ERROR")]),
     (f"{K}::one_line", cli, [('    return " ".join(text.split())','    return text')]),
     (f"{K}::unicode", cli, [('            stream.reconfigure(errors="replace")','            pass')]),
 ]  # fmt: skip
