@@ -41,7 +41,7 @@ MUTANTS = [
         [("isinstance(module, QUANTIZED_TYPES) and", "hasattr(module, 'weight') and 'bn' not in name and")],
     ),
     ("test_mistakes.py::test_08", "reference.py", [("flat = w.detach().abs().reshape(-1)", "flat = (9 - w.detach().abs()).reshape(-1)")]),
-    ("test_mistakes.py::test_09", "inq.py", [('= state["index"], state["in_progress"]', "= -1, False")]),
+    ("test_mistakes.py::test_09", "inq.py", [('self._index, self._in_progress = state["index"], state["in_progress"]', "self._index, self._in_progress = -1, False")]),
     ("test_mistakes.py::test_09", "inq.py", [('self.mask = state["mask"].to(device, copy=True)', "pass")]),
     ("test_mistakes.py::test_09", "training.py", [('optimizer.load_state_dict(state["optimizer"]["state"])', "pass")]),
     (
