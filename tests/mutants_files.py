@@ -39,11 +39,11 @@ MUTANTS = [
     # files: writing
     (f"{F}::permission", files, [("        os.chmod(temporary, mode)  # the library leaves 0600\n","")]),
     (f"{F}::views", files, [("tensor.clone() if memory in seen else tensor","tensor")]),
-    (f"{F}::a_failed_step_leaves_the_old_file", files, [("        os.replace(temporary, target)\n    except BaseException:\n        temporary.unlink(missing_ok=True)\n        raise\n    _fsync(target.parent)\n\n\ndef write_text","        os.replace(temporary, target)\n    except Exception:\n        temporary.unlink(missing_ok=True)\n        raise\n    _fsync(target.parent)\n\n\ndef write_text")]),
+    (f"{F}::a_failed_step_leaves_the_old_file", files, [("        os.replace(temporary, target)\n    except BaseException:\n        temporary.unlink(missing_ok=True)\n        raise\n    _fsync(target.parent)\n\n\ndef _sort_metadata","        os.replace(temporary, target)\n    except Exception:\n        temporary.unlink(missing_ok=True)\n        raise\n    _fsync(target.parent)\n\n\ndef _sort_metadata")]),
     (f"{F}::a_failed_step_leaves_the_old_file", files, [("        _verify_written(temporary, tensors, metadata)\n        os.replace(temporary, target)","        os.replace(temporary, target)\n        _verify_written(target, tensors, metadata)")]),
     (f"{F}::a_failed_step_leaves_the_old_file", files, [("    temporary = _beside(target)\n    try:\n        mode = _fresh_file(temporary)\n        with","    temporary = target\n    try:\n        mode = 0o644\n        with")]),
     (f"{F}::found_out", files, [("        _verify_written(temporary, tensors, metadata)\n","")]),
-    (f"{F}::failed_sync_of_the_parent", files, [("    _fsync(target.parent)\n\n\ndef write_text","\n\ndef write_text")]),
+    (f"{F}::failed_sync_of_the_parent", files, [("    _fsync(target.parent)\n\n\ndef _sort_metadata","\n\ndef write_text")]),
     (f"{F}::killed", files, [("    temporary = _beside(target)\n    try:\n        mode = _fresh_file(temporary)\n        with","    temporary = target\n    try:\n        mode = 0o644\n        with"),("            save_file(tensors, temporary, metadata)","            import io, safetensors.torch as st; fh = open(temporary, 'wb', buffering=0); b = st.save(tensors, metadata); [fh.write(b[i:i+1000]) for i in range(0, len(b), 1000)]; fh.close()")]),
     (f"{F}::killed or exchange", files, [("    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):","    if True:")]),
     (f"{F}::no_space", files, [("        with _library_errors(target):\n            save_file","        if True:\n            save_file")]),
