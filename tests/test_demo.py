@@ -18,9 +18,6 @@ from inq_kernels import checkpoint, demo
 from inq_kernels.demo import check, command, report
 from inq_kernels.demo.train import BY_KEY, FLOAT, QUICK_ROWS, ROWS, digits_net
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-
 
 def arguments(*words):
     parser = argparse.ArgumentParser()
