@@ -223,11 +223,10 @@ def quantize_with_mask(
     if count < held:
         raise ValueError(f"inq.quantize_with_mask: portion: {portion} means {count} weights, {held} are frozen already")
     random = partition == "random"
-    seed = (
-        int(torch.randint(1 << 62, (), generator=generator, device="cpu" if generator is None else generator.device))
-        if random
-        else 0
-    )
+    seed = 0
+    if random:
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
     mask = reference.pack_bits(frozen)
     threshold = _op.partition_threshold(w_hat, mask, keep, count - held, random, seed)
     _op.quantize_with_mask_(w_hat, mask, n1, threshold, keep, fmt.bits, fmt.levels, random, seed)
@@ -379,8 +378,8 @@ def _sum_to_bias(grad: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
 def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """Validate, and return x in its autocast dtype where autocast is on."""
     _check_packed(f"inq.{op}: packed", packed)
-    for name, value in (("x", x), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+    for name, value in (("x", x),) if bias is None else (("x", x), ("bias", bias)):
+        if not isinstance(value, Tensor):
             raise TypeError(f"inq.{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
     if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
         # The operators are opaque to torch.func: jvp, for one, would see a constant and answer with zeros.
@@ -446,13 +445,14 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """As torch takes it: one integer (numpy's too), or a sequence of one or two."""
+    values = value if isinstance(value, Sequence) else (value,)
     try:
-        values = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
+        # True is an index to Python, and a mistake here.
+        pair = tuple(-1 if isinstance(v, bool) else operator.index(v) for v in values)
     except TypeError:
-        values = ()
-    pair = values * 2 if len(values) == 1 else values
-    given_bool = isinstance(value, bool) or (isinstance(value, Sequence) and any(isinstance(v, bool) for v in value))
-    if len(pair) != 2 or min(pair) < least or given_bool:
+        pair = ()
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"inq.conv2d: {name}: expected one int ≥ {least} or two, got {value!r}")
     return pair
 
