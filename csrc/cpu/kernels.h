@@ -80,11 +80,19 @@ struct Shape {
   int rows;         // of a micro-tile at most
   int panels;       // of a micro-tile at most
   int stream_rows;  // the largest entry of kStreamRows that is compiled
+  int lanes;        // dwords a register
+  int registers;    // that `stream` may fill with sums and codes, beside a weight, an x, and the table
 };
-constexpr Shape kPortableShape{1, 2, 1, 2};
-constexpr Shape kAvx2Shape{1, 6, 1, 4};
-constexpr Shape kAvx512Shape{1, 6, 4, 12};
-constexpr Shape kAvx512PairShape{2, 6, 4, 24};
+constexpr Shape kPortableShape{1, 2, 1, 2, 4, 12};
+constexpr Shape kAvx2Shape{1, 6, 1, 4, 8, 12};
+constexpr Shape kAvx512Shape{1, 6, 4, 12, 16, 28};
+constexpr Shape kAvx512PairShape{2, 6, 4, 24, 16, 28};
+
+// Panels that `stream` takes at once: eight streams from memory at most, as many as its registers hold.
+constexpr int stream_panels(Shape s, int rows) {
+  const int fitting = s.registers / ((rows + 1) * (kPanelRows / s.lanes));
+  return fitting < 1 ? 1 : fitting > 8 ? 8 : fitting;
+}
 
 struct Kernels {
   void (*pack)(const PackArgs&);

@@ -60,8 +60,8 @@ Plan plan(const Description& d) {
   if (d.op == Op::linear && d.m <= p.shape.stream_rows) {
     p.kernel = Kernel::stream;
     p.stream_rows = *std::find_if(std::begin(kStreamRows), std::end(kStreamRows), [&](int r) { return r >= d.m; });
-    // A task is what one pass keeps in registers (24 sums), or less where that leaves threads without work.
-    const int64_t at_once = std::clamp(24 / p.stream_rows, 1, 8);
+    // A task is one pass, or less where that leaves threads without work.
+    const int64_t at_once = stream_panels(p.shape, p.stream_rows);
     p.group = std::clamp<int64_t>(ceil_div(panels_of(d.n), p.threads), 1, at_once);
     return p;
   }
