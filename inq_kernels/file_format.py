@@ -33,7 +33,7 @@ from torch import Tensor
 from . import files, ops, reference
 from .files import CheckpointError, Header
 from .format import N1_MAX, N1_MIN, Format
-from .library import STORAGE
+from .layouts import STORAGE
 from .ops import PackedWeight
 
 FORMAT_VERSION = 1

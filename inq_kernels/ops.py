@@ -20,7 +20,8 @@ from torch.autograd import Function
 from . import backends as _backends  # noqa: F401 - loading it is what implements the operators
 from . import reference
 from .format import Format, frozen_count
-from .library import STORAGE
+from .layouts import STORAGE
+from .layouts import shape as layout_shape
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PARTITIONS = ("magnitude", "random")
@@ -33,7 +34,8 @@ class PackedWeight:
     """Quantized weights as codes: value = ±2^(exponent of the code, relative to n1) · 2^weight_exp · weight_scale.
 
     Attributes:
-        weight: uint8 [N, ceil(K/8)·bits], one little-endian bit stream a row (for ``layout`` "storage").
+        weight: uint8 [N, ceil(K/8)·bits], one little-endian bit stream a row, for ``layout`` "storage"; for others see
+            layouts.py.
         weight_exp: int8 [N, 1], n1 of each row.
         weight_scale: float32 [N, 1] or None.
         format: how codes are read.
@@ -56,7 +58,7 @@ class PackedWeight:
         if not self.shape:
             raise ValueError("PackedWeight: shape: expected rank ≥ 1, got ()")
         n, k = self.shape[0], self.k
-        _expect("weight", self.weight, torch.uint8, (n, self.format.row_bytes(k)) if self.layout == STORAGE else None)
+        _expect("weight", self.weight, torch.uint8, layout_shape(self.layout, n, k, self.format))
         _expect("weight_exp", self.weight_exp, torch.int8, (n, 1))
         if self.weight_scale is not None:
             _expect("weight_scale", self.weight_scale, torch.float32, (n, 1))
