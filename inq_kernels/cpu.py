@@ -42,6 +42,8 @@ def unavailable() -> str | None:
         # torch says which file; the loader's own words are in the cause.
         return f"the compiled library does not load: {error.__cause__ or error}"
     for name, fake in _FAKES.items():
+        if not hasattr(_leaf, name):
+            continue  # TEMP
         torch.library.register_fake(f"inq_cpu::{name}", fake)
     _leaf.isa()  # reads INQ_CPU_ISA: better now than in the middle of a model
     return None
@@ -53,6 +55,11 @@ def summary() -> str:
     if isa != detected:
         return f"{isa}, by {ISA_ENVIRONMENT}={os.environ.get(ISA_ENVIRONMENT, '')} (the machine has {detected})"
     return f"{isa} ({missing})" if missing else isa
+
+
+def plan(op: str, m: int, n: int, k: int, dtype: str, bits: int, isa: str | None = None) -> str:
+    """Which kernel would run a product of that size with that instruction set (None: the one in use), in words."""
+    return _leaf.plan(op, m, n, k, dtype, bits, isa or _leaf.isa(), torch.get_num_threads())
 
 
 def _ready(weight: Tensor, k: int, bits: int, dense: bool, layout: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import threading
 import warnings
@@ -83,15 +84,12 @@ class _PackedModule:
     def _lay_out(self, layout: str) -> None:
         """Hold the weight in ``layout``, as a new Parameter: nothing that reads the old one sees half a change."""
         with _LAYING_OUT, torch.inference_mode(False), torch.no_grad():
-            weight = self.weight
-            if (before := layout_of(weight)) == layout:
+            if layout_of(self.weight) == layout:
                 return
-            n, k = self.shape[0], math.prod(self.shape[1:])
-            tail = (k, self.format.bits, self.format.levels)
-            stored = weight if before == STORAGE else torch.ops.inq.unprepack(weight, n, *tail, before)
-            new = stored if layout == STORAGE else torch.ops.inq.prepack(stored, *tail, layout)
+            before = self.packed
+            new = ops.prepack(dataclasses.replace(before, weight=before.weight.data), layout).weight
             # Under a fake tensor mode the module must not be left with a weight that has no values.
-            if type(new) is type(weight.data):
+            if type(new) is type(before.weight.data):
                 self.weight = nn.Parameter(new, requires_grad=False)
 
     def prepack(self) -> None:
@@ -99,7 +97,8 @@ class _PackedModule:
 
         ``state_dict`` and files have the storage layout all the same.
         """
-        if self.backend in (None, "cpu") and (layout := backends.preferred_layout(self.weight.device.type)) != STORAGE:
+        layout = backends.preferred_layout(self.weight.device.type)
+        if layout != STORAGE and self.backend in (None, "cpu"):
             self._lay_out(layout)
 
     def _ready(self, x: Tensor) -> PackedWeight:
@@ -116,9 +115,7 @@ class _PackedModule:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if layout_of(self.weight) != STORAGE:
-            packed = self.packed
-            tail = (packed.k, packed.format.bits, packed.format.levels, packed.layout)
-            stored = torch.ops.inq.unprepack(self.weight.detach(), self.shape[0], *tail)
+            stored = ops.prepack(self.packed, STORAGE).weight
             destination[prefix + "weight"] = nn.Parameter(stored, requires_grad=False) if keep_vars else stored
 
     def _fill(self, source: nn.Module, fmt: Format, n1: Tensor | None) -> None:
@@ -415,7 +412,8 @@ def fold_batchnorm(module: Linear | Conv2d, bn: _BatchNorm) -> Linear | Conv2d:
 
 @dataclass(frozen=True)
 class Converted:
-    """One module with parameters: ``packed``, or float for ``reason``. Bytes are of all its own parameters."""
+    """One module with parameters: ``packed``, or float for ``reason``. Bytes are of all its own parameters, as they are
+    in files; in use 2 and 3 bits take the room of 4, and rows and columns are padded to a tile (layouts.py)."""
 
     name: str
     kind: str
@@ -514,10 +512,14 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, owners: Mapping[int
 
 
 def _own_bytes(module: nn.Module, counted: set[int]) -> int:
-    """Bytes of the module's own parameters, without those in ``counted``, to which they are added: shared once."""
-    own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
-    counted.update(map(id, own))
-    return sum(p.numel() * p.element_size() for p in own)
+    """Bytes of the module's own parameters in files, without those in ``counted``, to which they are added: shared once."""
+    own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in counted}
+    counted.update(map(id, own.values()))
+    if isinstance(module, _PackedModule) and own.pop("weight", None) is not None:
+        return module.shape[0] * module.format.row_bytes(math.prod(module.shape[1:])) + sum(
+            p.nbytes for p in own.values()
+        )
+    return sum(p.nbytes for p in own.values())
 
 
 def convert(
