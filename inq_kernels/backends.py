@@ -131,7 +131,7 @@ def _reference(op: str) -> Callable:
 def _attach(op: str) -> None:
     """Implement ``torch.ops.inq.<op>``: choose a backend and call it."""
     on_cpu, plain = getattr(cpu, op, None), _reference(op)
-    if op not in ("pack", "unpack"):
+    if op not in ("pack", "unpack", "prepack", "unprepack", "linear", "linear_fp8"):
         on_cpu = plain  # TEMP
     arguments = getattr(torch.ops.inq, op).default._schema.arguments
     forced = arguments[-1].name == "backend"

@@ -338,12 +338,21 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 # not. Each backward is linear in the gradient, so it is a Function of its own and double backward works.
 
 
+def _run(op: str, *args):
+    """``torch.ops.inq.<op>``, whose first argument is the activations. The CPU kernels are operators themselves: outside
+    of tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
+    x = args[0]
+    if not torch.compiler.is_compiling() and _backends.choose(op, x, x.dtype, args[-1]) == "cpu":
+        return getattr(_backends.cpu, op)(*args)
+    return getattr(_op, op)(*args)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, bias, weight, weight_exp, weight_scale, tail):
         ctx.packed, ctx.tail, ctx.k = (weight, weight_exp, weight_scale), tail, x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _op.linear(x, weight, weight_exp, weight_scale, bias, *tail)
+        return _run("linear", x, weight, weight_exp, weight_scale, bias, *tail)
 
     @staticmethod
     def backward(ctx, grad):
@@ -359,7 +368,7 @@ class _LinearDx(Function):
     @staticmethod
     def forward(ctx, grad, k, weight, weight_exp, weight_scale, tail):
         ctx.packed, ctx.tail = (weight, weight_exp, weight_scale), tail
-        return _op.linear_dx(grad, weight, weight_exp, weight_scale, k, *tail)
+        return _run("linear_dx", grad, weight, weight_exp, weight_scale, k, *tail)
 
     @staticmethod
     def backward(ctx, v):
@@ -371,7 +380,7 @@ class _Conv2d(Function):
     def forward(ctx, x, bias, weight, weight_exp, weight_scale, conv, tail):
         ctx.packed, ctx.conv, ctx.tail, ctx.size = (weight, weight_exp, weight_scale), conv, tail, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _op.conv2d(x, weight, weight_exp, weight_scale, bias, *conv, *tail)
+        return _run("conv2d", x, weight, weight_exp, weight_scale, bias, *conv, *tail)
 
     @staticmethod
     def backward(ctx, grad):
@@ -387,7 +396,7 @@ class _Conv2dDx(Function):
     @staticmethod
     def forward(ctx, grad, size, weight, weight_exp, weight_scale, conv, tail):
         ctx.packed, ctx.conv, ctx.tail = (weight, weight_exp, weight_scale), conv, tail
-        return _op.conv2d_dx(grad, weight, weight_exp, weight_scale, size, *conv, *tail)
+        return _run("conv2d_dx", grad, weight, weight_exp, weight_scale, size, *conv, *tail)
 
     @staticmethod
     def backward(ctx, v):
@@ -466,7 +475,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
         return _Linear.apply(x, bias, *weights, tail)
-    return _op.linear(x, *weights, bias, *tail)
+    return _run("linear", x, *weights, bias, *tail)
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -545,4 +554,4 @@ def conv2d(
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
         return _Conv2d.apply(x, bias, *weights, conv, tail)
-    return _op.conv2d(x, *weights, bias, *conv, *tail)
+    return _run("conv2d", x, *weights, bias, *conv, *tail)
