@@ -36,6 +36,14 @@ bool all_candidates(const KeySource& s, int64_t begin, int64_t end, bool& masked
   return !held && !(s.keep != nullptr && any(s.keep, 0xFF));
 }
 
+// A mask is read in bursts too short for the processor to see a stream in them, and then every line is waited for.
+void prefetch(const uint8_t* bits, int64_t begin, int64_t numel) {
+#if defined(__GNUC__)
+  if (bits == nullptr || begin + kBlock > numel) return;
+  for (int64_t i = 0; i < kBlock / 8; i += 64) __builtin_prefetch(bits + begin / 8 + i);
+#endif
+}
+
 }  // namespace
 
 template <class T>
@@ -94,6 +102,8 @@ DigitCounts first_digits(const KeySource& source) {
     bool masked = false;
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * kBlock, end = std::min(begin + kBlock, source.w.numel);
+      prefetch(source.mask, begin + 4 * kBlock, source.w.numel);
+      prefetch(source.keep, begin + 4 * kBlock, source.w.numel);
       const bool all = all_candidates(source, begin, end, masked);
       if (!all || source.random) {
         counter.add(keys, select(source, begin, end, kKeyBits, 0, keys));

@@ -1,4 +1,4 @@
-// The first digit of keys, and one pass over the weights that counts it: the exponent and the four top mantissa bits of
+// The first digit of keys, and one pass over the weights that counts it: the exponent and the five top mantissa bits of
 // |w|. It is the radix select's first step (partition.cpp) and all that the exponent rules need (exponents.cpp).
 #pragma once
 
@@ -10,11 +10,12 @@
 
 namespace inq::cpu {
 
-constexpr int kDigitBits = 12;
+constexpr int kDigitBits = 13;
 constexpr int kDigits = 1 << kDigitBits;
+constexpr int kDigitsAnOctave = kDigits >> 8;
 constexpr int kRestBits = kKeyBits - kDigitBits;
 
-// How many keys have each digit, and the exact sum of the 19 bits below it.
+// How many keys have each digit, and the exact sum of the 18 bits below it.
 struct DigitCounts {
   std::vector<int64_t> count = std::vector<int64_t>(kDigits);
   std::vector<int64_t> rest = std::vector<int64_t>(kDigits);
@@ -42,7 +43,7 @@ class DigitCounter {
   static constexpr int kCopies = 4;
   static constexpr int kStride = kDigits + 8;
   static constexpr int kCountShift = 42;
-  // 2^21 sums of 19 bits stay under the count, and the count in its 22 bits.
+  // 2^21 sums of 18 bits stay under the count, and the count in its 22 bits.
   static constexpr int64_t kMost = int64_t{1} << 21;
 
   std::unique_ptr<uint64_t[]> packed_;

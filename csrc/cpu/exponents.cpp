@@ -55,19 +55,20 @@ int mse_rule(const Bins& bins, int top, Format format) {
   return best;
 }
 
-// Two bins an octave from sixteen. Digits 8 to 15 are the subnormals from 2^-127 on; those below are always 0.
+// Two bins an octave from many. The subnormals below 2^-127 are 0 for all candidates.
 std::vector<Bin> bins_of(const DigitCounts& digits) {
+  constexpr int kOctave = kDigitsAnOctave;
   std::vector<Bin> bins;
-  for (int d = 8; d < kDigits; ++d) {
+  for (int d = kOctave / 2; d < kDigits; ++d) {
     if (digits.count[d] == 0) continue;
-    const int octave = d / 16;
-    const int e = octave == 0 ? kN1Min : octave - 126;
-    const int half = octave == 0 ? d / 4 % 2 : d / 8 % 2;
+    const bool subnormal = d < kOctave;
+    const int e = subnormal ? kN1Min : d / kOctave - 126;
+    const int half = (subnormal ? 4 : 2) * d / kOctave % 2;
     if (bins.empty() || bins.back().e != e || bins.back().half != half) bins.push_back({e, half, 0, 0});
-    const int64_t top = static_cast<int64_t>(octave == 0 ? d : 16 | d % 16) << kRestBits;
+    const int64_t top = static_cast<int64_t>(subnormal ? d : kOctave | d % kOctave) << kRestBits;
     const int64_t sum = digits.count[d] * top + digits.rest[d];
     bins.back().count += digits.count[d];
-    bins.back().sum += octave == 0 ? 2 * sum : sum;
+    bins.back().sum += subnormal ? 2 * sum : sum;
   }
   return bins;
 }
