@@ -4,19 +4,17 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "cpu/exponents.h"
 #include "cpu/isa.h"
-#include "cpu/masked_step.h"
 #include "cpu/parallel.h"
-#include "cpu/partition.h"
-#include "cpu/quantize.h"
+#include "cpu/storage.h"
 
 namespace inq::cpu {
 
@@ -32,11 +30,148 @@ void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction fu
 namespace {
 
 using namespace inq::cpu;
+using inq::Format;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// --- what every operator checks: errors name the operator, the argument, what was expected and what came --------------
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+void check_dtype(const char* what, const Tensor& t, ScalarType expected) {
+  STD_TORCH_CHECK(t.scalar_type() == expected, what, ": expected ", dtype_name(expected), ", got ",
+                  dtype_name(t.scalar_type()));
+}
+
+void check_contiguous(const char* what, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), what, ": expected a contiguous tensor, got strides of another kind for shape ",
+                  shape_text(t));
+}
+
+// A contiguous tensor of just this dtype and shape.
+void check(const char* what, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
+  check_dtype(what, t, dtype);
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    same = same && t.size(static_cast<int64_t>(i)) == shape[i];
+    expected += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  STD_TORCH_CHECK(same, what, ": expected shape ", expected, "], got ", shape_text(t));
+  check_contiguous(what, t);
+}
+
+Float float_of(const char* what, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, what,
+                  ": expected float32 or bfloat16, got ", dtype_name(dtype));
+  return dtype == ScalarType::Float ? Float::f32 : Float::bf16;
+}
+
+Format format_of(const char* op, int64_t bits, bool dense) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 5, op, ": bits: expected 2 to 5, got ", bits);
+  return Format{static_cast<int>(bits), dense};
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+// A new tensor beside `like`. Large ones ask for huge pages: half of the time of writing a fresh 200 MB is page faults.
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, shape, dtype);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(out.data_ptr()) + out.numel() * out.element_size();
+  // Advice only: where the kernel does not take it, nothing is different.
+  if (end > begin + kHugePage) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+// --- instruction sets -------------------------------------------------------------------------------------------------
 
 std::string isa() { return name(current_isa()); }
 std::string detected() { return name(detected_isa()); }
 std::string missing() { return why_not_better(); }
 std::string use_isa(std::string text) { return name(set_isa(isa_from_name(text))); }
+
+// --- formats: what tests compare with format.py -----------------------------------------------------------------------
+
+// For each magnitude, smallest first, its field; then magnitudes, n2 of n1 = 0 and the bytes of a row of 11 codes.
+std::vector<int64_t> format_facts(int64_t bits, bool dense) {
+  const Format f = format_of("format_facts", bits, dense);
+  std::vector<int64_t> facts;
+  for (int i = 0; i < inq::magnitudes(f); ++i) {
+    STD_TORCH_CHECK(inq::index_of(f, inq::field_of(f, i)) == i, "format_facts: index_of is not field_of's inverse");
+    facts.push_back(inq::field_of(f, i));
+  }
+  facts.insert(facts.end(), {inq::magnitudes(f), inq::n2_of(f, 0), inq::row_bytes(f, 11)});
+  return facts;
+}
+
+std::vector<int64_t> format_constants() {
+  return {inq::kN1Min,     inq::kN1Max,      inq::kN1MinFloat16, inq::kN1MaxFloat16,
+          inq::kN1ZeroRow, inq::kMseOctaves};
+}
+
+// The bits of |ŵ| for the bits of a finite |w|, by equation (4).
+int64_t quantize_magnitude(int64_t magnitude, int64_t n1, int64_t bits, bool dense) {
+  const Format f = format_of("quantize_magnitude", bits, dense);
+  const int top = static_cast<int>(n1);
+  return inq::quantize_magnitude(static_cast<uint32_t>(magnitude), top, inq::n2_of(f, top));
+}
+
+// --- storage ----------------------------------------------------------------------------------------------------------
+
+Tensor pack_op(Tensor w, Tensor n1, int64_t bits, bool dense) {
+  const Format f = format_of("inq_cpu.pack", bits, dense);
+  const Float dtype = float_of("inq_cpu.pack: w", w.scalar_type());
+  STD_TORCH_CHECK(w.dim() >= 1 && w.numel() > 0, "inq_cpu.pack: w: expected rank ≥ 1 and values, got shape ",
+                  shape_text(w));
+  check_contiguous("inq_cpu.pack: w", w);
+  const int64_t n = w.size(0), k = w.numel() / n;
+  check("inq_cpu.pack: n1", n1, ScalarType::Char, {n, 1});
+  Tensor out = new_output(n1, {n, inq::row_bytes(f, k)}, ScalarType::Byte);
+  pack({w.data_ptr(), static_cast<const int8_t*>(n1.data_ptr()), static_cast<uint8_t*>(out.data_ptr()), n, k,
+                  f, dtype});
+  return out;
+}
+
+Tensor unpack_op(Tensor weight, Tensor weight_exp, std::optional<Tensor> weight_scale, int64_t k, int64_t bits, bool dense,
+              ScalarType dtype) {
+  const Format f = format_of("inq_cpu.unpack", bits, dense);
+  const Float to = float_of("inq_cpu.unpack: dtype", dtype);
+  STD_TORCH_CHECK(k >= 0, "inq_cpu.unpack: k: expected at least 0, got ", k);
+  STD_TORCH_CHECK(weight_exp.dim() == 2, "inq_cpu.unpack: weight_exp: expected [N, 1], got ", shape_text(weight_exp));
+  const int64_t n = weight_exp.size(0);
+  check("inq_cpu.unpack: weight", weight, ScalarType::Byte, {n, inq::row_bytes(f, k)});
+  check("inq_cpu.unpack: weight_exp", weight_exp, ScalarType::Char, {n, 1});
+  if (weight_scale) check("inq_cpu.unpack: weight_scale", *weight_scale, ScalarType::Float, {n, 1});
+  Tensor out = new_output(weight, {n, k}, dtype);
+  unpack({static_cast<const uint8_t*>(weight.data_ptr()), static_cast<const int8_t*>(weight_exp.data_ptr()),
+                    data_or_null<float>(weight_scale), out.data_ptr(), n, k, f, to});
+  return out;
+}
 
 }  // namespace
 
@@ -45,6 +180,12 @@ STABLE_TORCH_LIBRARY(inq_cpu, m) {
   m.def("detected_isa() -> str");
   m.def("why_not_better() -> str");
   m.def("set_isa(str isa) -> str");
+  m.def("format_facts(int bits, bool dense) -> int[]");
+  m.def("format_constants() -> int[]");
+  m.def("quantize_magnitude(int magnitude, int n1, int bits, bool dense) -> int");
+  m.def("pack(Tensor w, Tensor n1, int bits, bool dense) -> Tensor");
+  m.def("unpack(Tensor weight, Tensor weight_exp, Tensor? weight_scale, SymInt k, int bits, bool dense, "
+        "ScalarType dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {
@@ -52,235 +193,12 @@ STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {
   m.impl("detected_isa", TORCH_BOX(&detected));
   m.impl("why_not_better", TORCH_BOX(&missing));
   m.impl("set_isa", TORCH_BOX(&use_isa));
-}
-
-// --- training: exponents, partition, quantization, optimizer steps ---------------------------------------------------
-
-namespace training {
-
-using namespace inq::cpu;
-
-using inq::Format;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Errors name the operator and the argument, and say what was expected and what came.
-[[noreturn]] void fail(const std::string& where, const std::string& expected, const std::string& got) {
-  throw std::invalid_argument("inq_cpu." + where + ": expected " + expected + ", got " + got);
-}
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-std::string type_of(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
-
-void check_memory(const std::string& where, const Tensor& t) {
-  if (!t.is_cpu()) fail(where, "a CPU tensor", "one on another device");
-  if (!t.is_contiguous()) fail(where, "a contiguous tensor", "one of shape " + shape_of(t) + " with other strides");
-}
-
-void check_dtype(const std::string& where, const Tensor& t, ScalarType dtype) {
-  if (t.scalar_type() != dtype) fail(where, torch::headeronly::toString(dtype), type_of(t));
-}
-
-// One bit a weight.
-void check_bits(const std::string& where, const Tensor& t, int64_t numel) {
-  check_memory(where, t);
-  check_dtype(where, t, ScalarType::Byte);
-  const int64_t bytes = (numel + 7) / 8;
-  if (t.dim() != 1 || t.numel() != bytes) {
-    fail(where, "shape [" + std::to_string(bytes) + "], a bit for each of " + std::to_string(numel) + " weights",
-         shape_of(t));
-  }
-}
-
-Weights weights(const std::string& where, const Tensor& w) {
-  check_memory(where, w);
-  const bool bfloat16 = w.scalar_type() == ScalarType::BFloat16;
-  if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where, "Float or BFloat16", type_of(w));
-  if (w.dim() == 0 || w.numel() == 0) fail(where, "rank ≥ 1 and at least one weight", "shape " + shape_of(w));
-  return {w.data_ptr(), bfloat16, w.numel()};
-}
-
-Format checked_format(const std::string& op, int64_t bits, bool dense) {
-  if (bits < 2 || bits > 5) fail(op + ": bits", "2 to 5", std::to_string(bits));
-  return {static_cast<int>(bits), dense};
-}
-
-const uint8_t* bits_of(const Tensor& t) { return static_cast<const uint8_t*>(t.data_ptr()); }
-
-KeySource key_source(const std::string& op, const Tensor& w, const Tensor& mask, const std::optional<Tensor>& keep,
-                     bool random, int64_t seed) {
-  const Weights values = weights(op + ": w", w);
-  check_bits(op + ": mask", mask, values.numel);
-  if (keep) check_bits(op + ": keep", *keep, values.numel);
-  return {values, random, static_cast<uint64_t>(seed), bits_of(mask), keep ? bits_of(*keep) : nullptr};
-}
-
-Tensor empty_n1(const Tensor& w) { return torch::stable::new_empty(w, {w.size(0), 1}, ScalarType::Char); }
-
-Tensor filled_n1(const Tensor& w, int exponent) {
-  Tensor n1 = empty_n1(w);
-  std::fill_n(static_cast<int8_t*>(n1.mutable_data_ptr()), w.size(0), static_cast<int8_t>(exponent));
-  return n1;
-}
-
-Tensor exponents_of(const Tensor& w, const Weights& values, const uint8_t* keep, ExponentRule rule, bool channel) {
-  if (!channel) return filled_n1(w, tensor_exponent(values, keep, rule));
-  Tensor n1 = empty_n1(w);
-  row_exponents(values, keep, w.size(0), rule, static_cast<int8_t*>(n1.mutable_data_ptr()));
-  return n1;
-}
-
-Tensor threshold_tensor(const Tensor& w, Threshold threshold) {
-  Tensor result = torch::stable::new_empty(w, {2}, ScalarType::Long);
-  auto* const values = static_cast<int64_t*>(result.mutable_data_ptr());
-  values[0] = threshold.key;
-  values[1] = threshold.ties;
-  return result;
-}
-
-Tensor exponents(Tensor w, int64_t bits, bool dense, bool channel, bool mse) {
-  const Weights values = weights("exponents: w", w);
-  return exponents_of(w, values, nullptr, {checked_format("exponents", bits, dense), mse}, channel);
-}
-
-Tensor threshold(Tensor w, Tensor mask, std::optional<Tensor> keep, int64_t count, bool random, int64_t seed) {
-  return threshold_tensor(
-      w, partition_threshold(key_source("partition_threshold", w, mask, keep, random, seed), count));
-}
-
-// Both in one: where they can share it, one pass over the weights counts for both.
-std::tuple<Tensor, Tensor> exponents_and_threshold(Tensor w, Tensor mask, std::optional<Tensor> keep, int64_t count,
-                                                   bool random, int64_t seed, int64_t bits, bool dense, bool channel,
-                                                   bool mse) {
-  const std::string op = "exponents_and_threshold";
-  const KeySource source = key_source(op, w, mask, keep, random, seed);
-  const ExponentRule rule{checked_format(op, bits, dense), mse};
-  if (channel || random) {
-    Tensor n1 = exponents_of(w, source.w, source.keep, rule, channel);
-    return {n1, threshold_tensor(w, partition_threshold(source, count))};
-  }
-  const DigitCounts digits = first_digits(source);
-  const Threshold selected = partition_threshold(source, count, digits);
-  // Exponents are those of all kept weights, and what the mask holds was not counted.
-  const int n1 = digits.masked ? tensor_exponent(source.w, source.keep, rule) : exponent_of(digits, rule);
-  return {filled_n1(w, n1), threshold_tensor(w, selected)};
-}
-
-void quantize_with_mask_(Tensor w, Tensor mask, Tensor n1, Tensor threshold, std::optional<Tensor> keep, int64_t bits,
-                         bool dense, bool random, int64_t seed) {
-  const std::string op = "quantize_with_mask_";
-  const KeySource source = key_source(op, w, mask, keep, random, seed);
-  const Format format = checked_format(op, bits, dense);
-  check_memory(op + ": n1", n1);
-  check_dtype(op + ": n1", n1, ScalarType::Char);
-  if (n1.dim() != 2 || n1.size(0) != w.size(0) || n1.size(1) != 1) {
-    fail(op + ": n1", "shape [" + std::to_string(w.size(0)) + ", 1]", shape_of(n1));
-  }
-  check_memory(op + ": threshold", threshold);
-  check_dtype(op + ": threshold", threshold, ScalarType::Long);
-  if (threshold.dim() != 1 || threshold.size(0) != 2) fail(op + ": threshold", "shape [2]", shape_of(threshold));
-  const auto* const selected = static_cast<const int64_t*>(threshold.data_ptr());
-  if (selected[0] < 0) fail(op + ": threshold", "a key ≥ 0", std::to_string(selected[0]));
-  quantize_with_mask(source, w.mutable_data_ptr(), static_cast<uint8_t*>(mask.mutable_data_ptr()),
-                     static_cast<const int8_t*>(n1.data_ptr()), w.size(0), format, {selected[0], selected[1]});
-}
-
-void check_count(const std::string& where, const std::vector<Tensor>& list, size_t expected) {
-  if (list.size() != expected) fail(where, std::to_string(expected) + " tensors", std::to_string(list.size()));
-}
-
-float* state_of(const std::string& where, const Tensor& state, const Tensor& w) {
-  check_memory(where, state);
-  check_dtype(where, state, ScalarType::Float);
-  if (state.numel() != w.numel()) fail(where, "shape " + shape_of(w) + " of its parameter", shape_of(state));
-  return static_cast<float*>(state.mutable_data_ptr());
-}
-
-// `first` and `second` are empty lists where a step has no such state.
-std::vector<StepTensor> step_tensors(const std::string& op, const std::vector<Tensor>& params,
-                                     const std::vector<Tensor>& grads, const std::vector<Tensor>& masks,
-                                     const char* first_name, const std::vector<Tensor>& first,
-                                     const char* second_name, const std::vector<Tensor>& second) {
-  check_count(op + ": grads", grads, params.size());
-  check_count(op + ": masks", masks, params.size());
-  if (!first.empty()) check_count(op + ": " + first_name, first, params.size());
-  if (!second.empty()) check_count(op + ": " + second_name, second, params.size());
-  std::vector<StepTensor> result;
-  result.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor& w = params[i];
-    const Tensor& grad = grads[i];
-    auto where = [&](const char* name) { return op + ": " + name + "[" + std::to_string(i) + "]"; };
-    check_memory(where("params"), w);
-    const bool bfloat16 = w.scalar_type() == ScalarType::BFloat16;
-    if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where("params"), "Float or BFloat16", type_of(w));
-    check_memory(where("grads"), grad);
-    check_dtype(where("grads"), grad, w.scalar_type());
-    if (grad.numel() != w.numel()) fail(where("grads"), "shape " + shape_of(w) + " of its parameter", shape_of(grad));
-    const bool masked = masks[i].numel() != 0;
-    if (masked) check_bits(where("masks"), masks[i], w.numel());
-    result.push_back({w.mutable_data_ptr(), grad.data_ptr(), bfloat16,
-                      first.empty() ? nullptr : state_of(where(first_name), first[i], w),
-                      second.empty() ? nullptr : state_of(where(second_name), second[i], w),
-                      masked ? bits_of(masks[i]) : nullptr, w.numel()});
-  }
-  return result;
-}
-
-void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
-                 std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov, bool maximize, bool is_first_step) {
-  const std::string op = "masked_sgd_";
-  check_count(op + ": momentum_buffers", momentum_buffers, momentum != 0 ? params.size() : 0);
-  masked_sgd(step_tensors(op, params, grads, masks, "momentum_buffers", momentum_buffers, "", {}),
-             {static_cast<float>(lr), static_cast<float>(momentum), static_cast<float>(1 - dampening),
-              static_cast<float>(weight_decay), nesterov, maximize, is_first_step});
-}
-
-void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                   std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> masks, double lr, double beta1, double beta2,
-                   double weight_decay, double eps, int64_t step, bool maximize) {
-  const std::string op = "masked_adamw_";
-  check_count(op + ": exp_avgs", exp_avgs, params.size());
-  check_count(op + ": exp_avg_sqs", exp_avg_sqs, params.size());
-  if (step < 1) fail(op + ": step", "at least 1", std::to_string(step));
-  masked_adamw(step_tensors(op, params, grads, masks, "exp_avgs", exp_avgs, "exp_avg_sqs", exp_avg_sqs),
-               adamw_numbers(lr, beta1, beta2, weight_decay, eps, step, maximize));
-}
-
-}  // namespace training
-
-STABLE_TORCH_LIBRARY_FRAGMENT(inq_cpu, m) {
-  m.def("exponents(Tensor w, int bits, bool dense, bool channel, bool mse) -> Tensor");
-  m.def(
-      "partition_threshold(Tensor w, Tensor mask, Tensor? keep, int count, bool random, int seed) -> Tensor");
-  m.def(
-      "exponents_and_threshold(Tensor w, Tensor mask, Tensor? keep, int count, bool random, int seed, int bits, "
-      "bool dense, bool channel, bool mse) -> (Tensor, Tensor)");
-  m.def(
-      "quantize_with_mask_(Tensor(a!) w, Tensor(b!) mask, Tensor n1, Tensor threshold, Tensor? keep, int bits, "
-      "bool dense, bool random, int seed) -> ()");
-  m.def(
-      "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] masks, float lr, "
-      "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first_step) -> ()");
-  m.def(
-      "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor[] masks, float lr, float beta1, float beta2, float weight_decay, float eps, int step, bool maximize) "
-      "-> ()");
+  m.impl("format_facts", TORCH_BOX(&format_facts));
+  m.impl("format_constants", TORCH_BOX(&format_constants));
+  m.impl("quantize_magnitude", TORCH_BOX(&quantize_magnitude));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CPU, m) {
-  m.impl("exponents", TORCH_BOX(&training::exponents));
-  m.impl("partition_threshold", TORCH_BOX(&training::threshold));
-  m.impl("exponents_and_threshold", TORCH_BOX(&training::exponents_and_threshold));
-  m.impl("quantize_with_mask_", TORCH_BOX(&training::quantize_with_mask_));
-  m.impl("masked_sgd_", TORCH_BOX(&training::masked_sgd_));
-  m.impl("masked_adamw_", TORCH_BOX(&training::masked_adamw_));
+  m.impl("pack", TORCH_BOX(&pack_op));
+  m.impl("unpack", TORCH_BOX(&unpack_op));
 }
-
-// --- end of training ---------------------------------------------------------------------------------------------------
