@@ -74,7 +74,7 @@ def _escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-class build_ext(_build_ext):  # noqa: N801 - setuptools' name
+class build_ext(_build_ext):
     """Compiles csrc/ with ninja into one plain shared library inside the package."""
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -132,7 +132,7 @@ def commands() -> dict:
     except ImportError:
         return found
 
-    class any_python(bdist_wheel):  # noqa: N801
+    class any_python(bdist_wheel):
         def get_tag(self) -> tuple[str, str, str]:
             return "py3", "none", super().get_tag()[2]
 
