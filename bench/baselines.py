@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import machine
 from .case import DTYPES, Context, attempt, nbytes, runner
-from .machine import copies
 from .timing import Runner
 from .weights import RandomWeights
 
@@ -67,7 +67,7 @@ def _int8(context: Context, w: RandomWeights, x: Tensor) -> Runner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, and still what there is
             q = torch.quantize_per_tensor(dense, float(dense.abs().max()) / 127, 0, torch.qint8)
-            return [torch.ops.quantized.linear_prepack(q, None) for _ in range(copies(w.n * w.k))]
+            return [torch.ops.quantized.linear_prepack(q, None) for _ in range(machine.copies(w.n * w.k))]
 
     weights = context.get("int8", pack)
     mine = x.float()

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-plots", action="store_true", help="no pictures")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="only compare two results")
     parser.add_argument(
-        "--bars", nargs="?", type=Path, const="", metavar="FILE",
+        "--bars", nargs="?", type=Path, const=True, metavar="FILE",
         help="hold results (default: of this run) against the speeds that must be reached; exit 1 if one is missed",
     )  # fmt: skip
     parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if args.compare:
             print(compare.compare(*map(report.read, args.compare)))
             return 0
-        if args.bars:
+        if args.bars not in (None, True):
             return _bars(report.read(args.bars))
         if args.section:
             isa, path = args.section
@@ -121,7 +121,7 @@ def _bench(args: argparse.Namespace) -> int:
         "schema": report.SCHEMA,
         "created": began.isoformat(timespec="seconds"),
         "seconds": round((datetime.datetime.now(datetime.timezone.utc) - began).total_seconds(), 1),
-        "quick": args.quick,
+        "arguments": {name: getattr(args, name) for name in _PASSED},
         "software": software,
         "sections": sections,
     }

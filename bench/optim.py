@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from math import prod
 
@@ -31,13 +32,13 @@ class State:
 
 
 def _step(op: str, state: State, function: Callable) -> Callable[[], None]:
-    """``function`` with the arguments of ``torch.ops.inq.masked_*_`` on this state."""
+    """``function`` with the arguments of ``torch.ops.inq.masked_*_`` on this state, as a first step."""
     lists = (state.params, state.grads, *state.buffers, state.masks)
     if op == "masked_adamw":
         (beta1, beta2), c = _ADAMW["betas"], _ADAMW
-        return lambda: function(*lists, c["lr"], beta1, beta2, c["weight_decay"], c["eps"], 10, False)
+        return lambda: function(*lists, c["lr"], beta1, beta2, c["weight_decay"], c["eps"], 1, False)
     c = _SGD
-    return lambda: function(*lists, c["lr"], c["momentum"], 0.0, c["weight_decay"], False, False, False)
+    return lambda: function(*lists, c["lr"], c["momentum"], 0.0, c["weight_decay"], False, False, True)
 
 
 def _optimizer_step(op: str, state: State, make: Callable) -> Callable[[], object]:
@@ -51,7 +52,7 @@ def _optimizer_step(op: str, state: State, make: Callable) -> Callable[[], objec
 def _candidate(op: str, state: State) -> tuple[str, Callable[[], object]]:
     """What users call: ``inq_kernels.optim``'s step where this version has it, else the operator."""
     try:
-        from .. import optim
+        optim = importlib.import_module("..optim", __package__)
     except ImportError:
         return "operator", _step(op, state, getattr(torch.ops.inq, f"{op}_"))
     cls = optim.AdamW if op == "masked_adamw" else optim.SGD
@@ -84,7 +85,7 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...]) -> W
 
     def check() -> str | None:
         mine, theirs = copy.deepcopy(first), copy.deepcopy(first)
-        _step(op, mine, getattr(torch.ops.inq, f"{op}_"))()
+        _candidate(op, mine)[1]()
         _step(op, theirs, getattr(reference, f"{op}_"))()
         for i, (a, b, before, mask) in enumerate(
             zip(mine.params, theirs.params, first.params, first.masks, strict=True)

@@ -32,8 +32,10 @@ def _overhead(context: Context, dtype: str, grad: bool) -> Work:
     moved = nbytes(x, packed.weight, packed.weight_exp) + _N * x.element_size()
     fields = (packed.weight, packed.weight_exp, None, None, 4, packed.format.levels, packed.layout, context.backend)
 
+    candidate = Runner([lambda: ops.linear(wanted, packed, backend=context.backend)], moved)
+
     def check() -> str | None:
-        y = ops.linear(wanted, packed, backend=context.backend)
+        y = candidate.run()
         if grad != (y.grad_fn is not None):
             return f"expected a gradient: {grad}, got grad_fn {y.grad_fn}"
         return None if torch.equal(y, torch.ops.inq.linear(x, *fields)) else "other values than the operator's"
@@ -42,7 +44,7 @@ def _overhead(context: Context, dtype: str, grad: bool) -> Work:
         "kernel": attempt(lambda: _leaf(context.backend, x, packed, moved)),
         "operator": runner(torch.ops.inq.linear, [(x, *fields)], moved),
     }
-    return Work(Runner([lambda: ops.linear(wanted, packed, backend=context.backend)], moved), baselines, check)
+    return Work(candidate, baselines, check)
 
 
 def _leaf(backend: str, x: Tensor, packed: ops.PackedWeight, moved: int) -> Runner:
