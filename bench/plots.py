@@ -85,10 +85,15 @@ def _time(figure, section: dict, rows: list[dict]) -> bool:
             if points:
                 seen[line] = ax.loglog(*zip(*points, strict=True), style, color=colour, markersize=3, label=line)[0]
         ax.set_title(f"{shape} (K×N), {dtype} x", fontsize=9)
+        ms = sorted({row["params"]["m"] for row in here})
+        ax.set_xticks(ms[:: 1 if len(ms) < 8 else 2], map(str, ms[:: 1 if len(ms) < 8 else 2]), minor=False)
+        ax.set_xticks([], minor=True)
         ax.set_xlabel("M")
         ax.set_ylabel("µs")
     figure.suptitle(_title(section), fontsize=10)
-    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8)
+    figure.legend(
+        seen.values(), seen.keys(), loc="outside lower center", ncols=3 * min(columns, 2), frameon=False, fontsize=8
+    )
     return True
 
 
