@@ -58,7 +58,7 @@ def _cases(op: str):
             def build(context: Context, layer=layer, bits=bits, dtype=dtype, batch=batch) -> Work:
                 return (_conv2d if op == "conv2d" else _conv2d_dx)(context, layer, bits, dtype, batch)
 
-            yield Case(op, params, build, (op, layer))
+            yield Case(op, params, build, layer)
 
     return cases
 

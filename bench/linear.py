@@ -35,7 +35,7 @@ def _cases(request: Request) -> Iterator[Case]:
         def build(context: Context, k=k, n=n, bits=bits, dtype=dtype, m=m) -> Work:
             return _linear(context, k, n, bits, dtype, m)
 
-        yield Case("linear", _params(k, n, bits, dtype, m), build, ("linear", k, n))
+        yield Case("linear", _params(k, n, bits, dtype, m), build, (k, n))
 
 
 def _linear(context: Context, k: int, n: int, bits: int, dtype: str, m: int) -> Work:
@@ -74,7 +74,7 @@ def _dx_cases(request: Request) -> Iterator[Case]:
                     def build(context: Context, k=k, n=n, bits=bits, dtype=dtype, m=m) -> Work:
                         return _linear_dx(context, k, n, bits, dtype, m)
 
-                    yield Case("linear_dx", _params(k, n, bits, dtype, m), build, ("linear", k, n))
+                    yield Case("linear_dx", _params(k, n, bits, dtype, m), build, (k, n))
 
 
 def _linear_dx(context: Context, k: int, n: int, bits: int, dtype: str, m: int) -> Work:

@@ -17,11 +17,6 @@ from .timing import CLOCKS, Clock, Runner, ratio, summary, time_pairs
 _FIRST_SHARE = 0.5
 
 
-def default_backends() -> tuple[str, ...]:
-    """The compiled CPU backend where there is one, else the reference."""
-    return ("cpu",) if backends.availability()["cpu"] is None else ("reference",)
-
-
 @contextmanager
 def _backend(name: str):
     """Operators without an argument for it take their backend from the environment."""
@@ -39,21 +34,25 @@ def _backend(name: str):
 def run_section(
     request: Request,
     ops: Iterable[Op],
-    backend_names: Iterable[str],
+    requested: Iterable[str],
     seconds_per_case: float,
     emit: Callable[[dict], None] = lambda row: None,
     device: str = "cpu",
 ) -> dict:
-    """All cases of ``ops`` on this machine as it is now: a section of the results, ``emit`` called for each row."""
-    environment = {
-        name: os.environ[name] for names in machine.ISA_ENVIRONMENT.values() for name in names if name in os.environ
-    }
+    """All cases of ``ops`` on this machine as it is now: a section of the results, ``emit`` called for each row.
+
+    Args:
+        requested: backends by name, or "" for the best there is for each operator.
+    """
+    names = {name for environment in machine.ISA_ENVIRONMENT.values() for name in environment}
+    environment = {name: os.environ[name] for name in sorted(names) if name in os.environ}
     limits = machine.ceilings(min(1.0, seconds_per_case))
     clock, rows = CLOCKS[device](), []
-    for backend in backend_names:
-        context = Context(backend)
-        with _backend(backend):
-            for op in ops:
+    for request_by_name in requested:
+        for op in ops:
+            backend = backends.select((*op.covers, "linear")[0], request_by_name, backends.availability())
+            context = Context(backend)
+            with _backend(backend):
                 for case in op.cases(request):
                     rows.append(run_case(case, context, clock, seconds_per_case, limits))
                     emit(rows[-1])

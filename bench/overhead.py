@@ -56,7 +56,7 @@ def _leaf(backend: str, x: Tensor, packed: ops.PackedWeight, moved: int) -> Runn
     known = {
         "x": x, "weight": packed.weight, "weight_exp": packed.weight_exp, "weight_scale": None, "bias": None,
         "bits": packed.format.bits, "levels": packed.format.levels, "layout": packed.layout,
-        "n": packed.shape[0], "k": packed.k,
+        "dense": packed.format.levels == "dense", "n": packed.shape[0], "k": packed.k,
     }  # fmt: skip
     names = [argument.name for argument in leaf._schema.arguments]
     if unknown := [name for name in names if name not in known]:

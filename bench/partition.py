@@ -31,7 +31,7 @@ def _cases(request: Request) -> Iterator[Case]:
                 def build(context: Context, layers=layers, bits=bits, rule=rule) -> Work:
                     return _partition(context, layers, Format(bits, exponent=rule))
 
-                yield Case("partition", params | {"dtype": "float32"}, build, ("partition", layers))
+                yield Case("partition", params | {"dtype": "float32"}, build, layers)
 
 
 def _weights(layers: tuple[tuple[int, int], ...]) -> list[Tensor]:
