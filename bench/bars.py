@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .shapes import MAIN
+from .storage import COPY
 
 _MAIN = f"{MAIN[0]}x{MAIN[1]}"
 # M: at least this many times faster than dense bfloat16, 4 bits.
@@ -100,7 +101,7 @@ def _other_bars() -> Iterator[Bar]:
         pick = _where(None, op, lambda row: _inverse(_baseline(row, "torch fused, no mask")), shape="ResNet-50")
         yield Bar(f"{op}: time, of torch's fused step without a mask", 1.05, pick, "a full run", at_least=False)
     for op in ("pack", "unpack"):
-        pick = _where(None, op, lambda row: row["of_copy"], shape=_MAIN, dtype="float32")
+        pick = _where(None, op, _ratio(COPY), shape=_MAIN, dtype="float32")
         yield Bar(f"{op}: of the copy bandwidth", 0.5, pick, "a full run", unit="")
     for grad, limit in ((False, 5), (True, 10)):
         pick = _where(None, "overhead", _over_kernel, grad=grad)
@@ -162,8 +163,8 @@ class _Anything(dict):
 
 
 def _red_belongs(bar: Bar, section: dict, row: dict) -> bool:
-    names = ("dense bfloat16", "dense float32", "int4 g128", "torch topk", "torch fused, no mask", "kernel")
+    names = ("dense bfloat16", "dense float32", "int4 g128", "torch topk", "torch fused, no mask", "kernel", COPY)
     baselines = [{"name": name, "ratio": 1.0, "median_us": 1.0} for name in names]
-    as_if = {**row, "facts": _Anything(), "time": _Anything(), "of_copy": 1.0, "baselines": baselines}
+    as_if = {**row, "facts": _Anything(), "time": _Anything(), "baselines": baselines}
     as_if["facts"]["peak_extra_bytes"] = 1
     return bar.value(section, as_if) is not None

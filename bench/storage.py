@@ -10,8 +10,10 @@ from .. import reference
 from ..format import Format
 from . import shapes
 from .case import DTYPES, Case, Context, Op, Request, Work, attempt, nbytes, runner
+from .timing import Runner
 from .weights import RandomWeights, prepacked
 
+COPY = "copy of as many bytes"
 # The plain torch implementation holds int64 temporaries of eight times the weights.
 _SHAPE, _SHAPE_QUICK = shapes.MAIN, (4096, 1024)
 
@@ -33,6 +35,13 @@ def _cases(op: str):
     return cases
 
 
+def _copy(context: Context, moved: int) -> Runner:
+    """A copy that moves as many bytes, half of them read and half of them written: what the memory can do."""
+    buffers = context.copies("buffers", lambda: torch.ones(max(moved // 2, 1), dtype=torch.uint8))
+    buffers = buffers if len(buffers) > 1 else [*buffers, buffers[0].clone()]
+    return runner(torch.Tensor.copy_, [(a, buffers[i - 1]) for i, a in enumerate(buffers)], moved)
+
+
 def _pack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
     packed, dense = w.packed(), context.copies("dense", lambda: w.dense(DTYPES[dtype]))
     moved = nbytes(dense[0], packed.weight, w.n1)
@@ -42,7 +51,7 @@ def _pack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
         return None if torch.equal(candidate.run(), packed.weight) else "other codes than the weights were made from"
 
     plain = attempt(lambda: runner(reference.pack, [(each, w.n1, w.fmt) for each in dense], moved))
-    return Work(candidate, {"plain torch": plain}, check)
+    return Work(candidate, {COPY: _copy(context, moved), "plain torch": plain}, check)
 
 
 def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
@@ -57,7 +66,8 @@ def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
         return None if torch.equal(candidate.run(), dense) else "other values than the codes mean"
 
     arguments = [(each, w.n1, None, w.k, w.fmt, DTYPES[dtype]) for each in codes]
-    return Work(candidate, {"plain torch": attempt(lambda: runner(reference.unpack, arguments, moved))}, check)
+    plain = attempt(lambda: runner(reference.unpack, arguments, moved))
+    return Work(candidate, {COPY: _copy(context, moved), "plain torch": plain}, check)
 
 
 def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse: bool = False) -> Work:
@@ -75,9 +85,8 @@ def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse:
             return "other bytes than those of inq_kernels.ops.prepack"
         return None if torch.equal(backward.run(), packed.weight) else "prepack and unprepack are not inverse"
 
-    target = torch.empty_like(packed.weight)
-    copy = runner(target.copy_, [(arguments[0],) for arguments in there], 2 * nbytes(target))
-    return Work(backward if inverse else forward, {"copy": copy}, check, facts={"layout": ready.layout})
+    facts = {"layout": ready.layout}
+    return Work(backward if inverse else forward, {COPY: _copy(context, moved)}, check, facts=facts)
 
 
 _WORK = {

@@ -12,6 +12,8 @@ import numpy as np
 
 # A sample shorter than this is mostly the clock and the loop: short calls are timed several at a time.
 MIN_SAMPLE_S = 200e-6
+# A first call longer than this needs no second one to know what a call costs.
+SLOW_S = 1.0
 MIN_PAIRS, MAX_PAIRS = 7, 400
 RESAMPLES = 2000
 
@@ -64,7 +66,8 @@ CLOCKS: dict[str, Callable[[], Clock]] = {"cpu": CpuClock}
 
 def warm_up(clock: Clock, runner: Runner) -> tuple[float, int]:
     """Seconds a call once warm, roughly, and how many calls make a sample."""
-    clock.seconds(runner, 1)
+    if (seconds := clock.seconds(runner, 1)) > SLOW_S:
+        return seconds, 1
     repeat, seconds = 1, clock.seconds(runner, 1)
     while runner.reset is None and seconds * repeat < MIN_SAMPLE_S and repeat < 1 << 12:
         repeat = min(math.ceil(1.2 * MIN_SAMPLE_S / max(seconds, 1e-8)), 1 << 12, repeat * 16)

@@ -497,8 +497,9 @@ def test_bars_of_the_other_operators():
     kernel = [{"name": "kernel", "ratio": 0.5, "median_us": 4.0}]
     row = {"params": {"grad": False}, "time": {"median_us": 8.0}}
     assert status(other("overhead", kernel, **row), "a call over its kernel, without") == ("pass", 4.0)
-    pack = {"params": {"shape": "14336x4096", "dtype": "float32"}, "of_copy": 0.4}
-    assert status(other("pack", **pack), "pack:") == ("fail", 0.4)
+    pack = {"params": {"shape": "14336x4096", "dtype": "float32"}}
+    copied = [{"name": "copy of as many bytes", "ratio": 0.4}]
+    assert status(other("pack", copied, **pack), "pack:") == ("fail", 0.4)
 
 
 def test_bars_exit_status(tmp_path, capsys):
