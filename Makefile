@@ -12,7 +12,7 @@ PY := $(PYTHON)
 READY :=
 else
 PY := $(VENV)/bin/python
-READY := $(VENV)/.ready
+READY := $(VENV)/.built
 endif
 
 .PHONY: demo bars bench test mutants mutants-files lint format clean help
@@ -62,7 +62,12 @@ ifneq ($(strip $(VENV)),)
 # torch first, and pinned: a looser requirement would fetch gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools wheel
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools wheel ninja
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@ $(VENV)/.built
+
+# Changed C++ needs a compiler, not a new installation.
+$(VENV)/.built: $(VENV)/.ready $(wildcard csrc/*.* csrc/*/*.*)
+	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 endif

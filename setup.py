@@ -57,12 +57,12 @@ def ninja_file(include: Path, compiler: str, output: Path) -> str:
         f"-Wl,--as-needed {os.environ.get('LDFLAGS', '')}",
     ]
     objects = []
-    for source in sorted([*csrc.glob("cpu/*.cpp"), csrc / "register_cpu.cpp"]):
+    for source in sorted([*csrc.glob("cpu/*.cpp"), *csrc.glob("register_cpu*.cpp")]):
         isa = source.stem.rpartition("_")[2]
         more = ISA_FLAGS.get(isa, "")
         if more and not x86:
             continue
-        if source.stem == "register_cpu":
+        if source.parent == csrc:
             more = "$torch"
         objects.append(f"{source.stem}.o")
         lines += [f"build {objects[-1]}: compile {_escape(source)}", f"  more = {more}"]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from .. import cpu
+
 _PACKAGE = Path(__file__).resolve().parent
 _FALLBACK_CACHE = 64 << 20
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512_fp16")
@@ -60,11 +62,11 @@ def copies(size: int) -> int:
 
 def isa() -> str:
     """The best set of instructions that our CPU library, or else the machine, may use here: amx, avx512, avx2, …"""
-    with suppress(AttributeError, RuntimeError):
+    if cpu.unavailable() is None:
         return torch.ops.inq_cpu.isa()
     flags = (_cpuinfo("flags") or "").split()
     best = "amx" if "amx_bf16" in flags else "avx512" if "avx512_bf16" in flags else "avx2" if "avx2" in flags else ""
-    return os.environ.get("INQ_CPU_ISA") or best or platform.machine()
+    return os.environ.get(cpu.ISA_ENVIRONMENT) or best or platform.machine()
 
 
 def lacks(isa: str) -> str | None:

@@ -10,7 +10,8 @@ import torch
 
 from .. import backends
 from . import machine
-from .case import Case, Context, Op, Request, Work
+from .case import DTYPES, Case, Context, Op, Request, Work
+from .registry import OPS
 from .timing import CLOCKS, Clock, Runner, ratio, summary, time_pairs
 
 # The first baseline is what the bars are about: it gets this share of a case's time.
@@ -49,13 +50,15 @@ def run_section(
     limits = machine.ceilings(min(1.0, seconds_per_case))
     clock, rows = CLOCKS[device](), []
     for request_by_name in requested:
-        for op in ops:
-            backend = backends.select((*op.covers, "linear")[0], request_by_name, backends.availability())
-            context = Context(backend)
+        contexts: dict[str, Context] = {}
+        for case in (case for op in ops for case in op.cases(request)):
+            dtype = DTYPES.get(case.params["dtype"], torch.float32)
+            name = (*OPS[case.op].covers, "linear")[0]
+            backend = backends.select(name, request_by_name, backends.availability(), device, dtype)
             with _backend(backend):
-                for case in op.cases(request):
-                    rows.append(run_case(case, context, clock, seconds_per_case, limits))
-                    emit(rows[-1])
+                context = contexts.setdefault(backend, Context(backend))
+                rows.append(run_case(case, context, clock, seconds_per_case, limits))
+            emit(rows[-1])
     description = machine.describe()
     return {"isa": request.isa, "environment": environment, "machine": description, "ceilings": limits, "rows": rows}
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import reference
+from .. import ops, reference
 from ..format import Format
+from ..layouts import CPU16
 from . import shapes
 from .case import DTYPES, Case, Context, Op, Request, Work, attempt, nbytes, runner
 from .timing import Runner
-from .weights import RandomWeights, prepacked
+from .weights import RandomWeights
 
 COPY = "copy of as many bytes"
 # The plain torch implementation holds int64 temporaries of eight times the weights.
@@ -72,7 +73,7 @@ def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
 
 def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse: bool = False) -> Work:
     packed = w.packed()
-    ready = prepacked(packed, context.backend)
+    ready = ops.prepack(packed, CPU16)
     moved = nbytes(packed.weight, ready.weight)
     # Both directions are run for the check: there and back must be the same bytes.
     there = [(each, w.k, bits, w.fmt.levels, ready.layout) for each in context.copies("codes", lambda: packed.weight)]

@@ -46,8 +46,7 @@ class RandomWeights:
 
 def prepacked(packed: PackedWeight, backend: str) -> PackedWeight:
     """In the layout that ``backend`` multiplies from; the reference has the storage layout alone."""
-    prepack = getattr(ops, "prepack", None)
-    return packed if prepack is None or backend == "reference" else prepack(packed)
+    return packed if backend == "reference" else ops.prepack(packed)
 
 
 def rotated(context: Context, n: int, k: int, bits: int) -> tuple[RandomWeights, PackedWeight, list[tuple]]:

@@ -4,7 +4,7 @@ from .checkpoint import load, save
 from .files import CheckpointError
 from .format import Format
 from .inq import INQ, PAPER_PORTIONS
-from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm
+from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm, prepack
 from .ops import PackedWeight, conv2d, exponents, linear, pack, quantize, quantize_with_mask, unpack
 from .training import load_training, save_training
 
@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "load_training",
     "pack",
+    "prepack",
     "quantize",
     "quantize_with_mask",
     "save",

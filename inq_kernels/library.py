@@ -1,8 +1,8 @@
 """The operators ``torch.ops.inq.*``: schemas and shape functions, and nothing else. Torch only.
 
 Implementations are attached in ``backends``; they are opaque to tracing, so that which kernel runs is decided when the
-sizes are known. Weights are in a *layout*: ``"storage"`` (files, ``state_dict``) or a backend's own, made by
-``prepack``. A format crosses as ``bits`` and ``levels``, one bit a weight masks as uint8 [ceil(numel/8)].
+sizes are known. Weights are in a *layout* (layouts.py): ``"storage"`` (files, ``state_dict``) or a backend's
+own, made by ``prepack``. A format crosses as ``bits`` and ``levels``, one bit a weight masks as uint8 [ceil(numel/8)].
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import layouts
 from .format import Format
 from .reference import conv_memory_format
-
-STORAGE = "storage"
 
 _FORMAT = "int bits, str levels"
 _PACKED = "Tensor weight, Tensor weight_exp, Tensor? weight_scale"
@@ -50,12 +49,6 @@ def conv_output_size(
     return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
 
 
-def _check_layout(layout: str) -> None:
-    # A backend that brings a layout brings its shape function with it; until then there is one.
-    if layout != STORAGE:
-        raise ValueError(f"layout: expected {STORAGE!r}, got {layout!r}")
-
-
 def _linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
     return x.new_empty((*x.shape[:-1], weight_exp.shape[0]))
 
@@ -73,13 +66,13 @@ def _conv2d_dx(grad, weight, weight_exp, weight_scale, input_size, *rest):
 
 
 def _prepack(weight, k, bits, levels, layout):
-    _check_layout(layout)
-    return torch.empty_like(weight)
+    return weight.new_empty(layouts.shape(layout, weight.shape[0], k, Format(bits, levels)))
 
 
 def _unprepack(weight, n, k, bits, levels, layout):
-    _check_layout(layout)
-    return weight.new_empty((n, Format(bits, levels).row_bytes(k)))
+    fmt = Format(bits, levels)
+    layouts.shape(layout, n, k, fmt)  # raises where there is no such layout
+    return weight.new_empty(layouts.shape(layouts.STORAGE, n, k, fmt))
 
 
 _FAKES: dict[str, Callable] = {

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import backends as _backends  # noqa: F401 - loading it is what implements the operators
+from . import backends as _backends  # loading it is what implements the operators
 from . import reference
 from .format import Format, frozen_count
-from .library import STORAGE
+from .layouts import STORAGE
+from .layouts import shape as layout_shape
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PARTITIONS = ("magnitude", "random")
@@ -33,7 +34,8 @@ class PackedWeight:
     """Quantized weights as codes: value = ±2^(exponent of the code, relative to n1) · 2^weight_exp · weight_scale.
 
     Attributes:
-        weight: uint8 [N, ceil(K/8)·bits], one little-endian bit stream a row (for ``layout`` "storage").
+        weight: uint8 [N, ceil(K/8)·bits], one little-endian bit stream a row, for ``layout`` "storage"; for others see
+            layouts.py.
         weight_exp: int8 [N, 1], n1 of each row.
         weight_scale: float32 [N, 1] or None.
         format: how codes are read.
@@ -56,7 +58,7 @@ class PackedWeight:
         if not self.shape:
             raise ValueError("PackedWeight: shape: expected rank ≥ 1, got ()")
         n, k = self.shape[0], self.k
-        _expect("weight", self.weight, torch.uint8, (n, self.format.row_bytes(k)) if self.layout == STORAGE else None)
+        _expect("weight", self.weight, torch.uint8, layout_shape(self.layout, n, k, self.format))
         _expect("weight_exp", self.weight_exp, torch.int8, (n, 1))
         if self.weight_scale is not None:
             _expect("weight_scale", self.weight_scale, torch.float32, (n, 1))
@@ -272,6 +274,32 @@ def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
     return PackedWeight(codes, n1.clone(), None, fmt, tuple(w_hat.shape))
 
 
+def prepack(packed: PackedWeight, layout: str | None = None) -> PackedWeight:
+    """The same weight in another layout.
+
+    Args:
+        packed: in any layout.
+        layout: "storage", "cpu16", or None for what products on the weight's device are fastest from.
+
+    Returns:
+        ``packed`` itself if it is in that layout, else one with a new ``weight``; exponents and scale are shared.
+
+    Raises:
+        ValueError: there is no such layout.
+    """
+    _check_packed("inq_kernels.ops.prepack: packed", packed)
+    layout = layout or _backends.preferred_layout(packed.weight.device.type)
+    if layout == packed.layout:
+        return packed
+    tail = (packed.k, packed.format.bits, packed.format.levels)
+    weight = packed.weight
+    if packed.layout != STORAGE:
+        weight = _op.unprepack(weight, packed.shape[0], *tail, packed.layout)
+    if layout != STORAGE:
+        weight = _op.prepack(weight, *tail, layout)
+    return dataclasses.replace(packed, weight=weight, layout=layout)
+
+
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights again: ±2^k of each code, times the row scale where there is one.
 
@@ -289,9 +317,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     if dtype not in FLOATS:
         raise TypeError(f"inq.unpack: dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
     fmt, k = packed.format, packed.k
-    weight = packed.weight
-    if packed.layout != STORAGE:
-        weight = _op.unprepack(weight, packed.shape[0], k, fmt.bits, fmt.levels, packed.layout)
+    weight = prepack(packed, STORAGE).weight
     flat = _op.unpack(weight, packed.weight_exp, packed.weight_scale, k, fmt.bits, fmt.levels, dtype)
     # float16 alone is too narrow for some levels; a row scale rounds in any dtype, but must not overflow.
     if dtype == torch.float16:

@@ -1,0 +1,249 @@
+// The loops of kernels.h as templates over a set of instructions `S`. Included only by the files that define one, each
+// in its own anonymous namespace: the same template compiled with two sets of flags must never be merged by the linker.
+//
+// S has: kShape (kernels.h), kLanes (dwords a register), kSteps (steps a unit of 8 k), kAccumulators (registers for sums
+// of `stream`), Vec, Codes, Table;
+//   table(book), load_codes(p), decode<kSigns>(codes, step, signs, unit, table), zero(), load(p), store(p, v),
+//   broadcast(p) of a dword, multiply_add(acc, x, weight), mul(a, b), add(a, b), store_bfloat16(p, v), pack(args).
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace inq::cpu;
+
+// Not std::min: an inline function of the library, compiled here for more than the machine may have, could be the copy
+// that the linker keeps for everyone.
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class S>
+constexpr int kVectors = kPanelRows / S::kLanes;  // a panel
+template <class S>
+constexpr int kTileSteps = kUnits * S::kSteps;
+
+// How far ahead of its reads a stream asks for its lines: about the memory latency at full bandwidth.
+constexpr int64_t kPrefetchBytes = 2048;
+
+// --- decode ----------------------------------------------------------------------------------------------------------
+
+template <class S, bool kSigns>
+void decode_tiles(const DecodeArgs& d) {
+  constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0);
+  const typename S::Table table = S::table(*d.book);
+  const int64_t columns = d.panels * kPanelRows;
+  for (int panel = 0; panel < d.panels; ++panel) {
+    const uint8_t* tile = d.weight + panel * d.panel_bytes;
+    uint32_t* out = d.out + panel * kPanelRows;
+    for (int64_t t = 0; t < d.tiles; ++t, tile += kTile, out += kTileSteps<S> * columns) {
+      for (int v = 0; v < kVectors<S>; ++v) {
+        const int lane = v * S::kLanes;
+        typename S::Codes signs{};
+        if constexpr (kSigns) signs = S::load_codes(tile + kCodeBytes + lane * 4);
+#pragma GCC unroll 4
+        for (int unit = 0; unit < kUnits; ++unit) {
+          const typename S::Codes codes = S::load_codes(tile + unit * kUnitBytes + lane * 4);
+#pragma GCC unroll 8
+          for (int step = 0; step < S::kSteps; ++step) {
+            S::store(out + (unit * S::kSteps + step) * columns + lane,
+                     S::template decode<kSigns>(codes, step, signs, unit, table));
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class S>
+void decode(const DecodeArgs& d) {
+  d.book->sign_plane ? decode_tiles<S, true>(d) : decode_tiles<S, false>(d);
+}
+
+// --- micro-tile -------------------------------------------------------------------------------------------------------
+
+template <class S, int kRows, int kPanels>
+void multiply_tile(const MultiplyArgs& m) {
+  constexpr int kVecs = kPanels * kVectors<S>, kColumns = kPanels * kPanelRows;
+  typename S::Vec sum[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      sum[r][v] = m.accumulate ? S::load(m.c + r * kColumns + v * S::kLanes) : S::zero();
+    }
+  }
+  const uint32_t* a = m.a;
+  const uint32_t* b = m.b;
+  for (int64_t step = 0; step < m.steps; ++step, a += kRows, b += kColumns) {
+    typename S::Vec weight[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) weight[v] = S::load(b + v * S::kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename S::Vec x = S::broadcast(a + r);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = S::multiply_add(sum[r][v], x, weight[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) S::store(m.c + r * kColumns + v * S::kLanes, sum[r][v]);
+  }
+}
+
+template <class S, int kPanels, int kRows>
+void multiply_rows(const MultiplyArgs& m) {
+  if constexpr (kRows > 1) {
+    if (m.rows < kRows) return multiply_rows<S, kPanels, kRows - 1>(m);
+  }
+  multiply_tile<S, kRows, kPanels>(m);
+}
+
+template <class S, int kPanels = S::kShape.panels>
+void multiply(const MultiplyArgs& m) {
+  if constexpr (kPanels > 1) {
+    if (m.panels < kPanels) return multiply<S, kPanels - 1>(m);
+  }
+  multiply_rows<S, kPanels, S::kShape.rows>(m);
+}
+
+// --- epilogue ---------------------------------------------------------------------------------------------------------
+
+// One register of columns, from and to whole registers of memory.
+template <class S>
+inline typename S::Vec finished(const float* c, const float* power, const float* scale, const float* bias) {
+  typename S::Vec y = S::mul(S::load(c), S::load(power));
+  if (scale) y = S::mul(y, S::load(scale));
+  if (bias) y = S::add(y, S::load(bias));
+  return y;
+}
+
+template <class S>
+void finish(const FinishArgs& f) {
+  const int whole = f.columns / S::kLanes * S::kLanes, rest = f.columns - whole;
+  const int size = size_of(f.type);
+  // The last columns through memory of full registers: neither read nor write beyond the caller's arrays.
+  alignas(64) float power[S::kLanes] = {}, scale[S::kLanes] = {}, bias[S::kLanes] = {}, last[S::kLanes] = {};
+  alignas(64) unsigned char rounded[S::kLanes * 4];
+  if (rest) {
+    std::memcpy(power, f.power + whole, rest * sizeof(float));
+    if (f.scale) std::memcpy(scale, f.scale + whole, rest * sizeof(float));
+    if (f.bias) std::memcpy(bias, f.bias + whole, rest * sizeof(float));
+  }
+  for (int r = 0; r < f.rows; ++r) {
+    const float* c = f.c + r * f.c_stride;
+    unsigned char* out = static_cast<unsigned char*>(f.out) + r * f.out_stride * size;
+    auto write = [&](void* to, typename S::Vec y) {
+      if (f.type == DType::float32) {
+        S::store(to, y);
+      } else {
+        S::store_bfloat16(to, y);
+      }
+    };
+    for (int i = 0; i < whole; i += S::kLanes) {
+      write(out + i * size, finished<S>(c + i, f.power + i, f.scale ? f.scale + i : nullptr, f.bias ? f.bias + i : nullptr));
+    }
+    if (rest) {
+      std::memcpy(last, c + whole, rest * sizeof(float));
+      write(rounded, finished<S>(last, power, f.scale ? scale : nullptr, f.bias ? bias : nullptr));
+      std::memcpy(out + whole * size, rounded, rest * size);
+    }
+  }
+}
+
+// --- few rows ---------------------------------------------------------------------------------------------------------
+
+// Codes are read once, decoded in registers and used for every row at once.
+template <class S, int kRows, int kPanels, bool kSigns>
+void stream_panels(const StreamArgs& s, int64_t panel) {
+  constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0), kVecs = kVectors<S>;
+  typename S::Vec sum[kPanels][kVecs][kRows];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+#pragma GCC unroll 24
+      for (int r = 0; r < kRows; ++r) sum[p][v][r] = S::zero();
+    }
+  }
+  const typename S::Table table = S::table(*s.book);
+  const uint8_t* weight = s.weight + panel * s.panel_bytes;
+  const uint32_t* a = s.a;
+  for (int64_t t = 0; t < s.tiles; ++t, weight += kTile, a += kTileSteps<S> * kRows) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p) {
+      const uint8_t* tile = weight + p * s.panel_bytes;
+#pragma GCC unroll 5
+      for (int line = 0; line < kTile; line += 64) __builtin_prefetch(tile + kPrefetchBytes + line);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const int lane = v * S::kLanes;
+        typename S::Codes signs{};
+        if constexpr (kSigns) signs = S::load_codes(tile + kCodeBytes + lane * 4);
+#pragma GCC unroll 4
+        for (int unit = 0; unit < kUnits; ++unit) {
+          const typename S::Codes codes = S::load_codes(tile + unit * kUnitBytes + lane * 4);
+#pragma GCC unroll 8
+          for (int step = 0; step < S::kSteps; ++step) {
+            const typename S::Vec w = S::template decode<kSigns>(codes, step, signs, unit, table);
+            const uint32_t* x = a + (unit * S::kSteps + step) * kRows;
+#pragma GCC unroll 24
+            for (int r = 0; r < kRows; ++r) sum[p][v][r] = S::multiply_add(sum[p][v][r], S::broadcast(x + r), w);
+          }
+        }
+      }
+    }
+  }
+  constexpr int kColumns = kPanels * kPanelRows;
+  alignas(64) float c[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+#pragma GCC unroll 24
+      for (int r = 0; r < kRows; ++r) S::store(&c[r][p * kPanelRows + v * S::kLanes], sum[p][v][r]);
+    }
+  }
+  const int column = static_cast<int>(panel * kPanelRows);
+  FinishArgs f = s.finish;
+  f.c = &c[0][0];
+  f.c_stride = kColumns;
+  f.columns = static_cast<int>(least(kColumns, f.columns - column));
+  f.power += column;
+  if (f.scale) f.scale += column;
+  if (f.bias) f.bias += column;
+  f.out = static_cast<unsigned char*>(f.out) + int64_t{column} * size_of(f.type);
+  finish<S>(f);
+}
+
+template <class S, int kRows, int kPanels>
+void stream_rest(const StreamArgs& s, int64_t panel) {
+  for (; panel + kPanels <= s.panels; panel += kPanels) {
+    s.book->sign_plane ? stream_panels<S, kRows, kPanels, true>(s, panel)
+                       : stream_panels<S, kRows, kPanels, false>(s, panel);
+  }
+  if constexpr (kPanels > 1) {
+    if (panel < s.panels) stream_rest<S, kRows, kPanels / 2>(s, panel);
+  }
+}
+
+template <class S, int kIndex = 0>
+void stream(const StreamArgs& s) {
+  constexpr int kRows = kStreamRows[kIndex];
+  if constexpr (kRows < S::kShape.stream_rows) {
+    if (s.rows > kRows) return stream<S, kIndex + 1>(s);
+  }
+  constexpr int kFitting = S::kAccumulators / (kRows * kVectors<S>);
+  constexpr int kPanels = kFitting < 1 ? 1 : kFitting > 8 ? 8 : kFitting;
+  stream_rest<S, kRows, kPanels>(s, 0);
+}
+
+template <class S>
+constexpr Kernels kernels() {
+  return {S::pack, decode<S>, multiply<S>, finish<S>, stream<S>};
+}
+
+}  // namespace

@@ -1,0 +1,102 @@
+// What an instruction set offers the products: a few loops over packed operands, behind function pointers, so that the
+// drivers (linear.cpp, conv2d.cpp) are compiled once and for every machine. The loops are in gemm_kernels.h.
+//
+// A *step* is what one lane of a register multiplies at once: one k in float32, a pair (k, k + 1) in bfloat16. Left
+// operands are packed as dwords [step][rows], decoded weights as [step][columns]; sums are float32. For each element of
+// the output the steps are added in ascending order into one accumulator, whatever the blocking and the threads.
+#pragma once
+
+#include <cstdint>
+
+#include "inq_format.h"
+#include "isa.h"
+#include "layout.h"
+
+namespace inq::cpu {
+
+enum class DType : int { float32 = 0, bfloat16 = 1 };
+constexpr int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
+
+// `count` elements from each of `rows` pointers → out[step][stride]; steps from ceil(count/pair) up to `steps`, and rows
+// from `rows` up to `stride`, are zero.
+struct PackArgs {
+  const void* const* row;
+  int rows, stride;
+  int64_t count, steps;
+  DType type;
+  uint32_t* out;
+};
+
+// `tiles` tiles of `panels` panels → out[step][16·panels].
+struct DecodeArgs {
+  const Codebook* book;
+  const uint8_t* weight;  // the first tile
+  int64_t panel_bytes;    // from one panel to the next
+  int64_t tiles;
+  int panels;
+  uint32_t* out;
+};
+
+// c[rows][16·panels] = (accumulate ? c : 0) + a[steps][rows]ᵀ · b[steps][16·panels].
+struct MultiplyArgs {
+  const uint32_t* a;
+  const uint32_t* b;
+  int64_t steps;
+  float* c;
+  int rows, panels;
+  bool accumulate;
+};
+
+// y = (c · power) · scale + bias of a block of columns, rounded once to `type`; scale and bias may be null.
+struct FinishArgs {
+  const float* c;
+  int64_t c_stride;
+  int rows, columns;
+  const float* power;
+  const float* scale;
+  const float* bias;
+  DType type;
+  void* out;
+  int64_t out_stride;  // elements
+};
+
+// All of K for few rows: a[steps][rows], decoded weights only ever in registers. Ends with `finish`.
+struct StreamArgs {
+  const Codebook* book;
+  const uint8_t* weight;  // the first panel
+  int64_t panel_bytes, tiles;
+  int64_t panels;
+  const uint32_t* a;
+  int rows;           // of a; one of kStreamRows
+  FinishArgs finish;  // rows, power, …, out of the first column; columns of all panels; c is not used
+};
+
+// The row counts that `stream` is compiled for; others take the next one and zero rows.
+constexpr int kStreamRows[] = {1, 2, 3, 4, 6, 8, 12, 16, 24};
+
+// What a set of kernels is compiled for. Constants, so that a plan can be made on any machine.
+struct Shape {
+  int pair;         // k a step: 1 (float32) or 2 (bfloat16)
+  int rows;         // of a micro-tile at most
+  int panels;       // of a micro-tile at most
+  int stream_rows;  // the largest entry of kStreamRows that is compiled
+};
+constexpr Shape kPortableShape{1, 2, 1, 2};
+constexpr Shape kAvx2Shape{1, 6, 1, 4};
+constexpr Shape kAvx512Shape{1, 6, 4, 12};
+constexpr Shape kAvx512PairShape{2, 6, 4, 24};
+
+struct Kernels {
+  void (*pack)(const PackArgs&);
+  void (*decode)(const DecodeArgs&);
+  void (*multiply)(const MultiplyArgs&);
+  void (*finish)(const FinishArgs&);
+  void (*stream)(const StreamArgs&);
+};
+
+const Kernels& portable_kernels();     // float32 and bfloat16 rows, float32 products
+const Kernels& avx2_kernels();         // the same
+const Kernels& avx512_kernels();       // float32 rows
+const Kernels& avx512_pair_kernels();  // bfloat16 rows, products by vdpbf16ps
+
+}  // namespace inq::cpu

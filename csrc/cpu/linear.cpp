@@ -1,0 +1,117 @@
+#include "linear.h"
+
+#include <algorithm>
+
+#include "epilogue.h"
+#include "panels.h"
+
+namespace inq::cpu {
+namespace {
+
+constexpr int kMostRowPointers = 24;  // the largest entry of kStreamRows
+
+// x[m, k] as a[step][rows], zero from m on and from k to the end of the last tile.
+void pack_stream(const LinearArgs& args, const Plan& plan, uint32_t* a) {
+  const int64_t k = args.weight.k, row_bytes = k * size_of(args.type);
+  const Kernels& kernels = kernels_of(plan);
+  if (plan.stream_rows == 1 && size_of(args.type) * plan.shape.pair == 4) {
+    std::memcpy(a, args.x, static_cast<size_t>(row_bytes));
+    std::memset(reinterpret_cast<unsigned char*>(a) + row_bytes, 0,
+                static_cast<size_t>(tiles_of(k) * kTileK * size_of(args.type) - row_bytes));
+    return;
+  }
+  // Pieces of K that are a few µs of copying.
+  const int64_t piece = std::max<int64_t>(64 * 1024 / plan.stream_rows / kTileK, 1) * kTileK;
+  parallel_tasks(ceil_div(k, piece), plan.threads, [&](int64_t i) {
+    const int64_t first = i * piece, last = std::min(first + piece, k);
+    const void* row[kMostRowPointers];
+    for (int r = 0; r < args.m; ++r) {
+      row[r] = static_cast<const unsigned char*>(args.x) + r * row_bytes + first * size_of(args.type);
+    }
+    const int64_t steps = (std::min(first + piece, tiles_of(k) * kTileK) - first) / plan.shape.pair;
+    kernels.pack({row, static_cast<int>(args.m), plan.stream_rows, last - first, steps, args.type,
+                  a + first / plan.shape.pair * plan.stream_rows});
+  });
+}
+
+void run_stream(const LinearArgs& args, const Plan& plan) {
+  const Weight& w = args.weight;
+  const Kernels& kernels = kernels_of(plan);
+  const Codebook book = codebook(w.format);
+  const Buffer<float> power = powers(w);
+  const Buffer<uint32_t> a(tiles_of(w.k) * kTileK / plan.shape.pair * plan.stream_rows);
+  pack_stream(args, plan, a.get());
+  const int64_t panel_bytes = tiles_of(w.k) * tile_bytes(w.format), panels = panels_of(w.n);
+  parallel_tasks(ceil_div(panels, plan.group), plan.threads, [&](int64_t task) {
+    const int64_t panel = task * plan.group, column = panel * kPanelRows;
+    const int64_t count = std::min(plan.group, panels - panel);
+    StreamArgs s{};
+    s.book = &book;
+    s.weight = w.data + panel * panel_bytes;
+    s.panel_bytes = panel_bytes;
+    s.tiles = tiles_of(w.k);
+    s.panels = count;
+    s.a = a.get();
+    s.rows = plan.stream_rows;
+    s.finish.rows = static_cast<int>(args.m);
+    s.finish.columns = static_cast<int>(std::min(count * kPanelRows, w.n - column));
+    s.finish.power = power.get() + column;
+    s.finish.scale = w.scale ? w.scale + column : nullptr;
+    s.finish.bias = args.bias ? args.bias + column : nullptr;
+    s.finish.type = args.type;
+    s.finish.out = static_cast<unsigned char*>(args.out) + column * size_of(args.type);
+    s.finish.out_stride = w.n;
+    kernels.stream(s);
+  });
+}
+
+void run_panels(const LinearArgs& args, const Plan& plan) {
+  const Weight& w = args.weight;
+  const Kernels& kernels = kernels_of(plan);
+  const Codebook book = codebook(w.format);
+  const Buffer<float> power = powers(w);
+  const int64_t panel_bytes = tiles_of(w.k) * tile_bytes(w.format);
+  const int size = size_of(args.type);
+  std::vector<Chunk> chunks;
+  for (int64_t k = 0; k < w.k || k == 0; k += plan.k_chunk) {
+    const int64_t length = std::min(plan.k_chunk, w.k - k);
+    chunks.push_back({ceil_div(length, plan.shape.pair), tiles_of(length) * kTileK / plan.shape.pair});
+  }
+  auto pack = [&](size_t chunk, int64_t first, int rows, uint32_t* out) {
+    const int64_t k = static_cast<int64_t>(chunk) * plan.k_chunk;
+    const void* row[kMostRowPointers];
+    for (int r = 0; r < rows; ++r) {
+      row[r] = static_cast<const unsigned char*>(args.x) + ((first + r) * w.k + k) * size;
+    }
+    kernels.pack({row, rows, rows, std::min(plan.k_chunk, w.k - k), chunks[chunk].steps, args.type, out});
+  };
+  auto decode = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
+    const int64_t tile = static_cast<int64_t>(chunk) * plan.k_chunk / kTileK;
+    const int64_t tiles = std::min(plan.k_chunk / kTileK, tiles_of(w.k) - tile);
+    kernels.decode({&book, w.data + panel * panel_bytes + tile * tile_bytes(w.format), panel_bytes, tiles, panels, out});
+  };
+  auto finish = [&](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
+    const int64_t column = panel * kPanelRows;
+    kernels.finish({sums, int64_t{panels} * kPanelRows, rows,
+                    static_cast<int>(std::min<int64_t>(int64_t{panels} * kPanelRows, w.n - column)),
+                    power.get() + column, w.scale ? w.scale + column : nullptr,
+                    args.bias ? args.bias + column : nullptr, args.type,
+                    static_cast<unsigned char*>(args.out) + (row * w.n + column) * size, w.n});
+  };
+  multiply_panels(plan, args.m, w.n, chunks, pack, decode, finish);
+}
+
+}  // namespace
+
+void linear(const LinearArgs& args) {
+  const Weight& w = args.weight;
+  const Plan chosen =
+      plan({Op::linear, args.m, w.n, w.k, args.type, w.format.bits, current_isa(), thread_count()});
+  switch (chosen.kernel) {
+    case Kernel::none: return;
+    case Kernel::stream: return run_stream(args, chosen);
+    default: return run_panels(args, chosen);
+  }
+}
+
+}  // namespace inq::cpu
