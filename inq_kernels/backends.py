@@ -131,7 +131,7 @@ def _reference(op: str) -> Callable:
 def _attach(op: str) -> None:
     """Implement ``torch.ops.inq.<op>``: choose a backend and call it."""
     on_cpu, plain = getattr(cpu, op, None), _reference(op)
-    if op not in ("pack", "unpack"):
+    if op in ("linear_dx", "conv2d"):
         on_cpu = plain  # TEMP
     arguments = getattr(torch.ops.inq, op).default._schema.arguments
     forced = arguments[-1].name == "backend"
@@ -144,7 +144,7 @@ def _attach(op: str) -> None:
         if isinstance(like, list):
             if not like:
                 return None
-            like = like[0]
+            like = next((t for t in like if t.dtype not in cpu.DTYPES), like[0])
         dtype = torch.float32 if bytes_only else like.dtype if dtype_at is None else args[dtype_at]
         if choose(op, like, dtype, args[-1] if forced else "") == "cpu":
             return on_cpu(*args)

@@ -164,6 +164,30 @@ def quantize_with_mask_(w, mask, n1, threshold, keep, bits, levels, random, seed
         w.copy_(flat)
 
 
+def exponents_and_threshold(w, mask, keep, count, random, seed, bits, levels, granularity, exponent):
+    rule = (levels == "dense", granularity == "channel", exponent == "mse")
+    return _leaf.exponents_and_threshold(w.contiguous(), mask, keep, count, random, seed, bits, *rule)
+
+
+def masked_sgd_(params, grads, momentum_buffers, masks, *numbers):
+    _step(_leaf.masked_sgd_, (params, grads, momentum_buffers), masks, numbers)
+
+
+def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, *numbers):
+    _step(_leaf.masked_adamw_, (params, grads, exp_avgs, exp_avg_sqs), masks, numbers)
+
+
+def _step(leaf, lists, masks, numbers) -> None:
+    """One call for all parameters. Bits of a mask count in the order of the shape: others' strides cost a copy."""
+    flat = [[t.contiguous() for t in tensors] for tensors in lists]
+    leaf(*flat, masks, *numbers)
+    for given, used in zip(lists, flat, strict=True):
+        for t, contiguous in zip(given, used, strict=True):
+            # Gradients are only read.
+            if contiguous is not t and given is not lists[1]:
+                t.copy_(contiguous)
+
+
 # --- shapes for tracing -----------------------------------------------------------------------------------------------
 
 
@@ -193,6 +217,15 @@ _FAKES = {
         (w.shape[0], (w.numel() // w.shape[0] + 7) // 8 * bits), dtype=torch.uint8
     ),
     "unpack": lambda weight, exp, scale, k, bits, dense, dtype: weight.new_empty((exp.shape[0], k), dtype=dtype),
+    "exponents": lambda w, *_: w.new_empty((w.shape[0], 1), dtype=torch.int8),
+    "partition_threshold": lambda w, *_: w.new_empty((2,), dtype=torch.int64),
+    "exponents_and_threshold": lambda w, *_: (
+        w.new_empty((w.shape[0], 1), dtype=torch.int8),
+        w.new_empty((2,), dtype=torch.int64),
+    ),
+    "quantize_with_mask_": lambda *_: None,
+    "masked_sgd_": lambda *_: None,
+    "masked_adamw_": lambda *_: None,
     "prepack": _fake_prepack,
     "unprepack": _fake_unprepack,
 }

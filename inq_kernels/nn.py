@@ -89,7 +89,7 @@ class _PackedModule:
             before = self.packed
             new = ops.prepack(dataclasses.replace(before, weight=before.weight.data), layout).weight
             # Under a fake tensor mode the module must not be left with a weight that has no values.
-            if type(new) is type(before.weight.data):
+            if type(new) is Tensor:
                 self.weight = nn.Parameter(new, requires_grad=False)
 
     def prepack(self) -> None:
