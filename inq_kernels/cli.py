@@ -1,4 +1,7 @@
-"""The command line: ``inq demo | quantize | inspect | verify | export | doctor``. Heavy imports happen when used."""
+"""The command line: ``inq demo | quantize | inspect | verify | bench | export | doctor``.
+
+Heavy imports happen when used.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from .demo import add_arguments
 
         add_arguments(demo)
+    bench = add("bench", _bench, "time the operators beside torch's, after checking that they are right")
+    if argv[:1] == ["bench"]:
+        from .bench import add_arguments
+
+        add_arguments(bench)
     _quantize_arguments(add("quantize", _quantize, "pack the weights of a model's files in one shot"))
     inspect = add("inspect", _inspect, "show the layers of a packed checkpoint, after checking all of it")
     inspect.add_argument("file", metavar="FILE", help="a .safetensors file or a directory")
@@ -128,6 +136,12 @@ def _quantize_arguments(command: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
 
     return run(args)
 
