@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars bench test mutants mutants-files lint format clean help
+.PHONY: demo bars bench test mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
+	@echo "make sanitize   the C++ kernels' own tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make lint      ruff; make format rewrites"
 	@echo "make clean     remove $(VENV), demo/ and caches"
 
@@ -45,6 +46,10 @@ mutants: $(READY)
 # Takes ten minutes, so CI leaves it out.
 mutants-files: $(READY)
 	$(PY) tests/mutants_files.py
+
+# A few minutes: two more builds of the kernels.
+sanitize: $(READY)
+	$(PY) tests/sanitize.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

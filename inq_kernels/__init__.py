@@ -1,5 +1,6 @@
 """Incremental Network Quantization: lossless power-of-two weights at 2 to 5 bits, packed, as torch operators."""
 
+from . import optim
 from .checkpoint import load, save
 from .files import CheckpointError
 from .format import Format
@@ -26,6 +27,7 @@ __all__ = [
     "linear",
     "load",
     "load_training",
+    "optim",
     "pack",
     "prepack",
     "quantize",

@@ -270,7 +270,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """What ``select`` and the compiled library would choose: nothing is computed, and any ``--isa`` may be asked for."""
+    """What ``select`` and the compiled library would choose. Nothing is computed, so any ``--isa`` may be asked for."""
     import itertools
 
     import torch

@@ -237,7 +237,7 @@ def quantize_with_mask(
 def exponents_and_threshold(
     w: Tensor, mask: Tensor, keep: Tensor | None, count: int, random: bool, seed: int, fmt: Format, n1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``(n1, threshold)`` for ``torch.ops.inq.quantize_with_mask_``: n1 from all of ``w`` unless it is fixed already."""
+    """``(n1, threshold)`` for ``torch.ops.inq.quantize_with_mask_``: n1 from all of ``w`` unless that is fixed."""
     if n1 is not None:
         return n1, _op.partition_threshold(w, mask, keep, count, random, seed)
     rule = (fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
@@ -348,8 +348,8 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _run(op: str, *args):
-    """``torch.ops.inq.<op>``, whose first argument is the activations. The CPU kernels are operators themselves: outside
-    of tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
+    """``torch.ops.inq.<op>``, whose first argument is the activations. The CPU kernels are operators themselves:
+    outside of tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
     x = args[0]
     if not torch.compiler.is_compiling() and _backends.choose(op, x, x.dtype, args[-1]) == "cpu":
         return getattr(_backends.cpu, op)(*args)

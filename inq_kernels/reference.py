@@ -224,8 +224,8 @@ def partition_threshold(
 def exponents_and_threshold(
     w: Tensor, mask: Tensor, keep: Tensor | None, count: int, random: bool, seed: int, fmt: Format
 ) -> tuple[Tensor, Tensor]:
-    """``exponents`` of all of ``w`` and ``partition_threshold``: kernels count both in one pass. Where ``keep`` is given,
-    the weights that it drops must be 0 already."""
+    """``exponents`` of all of ``w`` and ``partition_threshold``: kernels count both in one pass. Where ``keep`` is
+    given, the weights that it drops must be 0 already."""
     return exponents(w, fmt), partition_threshold(w, mask, keep, count, random, seed)
 
 

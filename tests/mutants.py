@@ -88,7 +88,7 @@ def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess:
     file, name = test.split("::")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", name]
     # The copy comes before the installed package, and one thread each leaves the other core to the other mutant.
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "INQ_BACKEND": "reference"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
