@@ -4,9 +4,9 @@
 namespace {
 
 struct Portable {
-  // 8 sums, 4 columns of weights and one x fit the 16 registers of SSE2 and the 32 of NEON.
+  // A micro-tile's 8 sums, 4 columns of weights and one x fit the 16 registers of SSE2 and the 32 of NEON.
   static constexpr Shape kShape = kPortableShape;
-  static constexpr int kLanes = 4, kSteps = 8, kAccumulators = 8;
+  static constexpr int kLanes = 4, kSteps = 8;
   typedef float Vec __attribute__((vector_size(16)));
   typedef uint32_t Codes __attribute__((vector_size(16)));
   using Table = const float*;
