@@ -149,7 +149,7 @@ def test_a_closure_runs_with_gradients_and_its_value_comes_back():
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) == 3
+    assert float(optimizer.step(closure).detach()) == 3
     assert torch.equal(p.detach(), torch.zeros(3))
     assert optimizer.step() is None
 
