@@ -1,4 +1,7 @@
-"""The command line: ``inq demo | quantize | inspect | verify | export | doctor``. Heavy imports happen when used."""
+"""The command line: ``inq demo | quantize | inspect | verify | bench | export | doctor``.
+
+Heavy imports happen when used.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from .demo import add_arguments
 
         add_arguments(demo)
+    bench = add("bench", _bench, "time the operators beside torch's, after checking that they are right")
+    if argv[:1] == ["bench"]:
+        from .bench import add_arguments
+
+        add_arguments(bench)
     _quantize_arguments(add("quantize", _quantize, "pack the weights of a model's files in one shot"))
     inspect = add("inspect", _inspect, "show the layers of a packed checkpoint, after checking all of it")
     inspect.add_argument("file", metavar="FILE", help="a .safetensors file or a directory")
@@ -128,6 +136,12 @@ def _quantize_arguments(command: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
 
     return run(args)
 
@@ -249,14 +263,14 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         line("cuda", "no device" if torch.version.cuda else "torch is built without CUDA")
     for name, reason in backends.availability().items():
-        detail = f": {backends.cpu.summary()}" if name == "cpu" else ""
+        detail = f": {backends.cpu.summary()}" if name == "cpu" and reason is None else ""
         line(f"backend {name}", f"available{detail}" if reason is None else f"not available: {reason}")
     line(backends.ENVIRONMENT, os.environ.get(backends.ENVIRONMENT) or "not set")
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """What ``select`` and the compiled library would choose: nothing is computed, and any ``--isa`` may be asked for."""
+    """What ``select`` and the compiled library would choose. Nothing is computed, so any ``--isa`` may be asked for."""
     import itertools
 
     import torch

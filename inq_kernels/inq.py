@@ -167,11 +167,10 @@ class _Layer:
         if self.keep is not None:
             w.masked_fill_(~self.kept_mask(), 0.0)
         # Fixed at the first portion, from all weights: what is frozen then stays representable for ever.
-        n1 = self.n1
-        if n1 is None:
-            n1 = _op.exponents(w, fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
         mask = self.mask.clone()
-        threshold = _op.partition_threshold(w, mask, self.keep, count - self.frozen, random, self.seed)
+        n1, threshold = ops.exponents_and_threshold(
+            w, mask, self.keep, count - self.frozen, random, self.seed, fmt, self.n1
+        )
         before = w.double()
         _op.quantize_with_mask_(w, mask, n1, threshold, self.keep, fmt.bits, fmt.levels, random, self.seed)
         added = reference.unpack_bits(mask ^ self.mask, w.shape)

@@ -24,6 +24,8 @@ _CONV = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] d
 SCHEMAS = {
     "exponents": f"(Tensor w, {_FORMAT}, str granularity, str exponent) -> Tensor",
     "partition_threshold": "(Tensor w, Tensor mask, Tensor? keep, int count, bool random, int seed) -> Tensor",
+    "exponents_and_threshold": "(Tensor w, Tensor mask, Tensor? keep, int count, bool random, int seed, "
+    f"{_FORMAT}, str granularity, str exponent) -> (Tensor, Tensor)",
     "quantize_with_mask_": "(Tensor(a!) w, Tensor(b!) mask, Tensor n1, Tensor threshold, Tensor? keep, "
     f"{_FORMAT}, bool random, int seed) -> ()",
     "pack": f"(Tensor w, Tensor n1, {_FORMAT}) -> Tensor",
@@ -47,6 +49,14 @@ def conv_output_size(
 ) -> list[int]:
     """[H, W] of a convolution's output."""
     return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+
+
+def _exponents(w, *_):
+    return w.new_empty((w.shape[0], 1), dtype=torch.int8)
+
+
+def _threshold(w, *_):
+    return w.new_empty((2,), dtype=torch.int64)
 
 
 def _linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
@@ -76,8 +86,9 @@ def _unprepack(weight, n, k, bits, levels, layout):
 
 
 _FAKES: dict[str, Callable] = {
-    "exponents": lambda w, *_: w.new_empty((w.shape[0], 1), dtype=torch.int8),
-    "partition_threshold": lambda w, *_: w.new_empty((2,), dtype=torch.int64),
+    "exponents": _exponents,
+    "partition_threshold": _threshold,
+    "exponents_and_threshold": lambda w, *_: (_exponents(w), _threshold(w)),
     "quantize_with_mask_": lambda *_: None,
     "pack": lambda w, n1, bits, levels: w.new_empty(
         (w.shape[0], (w.numel() // w.shape[0] + 7) // 8 * bits), dtype=torch.uint8

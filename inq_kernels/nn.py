@@ -512,7 +512,7 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, owners: Mapping[int
 
 
 def _own_bytes(module: nn.Module, counted: set[int]) -> int:
-    """Bytes of the module's own parameters in files, without those in ``counted``, to which they are added: shared once."""
+    """Bytes in files of the module's own parameters without those in ``counted``, to which they are added."""
     own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in counted}
     counted.update(map(id, own.values()))
     if isinstance(module, _PackedModule) and own.pop("weight", None) is not None:

@@ -217,9 +217,8 @@ def quantize_with_mask(
             raise ValueError("inq.quantize_with_mask: frozen: expected no pruned weight among the frozen ones")
         keep = reference.pack_bits(prune_mask)
         w_hat.masked_fill_(~prune_mask, 0.0)
-    if n1 is None:
-        n1 = exponents(w_hat, fmt)
-    check_n1("inq.quantize_with_mask: n1", n1, w)
+    if n1 is not None:
+        check_n1("inq.quantize_with_mask: n1", n1, w)
     total = w.numel() if prune_mask is None else int(prune_mask.sum())
     count, held = frozen_count(portion, total), int(frozen.sum())
     if count < held:
@@ -230,9 +229,19 @@ def quantize_with_mask(
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
     mask = reference.pack_bits(frozen)
-    threshold = _op.partition_threshold(w_hat, mask, keep, count - held, random, seed)
+    n1, threshold = exponents_and_threshold(w_hat, mask, keep, count - held, random, seed, fmt, n1)
     _op.quantize_with_mask_(w_hat, mask, n1, threshold, keep, fmt.bits, fmt.levels, random, seed)
     return w_hat, reference.unpack_bits(mask, w.shape), n1
+
+
+def exponents_and_threshold(
+    w: Tensor, mask: Tensor, keep: Tensor | None, count: int, random: bool, seed: int, fmt: Format, n1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``(n1, threshold)`` for ``torch.ops.inq.quantize_with_mask_``: n1 from all of ``w`` unless that is fixed."""
+    if n1 is not None:
+        return n1, _op.partition_threshold(w, mask, keep, count, random, seed)
+    rule = (fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
+    return _op.exponents_and_threshold(w, mask, keep, count, random, seed, *rule)
 
 
 def check_portion(name: str, portion: float) -> None:
@@ -339,8 +348,8 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _run(op: str, *args):
-    """``torch.ops.inq.<op>``, whose first argument is the activations. The CPU kernels are operators themselves: outside
-    of tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
+    """``torch.ops.inq.<op>``, whose first argument is the activations. The CPU kernels are operators themselves:
+    outside of tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
     x = args[0]
     if not torch.compiler.is_compiling() and _backends.choose(op, x, x.dtype, args[-1]) == "cpu":
         return getattr(_backends.cpu, op)(*args)

@@ -209,16 +209,24 @@ def partition_threshold(
     Among the weights that ``mask`` does not hold and ``keep`` (where given) does: int64 [2] = (key, ties). Those with a
     larger key are frozen, and the first ``ties`` in flat order of those with the same key. ``count`` 0 selects none.
     """
-    if count == 0:
-        return torch.tensor([torch.iinfo(torch.int64).max, 0], device=w.device)
     candidates = ~unpack_bits(mask, (w.numel(),))
     if keep is not None:
         candidates &= unpack_bits(keep, (w.numel(),))
     keys = _partition_keys(w, random, seed)[candidates]
-    if count > keys.numel():
-        raise ValueError(f"partition_threshold: count: expected at most {keys.numel()} unfrozen weights, got {count}")
+    if not 0 <= count <= keys.numel():
+        raise ValueError(f"partition_threshold: count: expected 0 to {keys.numel()} unfrozen weights, got {count}")
+    if count == 0:
+        return torch.tensor([torch.iinfo(torch.int64).max, 0], device=w.device)
     key = torch.kthvalue(keys, keys.numel() - count + 1).values
     return torch.stack([key, count - (keys > key).sum()])
+
+
+def exponents_and_threshold(
+    w: Tensor, mask: Tensor, keep: Tensor | None, count: int, random: bool, seed: int, fmt: Format
+) -> tuple[Tensor, Tensor]:
+    """``exponents`` of all of ``w`` and ``partition_threshold``: kernels count both in one pass. Where ``keep`` is
+    given, the weights that it drops must be 0 already."""
+    return exponents(w, fmt), partition_threshold(w, mask, keep, count, random, seed)
 
 
 def quantize_with_mask_(

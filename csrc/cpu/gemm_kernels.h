@@ -1,8 +1,7 @@
 // The loops of kernels.h as templates over a set of instructions `S`. Included only by the files that define one, each
 // in its own anonymous namespace: the same template compiled with two sets of flags must never be merged by the linker.
 //
-// S has: kShape (kernels.h), kLanes (dwords a register), kSteps (steps a unit of 8 k), kAccumulators (registers for sums
-// of `stream`), Vec, Codes, Table;
+// S has: kShape (kernels.h), kSteps (steps a unit of 8 k), Vec, Codes, Table;
 //   table(book), load_codes(p), decode<kSigns>(codes, step, signs, unit, table), zero(), load(p), store(p, v),
 //   broadcast(p) of a dword, multiply_add(acc, x, weight), mul(a, b), add(a, b), store_bfloat16(p, v), pack(args).
 #pragma once
@@ -20,7 +19,7 @@ using namespace inq::cpu;
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class S>
-constexpr int kVectors = kPanelRows / S::kLanes;  // a panel
+constexpr int kVectors = kPanelRows / S::kShape.lanes;  // a panel
 template <class S>
 constexpr int kTileSteps = kUnits * S::kSteps;
 
@@ -39,7 +38,7 @@ void decode_tiles(const DecodeArgs& d) {
     uint32_t* out = d.out + panel * kPanelRows;
     for (int64_t t = 0; t < d.tiles; ++t, tile += kTile, out += kTileSteps<S> * columns) {
       for (int v = 0; v < kVectors<S>; ++v) {
-        const int lane = v * S::kLanes;
+        const int lane = v * S::kShape.lanes;
         typename S::Codes signs{};
         if constexpr (kSigns) signs = S::load_codes(tile + kCodeBytes + lane * 4);
 #pragma GCC unroll 4
@@ -61,6 +60,119 @@ void decode(const DecodeArgs& d) {
   d.book->sign_plane ? decode_tiles<S, true>(d) : decode_tiles<S, false>(d);
 }
 
+// lanes × lanes dwords at a time: decoded with n in the lanes, transposed, stored with k in the lanes.
+template <class S, bool kSigns, int kHalf>
+void decode_half_tile(const uint8_t* tile, typename S::Table table, uint32_t* out, int64_t columns) {
+  constexpr int kLanes = S::kShape.lanes;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors<S>; ++v) {
+    const int lane = v * kLanes;
+    typename S::Codes signs{};
+    if constexpr (kSigns) signs = S::load_codes(tile + kCodeBytes + lane * 4);
+#pragma GCC unroll 4
+    for (int first = 0; first < kPanelRows; first += kLanes) {
+      typename S::Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int k = kHalf * kPanelRows + first + i, unit = k / kUnitK;
+        square[i] = S::template decode<kSigns>(S::load_codes(tile + unit * kUnitBytes + lane * 4), k % kUnitK, signs,
+                                               unit, table);
+      }
+      S::transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) S::store(out + (lane + i) * columns + first, square[i]);
+    }
+  }
+}
+
+template <class S, bool kSigns>
+void decode_transposed_tiles(const DecodeTransposedArgs& d) {
+  constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0);
+  const typename S::Table table = S::table(*d.book);
+  const int64_t columns = int64_t{d.column_panels} * kPanelRows;
+  for (int panel = 0; panel < d.panels; ++panel) {
+    for (int i = 0; i < d.column_panels; ++i) {
+      const int64_t half = d.first_half + i;
+      const uint8_t* tile = d.weight + panel * d.panel_bytes + half / 2 * kTile;
+      uint32_t* out = d.out + panel * kPanelRows * columns + i * kPanelRows;
+      half % 2 ? decode_half_tile<S, kSigns, 1>(tile, table, out, columns)
+               : decode_half_tile<S, kSigns, 0>(tile, table, out, columns);
+    }
+  }
+}
+
+template <class S>
+void decode_transposed(const DecodeTransposedArgs& d) {
+  d.book->sign_plane ? decode_transposed_tiles<S, true>(d) : decode_transposed_tiles<S, false>(d);
+}
+
+template <class S>
+void regroup(const RegroupArgs& g) {
+  for (int64_t step = 0; step < g.steps; ++step) {
+    uint32_t* out = g.out + step * g.columns;
+    if constexpr (S::kShape.pair == 1) {
+      const uint32_t* row = g.in + int64_t{g.at[step]} * g.columns;
+      for (int i = 0; i < g.columns; i += S::kShape.lanes) S::store(out + i, S::load(row + i));
+    } else {
+      // A half that is not there reads row 0 and keeps nothing of it.
+      const int32_t low = g.at[2 * step], high = g.at[2 * step + 1];
+      const uint32_t* low_row = g.in + int64_t{low < 0 ? 0 : low / 2} * g.columns;
+      const uint32_t* high_row = g.in + int64_t{high < 0 ? 0 : high / 2} * g.columns;
+      const uint32_t low_kept = low < 0 ? 0 : 0xFFFFu, high_kept = high < 0 ? 0 : 0xFFFF0000u;
+      const int down = low % 2 ? 16 : 0, up = high % 2 ? 0 : 16;
+      for (int i = 0; i < g.columns; ++i) {
+        out[i] = (low_row[i] >> down & low_kept) | (high_row[i] << up & high_kept);
+      }
+    }
+  }
+}
+
+// --- lane by lane -----------------------------------------------------------------------------------------------------
+
+// Terms that are summed before their sum joins the total: chunks again, for the rounding errors' sake.
+constexpr int64_t kDirectChunk = 64;
+
+template <class S, int kPixels>
+void direct_pixels(const DirectArgs& d, int64_t pixel) {
+  typename S::Vec total[kPixels][kVectors<S>], sum[kPixels][kVectors<S>];
+  for (int64_t first = 0; first < d.terms || first == 0; first += kDirectChunk) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors<S>; ++v) sum[p][v] = S::zero();
+    }
+    for (int64_t i = first; i < least(first + kDirectChunk, d.terms); ++i) {
+      const float* x = d.x + pixel * d.pixel_stride + d.offset[i];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors<S>; ++v) {
+        const typename S::Vec w = S::load(d.w + i * kPanelRows + v * S::kShape.lanes);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPixels; ++p) {
+          sum[p][v] = S::multiply_add(sum[p][v], S::load(x + p * d.pixel_stride + v * S::kShape.lanes), w);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors<S>; ++v) total[p][v] = first ? S::add(total[p][v], sum[p][v]) : sum[p][v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors<S>; ++v) S::store(d.c + (pixel + p) * kPanelRows + v * S::kShape.lanes, total[p][v]);
+  }
+}
+
+template <class S>
+void direct(const DirectArgs& d) {
+  constexpr int kPixels = S::kShape.lanes >= 8 ? 4 : 1;  // as many independent sums as hide an addition's latency
+  int64_t pixel = 0;
+  for (; pixel + kPixels <= d.pixels; pixel += kPixels) direct_pixels<S, kPixels>(d, pixel);
+  for (; pixel < d.pixels; ++pixel) direct_pixels<S, 1>(d, pixel);
+}
+
 // --- micro-tile -------------------------------------------------------------------------------------------------------
 
 template <class S, int kRows, int kPanels>
@@ -71,7 +183,7 @@ void multiply_tile(const MultiplyArgs& m) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      sum[r][v] = m.accumulate ? S::load(m.c + r * kColumns + v * S::kLanes) : S::zero();
+      sum[r][v] = S::zero();
     }
   }
   const uint32_t* a = m.a;
@@ -79,7 +191,7 @@ void multiply_tile(const MultiplyArgs& m) {
   for (int64_t step = 0; step < m.steps; ++step, a += kRows, b += kColumns) {
     typename S::Vec weight[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) weight[v] = S::load(b + v * S::kLanes);
+    for (int v = 0; v < kVecs; ++v) weight[v] = S::load(b + v * S::kShape.lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const typename S::Vec x = S::broadcast(a + r);
@@ -90,7 +202,10 @@ void multiply_tile(const MultiplyArgs& m) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) S::store(m.c + r * kColumns + v * S::kLanes, sum[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* c = m.c + r * kColumns + v * S::kShape.lanes;
+      S::store(c, m.accumulate ? S::add(S::load(c), sum[r][v]) : sum[r][v]);
+    }
   }
 }
 
@@ -123,11 +238,11 @@ inline typename S::Vec finished(const float* c, const float* power, const float*
 
 template <class S>
 void finish(const FinishArgs& f) {
-  const int whole = f.columns / S::kLanes * S::kLanes, rest = f.columns - whole;
+  const int whole = f.columns / S::kShape.lanes * S::kShape.lanes, rest = f.columns - whole;
   const int size = size_of(f.type);
   // The last columns through memory of full registers: neither read nor write beyond the caller's arrays.
-  alignas(64) float power[S::kLanes] = {}, scale[S::kLanes] = {}, bias[S::kLanes] = {}, last[S::kLanes] = {};
-  alignas(64) unsigned char rounded[S::kLanes * 4];
+  alignas(64) float power[S::kShape.lanes] = {}, scale[S::kShape.lanes] = {}, bias[S::kShape.lanes] = {}, last[S::kShape.lanes] = {};
+  alignas(64) unsigned char rounded[S::kShape.lanes * 4];
   if (rest) {
     std::memcpy(power, f.power + whole, rest * sizeof(float));
     if (f.scale) std::memcpy(scale, f.scale + whole, rest * sizeof(float));
@@ -143,7 +258,7 @@ void finish(const FinishArgs& f) {
         S::store_bfloat16(to, y);
       }
     };
-    for (int i = 0; i < whole; i += S::kLanes) {
+    for (int i = 0; i < whole; i += S::kShape.lanes) {
       write(out + i * size, finished<S>(c + i, f.power + i, f.scale ? f.scale + i : nullptr, f.bias ? f.bias + i : nullptr));
     }
     if (rest) {
@@ -156,55 +271,62 @@ void finish(const FinishArgs& f) {
 
 // --- few rows ---------------------------------------------------------------------------------------------------------
 
-// Codes are read once, decoded in registers and used for every row at once.
+// Codes are read once, decoded in registers and used for every row at once. All panels of a pass take a step together:
+// their sums are independent, which hides the latency of the additions, and they share the loads of x.
 template <class S, int kRows, int kPanels, bool kSigns>
-void stream_panels(const StreamArgs& s, int64_t panel) {
-  constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0), kVecs = kVectors<S>;
-  typename S::Vec sum[kPanels][kVecs][kRows];
-#pragma GCC unroll 8
-  for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
+void stream_pass(const StreamArgs& s, int64_t panel) {
+  constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0), kVecs = kPanels * kVectors<S>;
+  constexpr int kColumns = kPanels * kPanelRows, kChunkTiles = kChunkSteps / kTileSteps<S>;
+  alignas(64) float c[kRows][kColumns] = {};  // the sum of the chunks so far
+  typename S::Vec sum[kVecs][kRows];          // of this chunk
+#pragma GCC unroll 16
+  for (int v = 0; v < kVecs; ++v) {
 #pragma GCC unroll 24
-      for (int r = 0; r < kRows; ++r) sum[p][v][r] = S::zero();
-    }
+    for (int r = 0; r < kRows; ++r) sum[v][r] = S::zero();
   }
   const typename S::Table table = S::table(*s.book);
   const uint8_t* weight = s.weight + panel * s.panel_bytes;
   const uint32_t* a = s.a;
+  // Where register v of a tile's dwords begins.
+  auto at = [&](int v) { return v / kVectors<S> * s.panel_bytes + v % kVectors<S> * S::kShape.lanes * 4; };
   for (int64_t t = 0; t < s.tiles; ++t, weight += kTile, a += kTileSteps<S> * kRows) {
-#pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) {
-      const uint8_t* tile = weight + p * s.panel_bytes;
-#pragma GCC unroll 5
-      for (int line = 0; line < kTile; line += 64) __builtin_prefetch(tile + kPrefetchBytes + line);
+    typename S::Codes signs[kVecs] = {};
+    if constexpr (kSigns) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) signs[v] = S::load_codes(weight + at(v) + kCodeBytes);
+    }
 #pragma GCC unroll 4
+    for (int unit = 0; unit < kUnits; ++unit) {
+      typename S::Codes codes[kVecs];
+#pragma GCC unroll 16
       for (int v = 0; v < kVecs; ++v) {
-        const int lane = v * S::kLanes;
-        typename S::Codes signs{};
-        if constexpr (kSigns) signs = S::load_codes(tile + kCodeBytes + lane * 4);
-#pragma GCC unroll 4
-        for (int unit = 0; unit < kUnits; ++unit) {
-          const typename S::Codes codes = S::load_codes(tile + unit * kUnitBytes + lane * 4);
+        codes[v] = S::load_codes(weight + at(v) + unit * kUnitBytes);
+        __builtin_prefetch(weight + at(v) + unit * kUnitBytes + kPrefetchBytes);
+      }
 #pragma GCC unroll 8
-          for (int step = 0; step < S::kSteps; ++step) {
-            const typename S::Vec w = S::template decode<kSigns>(codes, step, signs, unit, table);
-            const uint32_t* x = a + (unit * S::kSteps + step) * kRows;
+      for (int step = 0; step < S::kSteps; ++step) {
+        const uint32_t* x = a + (unit * S::kSteps + step) * kRows;
+        typename S::Vec w[kVecs];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) w[v] = S::template decode<kSigns>(codes[v], step, signs[v], unit, table);
 #pragma GCC unroll 24
-            for (int r = 0; r < kRows; ++r) sum[p][v][r] = S::multiply_add(sum[p][v][r], S::broadcast(x + r), w);
-          }
+        for (int r = 0; r < kRows; ++r) {
+          const typename S::Vec row = S::broadcast(x + r);
+#pragma GCC unroll 16
+          for (int v = 0; v < kVecs; ++v) sum[v][r] = S::multiply_add(sum[v][r], row, w[v]);
         }
       }
     }
-  }
-  constexpr int kColumns = kPanels * kPanelRows;
-  alignas(64) float c[kRows][kColumns];
-#pragma GCC unroll 8
-  for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
+    if ((t + 1) % kChunkTiles == 0 || t + 1 == s.tiles) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) {
 #pragma GCC unroll 24
-      for (int r = 0; r < kRows; ++r) S::store(&c[r][p * kPanelRows + v * S::kLanes], sum[p][v][r]);
+        for (int r = 0; r < kRows; ++r) {
+          float* total = &c[r][v * S::kShape.lanes];
+          S::store(total, S::add(S::load(total), sum[v][r]));
+          sum[v][r] = S::zero();
+        }
+      }
     }
   }
   const int column = static_cast<int>(panel * kPanelRows);
@@ -222,8 +344,8 @@ void stream_panels(const StreamArgs& s, int64_t panel) {
 template <class S, int kRows, int kPanels>
 void stream_rest(const StreamArgs& s, int64_t panel) {
   for (; panel + kPanels <= s.panels; panel += kPanels) {
-    s.book->sign_plane ? stream_panels<S, kRows, kPanels, true>(s, panel)
-                       : stream_panels<S, kRows, kPanels, false>(s, panel);
+    s.book->sign_plane ? stream_pass<S, kRows, kPanels, true>(s, panel)
+                       : stream_pass<S, kRows, kPanels, false>(s, panel);
   }
   if constexpr (kPanels > 1) {
     if (panel < s.panels) stream_rest<S, kRows, kPanels / 2>(s, panel);
@@ -236,14 +358,18 @@ void stream(const StreamArgs& s) {
   if constexpr (kRows < S::kShape.stream_rows) {
     if (s.rows > kRows) return stream<S, kIndex + 1>(s);
   }
-  constexpr int kFitting = S::kAccumulators / (kRows * kVectors<S>);
-  constexpr int kPanels = kFitting < 1 ? 1 : kFitting > 8 ? 8 : kFitting;
+  constexpr int kPanels = stream_panels(S::kShape, kRows);
   stream_rest<S, kRows, kPanels>(s, 0);
 }
 
 template <class S>
 constexpr Kernels kernels() {
-  return {S::pack, decode<S>, multiply<S>, finish<S>, stream<S>};
+  Kernels table{S::pack, decode<S>, multiply<S>, finish<S>, stream<S>, regroup<S>, nullptr, nullptr};
+  if constexpr (S::kShape.pair == 1) {
+    table.decode_transposed = decode_transposed<S>;
+    table.direct = direct<S>;
+  }
+  return table;
 }
 
 }  // namespace

@@ -2,8 +2,10 @@
 // drivers (linear.cpp, conv2d.cpp) are compiled once and for every machine. The loops are in gemm_kernels.h.
 //
 // A *step* is what one lane of a register multiplies at once: one k in float32, a pair (k, k + 1) in bfloat16. Left
-// operands are packed as dwords [step][rows], decoded weights as [step][columns]; sums are float32. For each element of
-// the output the steps are added in ascending order into one accumulator, whatever the blocking and the threads.
+// operands are packed as dwords [step][rows], decoded weights as [step][columns]; sums are float32. Each element of the
+// output is the sum of its chunks in ascending order, and a chunk that of its kChunkSteps steps in ascending order,
+// starting from 0: the same for any blocking, number of rows and number of threads. (One chain over all of K would lose
+// several times more than torch's product does.)
 #pragma once
 
 #include <cstdint>
@@ -13,6 +15,9 @@
 #include "layout.h"
 
 namespace inq::cpu {
+
+// 128 steps of 64 decoded columns are 32 KB, two thirds of a 48 KB first-level cache.
+constexpr int kChunkSteps = 128;
 
 enum class DType : int { float32 = 0, bfloat16 = 1 };
 constexpr int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
@@ -37,7 +42,38 @@ struct DecodeArgs {
   uint32_t* out;
 };
 
-// c[rows][16·panels] = (accumulate ? c : 0) + a[steps][rows]ᵀ · b[steps][16·panels].
+// As DecodeArgs with k as columns, in float32: `panels` panels → out[16·panels steps][16·column_panels], from half tile
+// `first_half` (0: k = 0…15 of the first tile, 1: k = 16…31, and so on).
+struct DecodeTransposedArgs {
+  const Codebook* book;
+  const uint8_t* weight;  // the first panel
+  int64_t panel_bytes;
+  int panels;
+  int64_t first_half;
+  int column_panels;
+  uint32_t* out;
+};
+
+// Rows of decoded weights in another order of k: out row i holds the k at[pair·i], at[pair·i + 1], counted from the
+// first k of `in`; −1 is a row of zeros.
+struct RegroupArgs {
+  const uint32_t* in;
+  const int32_t* at;
+  int64_t steps;
+  int columns;  // a multiple of 16
+  uint32_t* out;
+};
+
+// c[pixels][16] = Σ_i x[pixel · pixel_stride + offset[i] + lane] · w[i][lane], float32 lane by lane.
+struct DirectArgs {
+  const float* x;
+  const float* w;
+  const int64_t* offset;
+  int64_t terms, pixels, pixel_stride;
+  float* c;
+};
+
+// c[rows][16·panels] = (accumulate ? c : 0) + a[steps][rows]ᵀ · b[steps][16·panels], the product summed first.
 struct MultiplyArgs {
   const uint32_t* a;
   const uint32_t* b;
@@ -80,11 +116,19 @@ struct Shape {
   int rows;         // of a micro-tile at most
   int panels;       // of a micro-tile at most
   int stream_rows;  // the largest entry of kStreamRows that is compiled
+  int lanes;        // dwords a register
+  int registers;    // that `stream` may fill with sums and codes, beside a weight, an x, and the table
 };
-constexpr Shape kPortableShape{1, 2, 1, 2};
-constexpr Shape kAvx2Shape{1, 6, 1, 4};
-constexpr Shape kAvx512Shape{1, 6, 4, 12};
-constexpr Shape kAvx512PairShape{2, 6, 4, 24};
+constexpr Shape kPortableShape{1, 2, 1, 2, 4, 12};
+constexpr Shape kAvx2Shape{1, 6, 1, 4, 8, 12};
+constexpr Shape kAvx512Shape{1, 6, 4, 12, 16, 28};
+constexpr Shape kAvx512PairShape{2, 6, 4, 24, 16, 28};
+
+// Panels that `stream` takes at once: eight streams from memory at most, as many as its registers hold.
+constexpr int stream_panels(Shape s, int rows) {
+  const int fitting = s.registers / ((rows + 1) * (kPanelRows / s.lanes));
+  return fitting < 1 ? 1 : fitting > 8 ? 8 : fitting;
+}
 
 struct Kernels {
   void (*pack)(const PackArgs&);
@@ -92,6 +136,10 @@ struct Kernels {
   void (*multiply)(const MultiplyArgs&);
   void (*finish)(const FinishArgs&);
   void (*stream)(const StreamArgs&);
+  void (*regroup)(const RegroupArgs&);
+  // Only where pair is 1, else null.
+  void (*decode_transposed)(const DecodeTransposedArgs&);
+  void (*direct)(const DirectArgs&);
 };
 
 const Kernels& portable_kernels();     // float32 and bfloat16 rows, float32 products

@@ -5,10 +5,10 @@
 
 namespace {
 
-// 12 sums, 2 columns of weights and one x fill 15 of 16 registers.
+// A micro-tile's 12 sums, 2 columns of weights and one x fill 15 of 16 registers.
 struct Avx2 {
   static constexpr Shape kShape = kAvx2Shape;
-  static constexpr int kLanes = 8, kSteps = 8, kAccumulators = 8;
+  static constexpr int kSteps = 8;
   using Vec = __m256;
   using Codes = __m256i;
   struct Table {

@@ -4,9 +4,9 @@
 namespace {
 
 struct Portable {
-  // 8 sums, 4 columns of weights and one x fit the 16 registers of SSE2 and the 32 of NEON.
+  // A micro-tile's 8 sums, 4 columns of weights and one x fit the 16 registers of SSE2 and the 32 of NEON.
   static constexpr Shape kShape = kPortableShape;
-  static constexpr int kLanes = 4, kSteps = 8, kAccumulators = 8;
+  static constexpr int kLanes = 4, kSteps = 8;
   typedef float Vec __attribute__((vector_size(16)));
   typedef uint32_t Codes __attribute__((vector_size(16)));
   using Table = const float*;
@@ -57,6 +57,16 @@ struct Portable {
     Vec flipped;
     std::memcpy(&flipped, &bits, sizeof flipped);
     return flipped;
+  }
+
+  static void transpose(Vec (&r)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float other = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = other;
+      }
+    }
   }
 
   static void pack(const PackArgs& p) {

@@ -121,8 +121,8 @@ class GroupReader {
 
   // How many groups there are whose two words lie inside the row and which are whole.
   int64_t whole_groups(const UnpackParams& p) const {
-    const int64_t inside = (row_bytes(p.format, p.k) - second_ - 4) / bits_ + 1;
-    return std::min(p.k / 8, std::max<int64_t>(inside, 0));
+    const int64_t last_start = row_bytes(p.format, p.k) - second_ - 4;
+    return last_start < 0 ? 0 : std::min(p.k / 8, last_start / bits_ + 1);
   }
 
   __m256 operator[](int64_t group) const {

@@ -1,0 +1,132 @@
+"""Runs cases: the check first, then candidate and baselines in turn. A red check gets no time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+
+import torch
+
+from .. import backends
+from . import machine
+from .case import DTYPES, Case, Context, Op, Request, Work
+from .registry import OPS
+from .timing import CLOCKS, Clock, Runner, ratio, summary, time_pairs
+
+# The first baseline is what the bars are about: it gets this share of a case's time.
+_FIRST_SHARE = 0.5
+
+
+@contextmanager
+def _backend(name: str):
+    """Operators without an argument for it take their backend from the environment."""
+    before = os.environ.get(backends.ENVIRONMENT)
+    os.environ[backends.ENVIRONMENT] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[backends.ENVIRONMENT]
+        else:
+            os.environ[backends.ENVIRONMENT] = before
+
+
+def run_section(
+    request: Request,
+    ops: Iterable[Op],
+    requested: Iterable[str],
+    seconds_per_case: float,
+    emit: Callable[[dict], None] = lambda row: None,
+    device: str = "cpu",
+) -> dict:
+    """All cases of ``ops`` on this machine as it is now: a section of the results, ``emit`` called for each row.
+
+    Args:
+        requested: backends by name, or "" for the best there is for each operator.
+    """
+    names = {name for environment in machine.ISA_ENVIRONMENT.values() for name in environment}
+    environment = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    limits = machine.ceilings(min(1.0, seconds_per_case))
+    clock, rows = CLOCKS[device](), []
+    for request_by_name in requested:
+        contexts: dict[str, Context] = {}
+        for case in (case for op in ops for case in op.cases(request)):
+            dtype = DTYPES.get(case.params["dtype"], torch.float32)
+            name = (*OPS[case.op].covers, "linear")[0]
+            backend = backends.select(name, request_by_name, backends.availability(), device, dtype)
+            with _backend(backend):
+                context = contexts.setdefault(backend, Context(backend))
+                rows.append(run_case(case, context, clock, seconds_per_case, limits))
+            emit(rows[-1])
+    # A machine that was busy at the start may show at the end what it can do.
+    limits = machine.better(limits, machine.ceilings(min(1.0, seconds_per_case)))
+    for row in rows:
+        _shares(row, limits)
+    description = machine.describe()
+    return {"isa": request.isa, "environment": environment, "machine": description, "ceilings": limits, "rows": rows}
+
+
+def run_case(case: Case, context: Context, clock: Clock, seconds: float, limits: dict) -> dict:
+    """One row. ``error`` is None and there are times, or it says what is wrong and there are none."""
+    row = {
+        "op": case.op,
+        "params": case.params,
+        "backend": context.backend,
+        "error": None,
+        "facts": {},
+        "baselines": [],
+    }
+    try:
+        context.enter(case.group)
+        work = case.build(context)
+        row["facts"] = work.facts
+        row["error"] = work.check()
+        if row["error"] is None:
+            row |= _measure(work, clock, seconds)
+            _shares(row, limits)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return row
+
+
+def _measure(work: Work, clock: Clock, seconds: float) -> dict:
+    """The times of a row: candidate against each baseline in turn."""
+    baselines = []
+    runnable = [name for name, baseline in work.baselines.items() if isinstance(baseline, Runner)]
+    all_samples: list[float] = []
+    for name, baseline in work.baselines.items():
+        if not isinstance(baseline, Runner):
+            baselines.append({"name": name, "reason": baseline})
+            continue
+        others = len(runnable) - 1
+        share = 1.0 if not others else _FIRST_SHARE if name == runnable[0] else (1 - _FIRST_SHARE) / others
+        mine, theirs = time_pairs(clock, work.candidate, baseline, share * seconds)
+        all_samples += mine
+        rates = _rates(theirs, baseline.bytes, work.flops)
+        baselines.append({"name": name, "bytes": baseline.bytes, **summary(theirs), **ratio(mine, theirs), **rates})
+    if not runnable:
+        all_samples, _ = time_pairs(clock, work.candidate, None, seconds)
+    moved = work.candidate.bytes
+    row = {"time": summary(all_samples), "bytes": moved, "flops": work.flops, "product": work.product}
+    return row | _rates(all_samples, moved, work.flops) | {"baselines": baselines}
+
+
+def _rates(samples: list[float], moved: int, flops: int) -> dict:
+    us = summary(samples)["median_us"]
+    return {"gb_s": moved / us / 1e3} | ({"gflop_s": flops / us / 1e3} if flops else {})
+
+
+def _shares(row: dict, limits: dict) -> None:
+    """What a row reaches of the ceilings."""
+    if "time" in row:
+        row["of_copy"] = row["gb_s"] / limits["copy_gb_s"]
+    if "gflop_s" in row:
+        products = limits["product_gflop_s"]
+        row["of_product"] = row["gflop_s"] / products.get(row["product"], products["float32"])
+
+
+def thread_count(count: int | None) -> None:
+    """Use ``count`` threads, or as many as torch chose."""
+    if count is not None:
+        torch.set_num_threads(count)
