@@ -270,7 +270,8 @@ def three_steps(dtype, optimizer, options, compare):
     params, _, held = step_case(dtype, 0)
     bits = [EMPTY if not h.any() else pack_bits(h) for h in held]
     count = 2 if optimizer == "adamw" else int("momentum" in options)
-    before = (params, *([torch.zeros(p.shape) for p in params] for _ in range(count)))
+    # Not zeros: a frozen weight's state is kept, whatever it is, in a first step too.
+    before = (params, *([torch.rand(p.shape, generator=generator(8)) for p in params] for _ in range(count)))
     ours = [[t.clone() for t in group] for group in before]
     for number in range(1, 4):
         grads = step_case(dtype, number)[1]
