@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
 #include "cpu/conv2d.h"
+#include "cpu/isa.h"
 #include "cpu/layout.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
@@ -20,7 +20,6 @@ namespace {
 
 using namespace inq;
 using namespace inq::cpu;
-
 
 // --- products with packed weights: prepack, unprepack, linear, linear_dx, conv2d --------------------------------------
 
