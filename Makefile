@@ -2,8 +2,9 @@
 #   make demo PYTHON=python VENV=
 PYTHON ?= python3
 VENV ?= .venv
-# Arguments for the commands, e.g. make demo DEMO="--seeds 3", make test PYTEST="-k nn".
+# Arguments for the commands, e.g. make demo DEMO="--seeds 3", make test PYTEST="-k nn", make bench BENCH=--quick.
 DEMO ?=
+BENCH ?= --isa native,avx512,avx2
 PYTEST ?= -n 2
 
 ifeq ($(strip $(VENV)),)
@@ -11,17 +12,19 @@ PY := $(PYTHON)
 READY :=
 else
 PY := $(VENV)/bin/python
-READY := $(VENV)/.ready
+READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars test mutants mutants-files lint format clean help
+.PHONY: demo bars bench test mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
+	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
 	@echo "make test      the whole test suite"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
+	@echo "make sanitize   the C++ kernels' own tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make lint      ruff; make format rewrites"
 	@echo "make clean     remove $(VENV), demo/ and caches"
 
@@ -30,6 +33,9 @@ demo: $(READY)
 
 bars: demo
 	$(PY) tests/demo_bars.py demo/results.json
+
+bench: $(READY)
+	$(PY) -m inq_kernels.cli bench --bars $(BENCH)
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)
@@ -40,6 +46,10 @@ mutants: $(READY)
 # Takes ten minutes, so CI leaves it out.
 mutants-files: $(READY)
 	$(PY) tests/mutants_files.py
+
+# A few minutes: two more builds of the kernels.
+sanitize: $(READY)
+	$(PY) tests/sanitize.py
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -57,7 +67,12 @@ ifneq ($(strip $(VENV)),)
 # torch first, and pinned: a looser requirement would fetch gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools wheel
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools wheel ninja
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@ $(VENV)/.built
+
+# Changed C++ needs a compiler, not a new installation.
+$(VENV)/.built: $(VENV)/.ready $(wildcard csrc/*.* csrc/*/*.*)
+	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 endif

@@ -4,17 +4,17 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/layout.h"
-#include "cpu/linear.h"
 #include "cpu/parallel.h"
-#include "cpu/plan.h"
-#include "cpu/prepack.h"
+#include "cpu/storage.h"
 
 namespace inq::cpu {
 
@@ -29,152 +29,148 @@ void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction fu
 
 namespace {
 
-using namespace inq;
 using namespace inq::cpu;
+using inq::Format;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// --- what every operator checks: errors name the operator, the argument, what was expected and what came --------------
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+void check_dtype(const char* what, const Tensor& t, ScalarType expected) {
+  STD_TORCH_CHECK(t.scalar_type() == expected, what, ": expected ", dtype_name(expected), ", got ",
+                  dtype_name(t.scalar_type()));
+}
+
+void check_contiguous(const char* what, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), what, ": expected a contiguous tensor, got strides of another kind for shape ",
+                  shape_text(t));
+}
+
+// A contiguous tensor of just this dtype and shape.
+void check(const char* what, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
+  check_dtype(what, t, dtype);
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    same = same && t.size(static_cast<int64_t>(i)) == shape[i];
+    expected += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  STD_TORCH_CHECK(same, what, ": expected shape ", expected, "], got ", shape_text(t));
+  check_contiguous(what, t);
+}
+
+Float float_of(const char* what, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, what,
+                  ": expected float32 or bfloat16, got ", dtype_name(dtype));
+  return dtype == ScalarType::Float ? Float::f32 : Float::bf16;
+}
+
+Format format_of(const char* op, int64_t bits, bool dense) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 5, op, ": bits: expected 2 to 5, got ", bits);
+  return Format{static_cast<int>(bits), dense};
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+// A new tensor beside `like`. Large ones ask for huge pages: half of the time of writing a fresh 200 MB is page faults.
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, shape, dtype);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(out.data_ptr()) + out.numel() * out.element_size();
+  // Advice only: where the kernel does not take it, nothing is different.
+  if (end > begin + kHugePage) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+// --- instruction sets -------------------------------------------------------------------------------------------------
 
 std::string isa() { return name(current_isa()); }
 std::string detected() { return name(detected_isa()); }
 std::string missing() { return why_not_better(); }
 std::string use_isa(std::string text) { return name(set_isa(isa_from_name(text))); }
 
-// --- products with packed weights: prepack, unprepack, linear, linear_dx, conv2d --------------------------------------
+// --- formats: what tests compare with format.py -----------------------------------------------------------------------
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
-}
-
-#define INQ_CHECK(condition, op, argument, expected, got) \
-  STD_TORCH_CHECK(condition, "inq_cpu.", op, ": ", argument, ": expected ", expected, ", got ", got)
-
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
-  AtenTensorHandle handle;
-  int32_t code = 0;
-  switch (type) {
-    case ScalarType::Byte: code = aoti_torch_dtype_uint8(); break;
-    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
-    default: code = aoti_torch_dtype_float32(); break;
+// For each magnitude, smallest first, its field; then magnitudes, n2 of n1 = 0 and the bytes of a row of 11 codes.
+std::vector<int64_t> format_facts(int64_t bits, bool dense) {
+  const Format f = format_of("format_facts", bits, dense);
+  std::vector<int64_t> facts;
+  for (int i = 0; i < inq::magnitudes(f); ++i) {
+    STD_TORCH_CHECK(inq::index_of(f, inq::field_of(f, i)) == i, "format_facts: index_of is not field_of's inverse");
+    facts.push_back(inq::field_of(f, i));
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  facts.insert(facts.end(), {inq::magnitudes(f), inq::n2_of(f, 0), inq::row_bytes(f, 11)});
+  return facts;
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
-  return empty(sizes, strides, type);
+std::vector<int64_t> format_constants() {
+  return {inq::kN1Min,     inq::kN1Max,      inq::kN1MinFloat16, inq::kN1MaxFloat16,
+          inq::kN1ZeroRow, inq::kMseOctaves};
 }
 
-Format format_of(const char* op, int64_t bits, bool dense) {
-  INQ_CHECK(bits >= 2 && bits <= 5, op, "bits", "2, 3, 4 or 5", bits);
-  return {static_cast<int>(bits), dense};
+// The bits of |ŵ| for the bits of a finite |w|, by equation (4).
+int64_t quantize_magnitude(int64_t magnitude, int64_t n1, int64_t bits, bool dense) {
+  const Format f = format_of("quantize_magnitude", bits, dense);
+  const int top = static_cast<int>(n1);
+  return inq::quantize_magnitude(static_cast<uint32_t>(magnitude), top, inq::n2_of(f, top));
 }
 
-DType dtype_of(const char* op, const char* argument, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  INQ_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op, argument, "float32 or bfloat16",
-            torch::headeronly::toString(type));
-  return type == ScalarType::Float ? DType::float32 : DType::bfloat16;
-}
+// --- storage ----------------------------------------------------------------------------------------------------------
 
-void check_bytes(const char* op, const Tensor& weight, const std::vector<int64_t>& sizes) {
-  const auto got = weight.sizes();
-  const bool fits = weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() && got.size() == sizes.size() &&
-                    std::equal(sizes.begin(), sizes.end(), got.begin());
-  INQ_CHECK(fits, op, "weight", "contiguous uint8 " + text_of({sizes.data(), sizes.size()}),
-            torch::headeronly::toString(weight.scalar_type()) + std::string(" ") + text_of(got));
-}
-
-// The arguments that every product has, checked; `scale` is kept alive by the caller's optional.
-Weight weight_of(const char* op, const Tensor& weight, const Tensor& exponent, const OptionalTensor& scale, int64_t k,
-                 Format format) {
-  INQ_CHECK(exponent.scalar_type() == ScalarType::Char && exponent.dim() == 2 && exponent.size(1) == 1 &&
-                exponent.is_contiguous(),
-            op, "weight_exp", "contiguous int8 [N, 1]",
-            torch::headeronly::toString(exponent.scalar_type()) + std::string(" ") + text_of(exponent.sizes()));
-  const int64_t n = exponent.size(0);
-  check_bytes(op, weight, {panels_of(n), tiles_of(k), tile_bytes(format)});
-  if (scale) {
-    INQ_CHECK(scale->scalar_type() == ScalarType::Float && scale->numel() == n && scale->is_contiguous(), op,
-              "weight_scale", "contiguous float32 [" + std::to_string(n) + ", 1]",
-              torch::headeronly::toString(scale->scalar_type()) + std::string(" ") + text_of(scale->sizes()));
-  }
-  return {static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<const int8_t*>(exponent.const_data_ptr()),
-          scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, format, n, k};
-}
-
-// The bias as contiguous float32 [n].
-OptionalTensor bias_of(const char* op, const OptionalTensor& bias, int64_t n) {
-  if (!bias) return std::nullopt;
-  INQ_CHECK(bias->dim() == 1 && bias->size(0) == n, op, "bias", "[" + std::to_string(n) + "]", text_of(bias->sizes()));
-  if (bias->scalar_type() == ScalarType::Float) return torch::stable::contiguous(*bias);
-  return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-}
-
-Tensor prepack_op(Tensor weight, int64_t k, int64_t bits, bool dense) {
-  const Format format = format_of("prepack", bits, dense);
-  INQ_CHECK(k >= 0, "prepack", "k", "at least 0", k);
-  INQ_CHECK(weight.dim() == 2, "prepack", "weight", "two dimensions", text_of(weight.sizes()));
-  const int64_t n = weight.size(0);
-  check_bytes("prepack", weight, {n, row_bytes(format, k)});
-  Tensor out = empty({panels_of(n), tiles_of(k), tile_bytes(format)}, ScalarType::Byte);
-  prepack(static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<uint8_t*>(out.mutable_data_ptr()), n, k,
-          format);
+Tensor pack_op(Tensor w, Tensor n1, int64_t bits, bool dense) {
+  const Format f = format_of("inq_cpu.pack", bits, dense);
+  const Float dtype = float_of("inq_cpu.pack: w", w.scalar_type());
+  STD_TORCH_CHECK(w.dim() >= 1 && w.numel() > 0, "inq_cpu.pack: w: expected rank ≥ 1 and values, got shape ",
+                  shape_text(w));
+  check_contiguous("inq_cpu.pack: w", w);
+  const int64_t n = w.size(0), k = w.numel() / n;
+  check("inq_cpu.pack: n1", n1, ScalarType::Char, {n, 1});
+  Tensor out = new_output(n1, {n, inq::row_bytes(f, k)}, ScalarType::Byte);
+  pack({w.data_ptr(), static_cast<const int8_t*>(n1.data_ptr()), static_cast<uint8_t*>(out.data_ptr()), n, k,
+                  f, dtype});
   return out;
 }
 
-Tensor unprepack_op(Tensor weight, int64_t n, int64_t k, int64_t bits, bool dense) {
-  const Format format = format_of("unprepack", bits, dense);
-  INQ_CHECK(n >= 0 && k >= 0, "unprepack", "n, k", "at least 0", std::to_string(n) + ", " + std::to_string(k));
-  check_bytes("unprepack", weight, {panels_of(n), tiles_of(k), tile_bytes(format)});
-  Tensor out = empty({n, row_bytes(format, k)}, ScalarType::Byte);
-  unprepack(static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<uint8_t*>(out.mutable_data_ptr()), n, k,
-            format);
+Tensor unpack_op(Tensor weight, Tensor weight_exp, std::optional<Tensor> weight_scale, int64_t k, int64_t bits, bool dense,
+              ScalarType dtype) {
+  const Format f = format_of("inq_cpu.unpack", bits, dense);
+  const Float to = float_of("inq_cpu.unpack: dtype", dtype);
+  STD_TORCH_CHECK(k >= 0, "inq_cpu.unpack: k: expected at least 0, got ", k);
+  STD_TORCH_CHECK(weight_exp.dim() == 2, "inq_cpu.unpack: weight_exp: expected [N, 1], got ", shape_text(weight_exp));
+  const int64_t n = weight_exp.size(0);
+  check("inq_cpu.unpack: weight", weight, ScalarType::Byte, {n, inq::row_bytes(f, k)});
+  check("inq_cpu.unpack: weight_exp", weight_exp, ScalarType::Char, {n, 1});
+  if (weight_scale) check("inq_cpu.unpack: weight_scale", *weight_scale, ScalarType::Float, {n, 1});
+  Tensor out = new_output(weight, {n, k}, dtype);
+  unpack({static_cast<const uint8_t*>(weight.data_ptr()), static_cast<const int8_t*>(weight_exp.data_ptr()),
+                    data_or_null<float>(weight_scale), out.data_ptr(), n, k, f, to});
   return out;
-}
-
-// Everything but the last dimension, which must be `last`.
-std::vector<int64_t> rows_of(const char* op, const char* argument, const Tensor& t, int64_t last) {
-  INQ_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == last, op, argument, "[..., " + std::to_string(last) + "]",
-            text_of(t.sizes()));
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end() - 1};
-}
-
-int64_t product(const std::vector<int64_t>& sizes) {
-  int64_t count = 1;
-  for (const int64_t size : sizes) count *= size;
-  return count;
-}
-
-Tensor linear_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, OptionalTensor bias,
-                 int64_t bits, bool dense) {
-  const Format format = format_of("linear", bits, dense);
-  const DType type = dtype_of("linear", "x", x);
-  INQ_CHECK(x.dim() >= 1, "linear", "x", "[..., K]", "a scalar");
-  const int64_t k = x.size(x.dim() - 1);
-  const Weight w = weight_of("linear", weight, weight_exp, weight_scale, k, format);
-  const OptionalTensor row_bias = bias_of("linear", bias, w.n);
-  std::vector<int64_t> sizes = rows_of("linear", "x", x, k);
-  const int64_t m = product(sizes);
-  sizes.push_back(w.n);
-  Tensor out = empty(sizes, x.scalar_type());
-  const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  linear({rows.const_data_ptr(), m, type, w, row_bias ? static_cast<const float*>(row_bias->const_data_ptr()) : nullptr,
-          out.mutable_data_ptr()});
-  return out;
-}
-
-std::string plan_op(std::string op, int64_t m, int64_t n, int64_t k, std::string dtype, int64_t bits, std::string isa,
-                    int64_t threads) {
-  return to_string(plan({op_from_name(op), m, n, k, dtype_from_name(dtype), format_of("plan", bits, false).bits,
-                         isa_from_name(isa), static_cast<int>(threads)}));
 }
 
 }  // namespace
@@ -184,12 +180,12 @@ STABLE_TORCH_LIBRARY(inq_cpu, m) {
   m.def("detected_isa() -> str");
   m.def("why_not_better() -> str");
   m.def("set_isa(str isa) -> str");
-  m.def("prepack(Tensor weight, int k, int bits, bool dense) -> Tensor");
-  m.def("unprepack(Tensor weight, int n, int k, int bits, bool dense) -> Tensor");
-  m.def(
-      "linear(Tensor x, Tensor weight, Tensor weight_exp, Tensor? weight_scale, Tensor? bias, int bits, bool dense) "
-      "-> Tensor");
-  m.def("plan(str op, int m, int n, int k, str dtype, int bits, str isa, int threads) -> str");
+  m.def("format_facts(int bits, bool dense) -> int[]");
+  m.def("format_constants() -> int[]");
+  m.def("quantize_magnitude(int magnitude, int n1, int bits, bool dense) -> int");
+  m.def("pack(Tensor w, Tensor n1, int bits, bool dense) -> Tensor");
+  m.def("unpack(Tensor weight, Tensor weight_exp, Tensor? weight_scale, SymInt k, int bits, bool dense, "
+        "ScalarType dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {
@@ -197,11 +193,12 @@ STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {
   m.impl("detected_isa", TORCH_BOX(&detected));
   m.impl("why_not_better", TORCH_BOX(&missing));
   m.impl("set_isa", TORCH_BOX(&use_isa));
-  m.impl("plan", TORCH_BOX(&plan_op));
+  m.impl("format_facts", TORCH_BOX(&format_facts));
+  m.impl("format_constants", TORCH_BOX(&format_constants));
+  m.impl("quantize_magnitude", TORCH_BOX(&quantize_magnitude));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CPU, m) {
-  m.impl("prepack", TORCH_BOX(&prepack_op));
-  m.impl("unprepack", TORCH_BOX(&unprepack_op));
-  m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("pack", TORCH_BOX(&pack_op));
+  m.impl("unpack", TORCH_BOX(&unpack_op));
 }

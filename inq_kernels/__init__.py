@@ -1,10 +1,11 @@
 """Incremental Network Quantization: lossless power-of-two weights at 2 to 5 bits, packed, as torch operators."""
 
+from . import optim
 from .checkpoint import load, save
 from .files import CheckpointError
 from .format import Format
 from .inq import INQ, PAPER_PORTIONS
-from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm
+from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm, prepack
 from .ops import PackedWeight, conv2d, exponents, linear, pack, quantize, quantize_with_mask, unpack
 from .training import load_training, save_training
 
@@ -26,7 +27,9 @@ __all__ = [
     "linear",
     "load",
     "load_training",
+    "optim",
     "pack",
+    "prepack",
     "quantize",
     "quantize_with_mask",
     "save",

@@ -31,7 +31,7 @@ from .file_format import (
 )  # fmt: skip
 from .files import CheckpointError
 from .format import N1_MIN, Format
-from .nn import Conv2d, Linear, _conv_arguments, _PackedModule, _why_not
+from .nn import Conv2d, Linear, _conv_arguments, _PackedModule, _why_not, prepack
 from .ops import PackedWeight
 
 
@@ -153,7 +153,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> Entries | n
     if model is None:
         return dict(checkpoint.entries())
     _fill_model(model, checkpoint)
-    return model
+    return prepack(model)
 
 
 # --- into a model -----------------------------------------------------------------------------------------------------

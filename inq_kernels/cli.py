@@ -1,4 +1,7 @@
-"""The command line: ``inq demo | quantize | inspect | verify | export | doctor``. Heavy imports happen when used."""
+"""The command line: ``inq demo | quantize | inspect | verify | bench | export | doctor``.
+
+Heavy imports happen when used.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from .table import bytes_text, render
 
 _ERROR, _INTERRUPTED, _BROKEN_PIPE = 1, 130, 141
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
+_ISAS = ("portable", "avx2", "avx512", "amx")
+_PLANNED = ("linear", "linear_dx", "conv2d")
 
 _NOT_LOSSLESS = (
     "One-shot rounding to powers of two is not lossless: its SQNR saturates near 14 to 15 dB, however many bits. "
@@ -80,6 +85,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from .demo import add_arguments
 
         add_arguments(demo)
+    bench = add("bench", _bench, "time the operators beside torch's, after checking that they are right")
+    if argv[:1] == ["bench"]:
+        from .bench import add_arguments
+
+        add_arguments(bench)
     _quantize_arguments(add("quantize", _quantize, "pack the weights of a model's files in one shot"))
     inspect = add("inspect", _inspect, "show the layers of a packed checkpoint, after checking all of it")
     inspect.add_argument("file", metavar="FILE", help="a .safetensors file or a directory")
@@ -90,7 +100,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     export.add_argument("target", metavar="OUT", help="a new .safetensors file or directory")
     export.add_argument("--to", choices=("dense",), required=True, help="dense: ordinary safetensors, float weights")
     export.add_argument("--dtype", choices=_DTYPES, help="of the unpacked weights (default: as before packing)")
-    add("doctor", _doctor, "show versions, devices and backends, and why a backend cannot run")
+    doctor = add("doctor", _doctor, "show versions, devices and backends, and why a backend cannot run")
+    doctor.add_argument("--plan", action="store_true", help="show which kernel each product would run, and stop")
+    doctor.add_argument("--op", nargs="+", choices=_PLANNED, default=_PLANNED, help="with --plan; default: all")
+    for name, default in (("m", [1, 4, 16, 64, 256, 4096]), ("n", [4096]), ("k", [14336]), ("bits", [4])):
+        doctor.add_argument(f"--{name}", nargs="+", type=int, default=default, help="with --plan; default: %(default)s")
+    doctor.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16", "float32"], help="with --plan")
+    doctor.add_argument("--isa", nargs="+", choices=_ISAS, help="with --plan; default: this machine's")
     return parser
 
 
@@ -120,6 +136,12 @@ def _quantize_arguments(command: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
 
     return run(args)
 
@@ -219,6 +241,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from . import __version__, backends
 
+    if args.plan:
+        return _plan(args)
+
     def line(name: str, value: object) -> None:
         print(f"{name:<18} {value}")
 
@@ -238,8 +263,30 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         line("cuda", "no device" if torch.version.cuda else "torch is built without CUDA")
     for name, reason in backends.availability().items():
-        line(f"backend {name}", "available" if reason is None else f"not available: {reason}")
+        detail = f": {backends.cpu.summary()}" if name == "cpu" else ""
+        line(f"backend {name}", f"available{detail}" if reason is None else f"not available: {reason}")
     line(backends.ENVIRONMENT, os.environ.get(backends.ENVIRONMENT) or "not set")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """What ``select`` and the compiled library would choose. Nothing is computed, so any ``--isa`` may be asked for."""
+    import itertools
+
+    import torch
+
+    from . import backends
+
+    requested, available = os.environ.get(backends.ENVIRONMENT, ""), backends.availability()
+    rows = []
+    cases = itertools.product(args.op, args.dtype, args.bits, args.n, args.k, args.m, args.isa or [None])
+    for op, dtype, bits, n, k, m, isa in cases:
+        backend = backends.select(op, requested, available, "cpu", getattr(torch, dtype))
+        kernel = "decode, then torch's dense product"
+        if backend == "cpu":
+            kernel = backends.cpu.plan(op, m, n, k, dtype, bits, isa)
+        rows.append((op, dtype, bits, m, n, k, backend, kernel))
+    _print_table(("op", "x", "bits", "M", "N", "K", "backend", "kernel"), rows)
     return 0
 
 

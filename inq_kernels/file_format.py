@@ -33,8 +33,8 @@ from torch import Tensor
 from . import files, ops, reference
 from .files import CheckpointError, Header
 from .format import N1_MAX, N1_MIN, Format
-from .library import STORAGE
-from .ops import PackedWeight
+from .layouts import STORAGE
+from .ops import PackedWeight, prepack
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "inq.json"
@@ -149,11 +149,7 @@ def config(formats: Mapping[str, Format], ignore: Iterable[str]) -> dict[str, ob
 def _pieces(path: Path, name: str, packed: PackedWeight) -> dict[str, Tensor]:
     if not is_weight(name):
         raise CheckpointError(f"{path}: tensor {name!r}: expected a packed weight's name to end in 'weight'")
-    weight = packed.weight
-    if packed.layout != STORAGE:
-        fmt = packed.format
-        weight = torch.ops.inq.unprepack(weight, packed.shape[0], packed.k, fmt.bits, fmt.levels, packed.layout)
-    pieces = {name: weight, f"{name}_exp": packed.weight_exp}
+    pieces = {name: prepack(packed, STORAGE).weight, f"{name}_exp": packed.weight_exp}
     if packed.weight_scale is not None:
         pieces[f"{name}_scale"] = packed.weight_scale
     return pieces

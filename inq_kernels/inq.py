@@ -2,7 +2,8 @@
 
 The algorithm is Algorithm 1 of the paper (arXiv 1702.03044). It works beside any torch optimizer: a hook zeroes the
 gradients of frozen weights as they are accumulated, and another writes the frozen values back after every step, so
-that neither weight decay nor momentum moves them by a bit.
+that neither weight decay nor momentum moves them by a bit. ``inq.optim``'s optimizers take the masks into their step
+instead, and nothing is written back.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import ops, reference
 from .format import Format, frozen_count
 from .nn import PACKED_TYPES, as_patterns, check_patterns, first_match, sqnr_db
+from .optim import MaskedOptimizer
 from .table import render
 
 # The accumulated portions of the paper's ResNet-18 at each bit-width (section 3.1 and 3.3).
@@ -120,6 +122,13 @@ class _Layer:
         frozen, kept = self.frozen_mask(), self.kept_mask()
         return frozen if kept is None else frozen | ~kept
 
+    def held_bits(self) -> Tensor | None:
+        """``held_mask`` with one bit a weight, as ``inq.optim`` takes it; None before the first portion."""
+        if self.n1 is None:
+            return None
+        self.follow_device()
+        return self.mask if self.keep is None else self.mask | ~self.keep
+
     def frozen_values(self) -> Tensor:
         """The frozen weights' values, and 0 elsewhere, in the weight's shape and dtype."""
         w, fmt = self.weight, self.format
@@ -158,11 +167,10 @@ class _Layer:
         if self.keep is not None:
             w.masked_fill_(~self.kept_mask(), 0.0)
         # Fixed at the first portion, from all weights: what is frozen then stays representable for ever.
-        n1 = self.n1
-        if n1 is None:
-            n1 = _op.exponents(w, fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
         mask = self.mask.clone()
-        threshold = _op.partition_threshold(w, mask, self.keep, count - self.frozen, random, self.seed)
+        n1, threshold = ops.exponents_and_threshold(
+            w, mask, self.keep, count - self.frozen, random, self.seed, fmt, self.n1
+        )
         before = w.double()
         _op.quantize_with_mask_(w, mask, n1, threshold, self.keep, fmt.bits, fmt.levels, random, self.seed)
         added = reference.unpack_bits(mask ^ self.mask, w.shape)
@@ -255,8 +263,9 @@ class INQ:
     Args:
         model: its Conv1d, Conv2d, Conv3d and Linear weights are quantized, first and last layer included; chosen by
             module type, shared weights once, under their first name.
-        optimizer: any torch.optim.Optimizer. torch.optim.LBFGS's history is dropped at every portion: it would move
-            weights that are frozen now.
+        optimizer: any torch.optim.Optimizer. ``inq.optim.SGD`` and ``inq.optim.AdamW`` hold frozen weights, and their
+            momenta too, inside the step, which saves writing them back. torch.optim.LBFGS's history is dropped at
+            every portion: it would move weights that are frozen now.
         fmt: the format of all layers that ``overrides`` does not name.
         portions: accumulated fractions σ, increasing, the last 1. ``inq.PAPER_PORTIONS[bits]`` has the paper's.
         partition: which weights freeze next in a layer: ``"magnitude"``, the largest |w|, or ``"random"``.
@@ -320,7 +329,10 @@ class INQ:
         self._hooked: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._hook_gradients()
-        handle = optimizer.register_step_post_hook(lambda *_: self._restore())
+        # The layers that the optimizer's own step does not hold.
+        self._written_back: list[_Layer] = []
+        self._hand_over_masks()
+        handle = optimizer.register_step_post_hook(lambda *_: self._restore(self._written_back))
         # Before the user's own: an average of the weights, say, must not see frozen ones that a step has moved.
         optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
         self._handles.append(handle)
@@ -358,9 +370,18 @@ class INQ:
                 stacklevel=3,
             )
 
-    def _restore(self) -> None:
-        for layer in self._layers.values():
+    def _restore(self, layers: Iterable[_Layer]) -> None:
+        for layer in layers:
             layer.restore()
+
+    def _hand_over_masks(self) -> None:
+        """Give what is held now to an optimizer that holds it itself; what it does not step is written back."""
+        masked = isinstance(self.optimizer, MaskedOptimizer)
+        ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]} if masked else set()
+        self._written_back = [layer for layer in self._layers.values() if id(layer.weight) not in ours]
+        for layer in self._layers.values():
+            if id(layer.weight) in ours:
+                self.optimizer.set_mask(layer.weight, layer.held_bits())
 
     def __iter__(self) -> Iterator[float]:
         if self._in_progress:
@@ -376,13 +397,14 @@ class INQ:
         self._check_attached()
         self._hook_gradients()
         # A checkpoint of an earlier portion may have been loaded into the model since.
-        self._restore()
+        self._restore(self._layers.values())
         for layer in self._layers.values():
             layer.follow_device()
             layer.check()
         portion = self.portions[self._index + 1]
         for layer in self._layers.values():
             layer.freeze(portion, self.partition)
+        self._hand_over_masks()
         if self.reset_optimizer or isinstance(self.optimizer, torch.optim.LBFGS):
             self.optimizer.state.clear()
         for scheduler, state, groups in zip(
@@ -439,6 +461,8 @@ class INQ:
         self._handles.clear()
         for layer in self._layers.values():
             _held.pop(layer.weight, None)
+            if isinstance(self.optimizer, MaskedOptimizer) and layer not in self._written_back:
+                self.optimizer.set_mask(layer.weight, None)
 
     def state_dict(self) -> dict:
         """All it takes to go on bit for bit, the LR schedulers' state included; model and optimizer have their own.
@@ -502,6 +526,7 @@ class INQ:
         self.check_state(state)
         for name, layer in self._layers.items():
             layer.load_state(state["layers"][name])
+        self._hand_over_masks()
         for scheduler, current in zip(self.lr_schedulers, state["lr_schedulers"], strict=True):
             scheduler.load_state_dict(copy.deepcopy(current["state"]))
         self._initial_schedulers = copy.deepcopy(state["initial_lr_schedulers"])

@@ -1,8 +1,8 @@
 """The operators ``torch.ops.inq.*``: schemas and shape functions, and nothing else. Torch only.
 
 Implementations are attached in ``backends``; they are opaque to tracing, so that which kernel runs is decided when the
-sizes are known. Weights are in a *layout*: ``"storage"`` (files, ``state_dict``) or a backend's own, made by
-``prepack``. A format crosses as ``bits`` and ``levels``, one bit a weight masks as uint8 [ceil(numel/8)].
+sizes are known. Weights are in a *layout* (layouts.py): ``"storage"`` (files, ``state_dict``) or a backend's
+own, made by ``prepack``. A format crosses as ``bits`` and ``levels``, one bit a weight masks as uint8 [ceil(numel/8)].
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import layouts
 from .format import Format
 from .reference import conv_memory_format
-
-STORAGE = "storage"
 
 _FORMAT = "int bits, str levels"
 _PACKED = "Tensor weight, Tensor weight_exp, Tensor? weight_scale"
@@ -25,6 +24,8 @@ _CONV = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] d
 SCHEMAS = {
     "exponents": f"(Tensor w, {_FORMAT}, str granularity, str exponent) -> Tensor",
     "partition_threshold": "(Tensor w, Tensor mask, Tensor? keep, int count, bool random, int seed) -> Tensor",
+    "exponents_and_threshold": "(Tensor w, Tensor mask, Tensor? keep, int count, bool random, int seed, "
+    f"{_FORMAT}, str granularity, str exponent) -> (Tensor, Tensor)",
     "quantize_with_mask_": "(Tensor(a!) w, Tensor(b!) mask, Tensor n1, Tensor threshold, Tensor? keep, "
     f"{_FORMAT}, bool random, int seed) -> ()",
     "pack": f"(Tensor w, Tensor n1, {_FORMAT}) -> Tensor",
@@ -50,10 +51,12 @@ def conv_output_size(
     return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
 
 
-def _check_layout(layout: str) -> None:
-    # A backend that brings a layout brings its shape function with it; until then there is one.
-    if layout != STORAGE:
-        raise ValueError(f"layout: expected {STORAGE!r}, got {layout!r}")
+def _exponents(w, *_):
+    return w.new_empty((w.shape[0], 1), dtype=torch.int8)
+
+
+def _threshold(w, *_):
+    return w.new_empty((2,), dtype=torch.int64)
 
 
 def _linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
@@ -73,18 +76,19 @@ def _conv2d_dx(grad, weight, weight_exp, weight_scale, input_size, *rest):
 
 
 def _prepack(weight, k, bits, levels, layout):
-    _check_layout(layout)
-    return torch.empty_like(weight)
+    return weight.new_empty(layouts.shape(layout, weight.shape[0], k, Format(bits, levels)))
 
 
 def _unprepack(weight, n, k, bits, levels, layout):
-    _check_layout(layout)
-    return weight.new_empty((n, Format(bits, levels).row_bytes(k)))
+    fmt = Format(bits, levels)
+    layouts.shape(layout, n, k, fmt)  # raises where there is no such layout
+    return weight.new_empty(layouts.shape(layouts.STORAGE, n, k, fmt))
 
 
 _FAKES: dict[str, Callable] = {
-    "exponents": lambda w, *_: w.new_empty((w.shape[0], 1), dtype=torch.int8),
-    "partition_threshold": lambda w, *_: w.new_empty((2,), dtype=torch.int64),
+    "exponents": _exponents,
+    "partition_threshold": _threshold,
+    "exponents_and_threshold": lambda w, *_: (_exponents(w), _threshold(w)),
     "quantize_with_mask_": lambda *_: None,
     "pack": lambda w, n1, bits, levels: w.new_empty(
         (w.shape[0], (w.numel() // w.shape[0] + 7) // 8 * bits), dtype=torch.uint8

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from . import ops, reference
+from . import backends, ops, reference
 from .format import Format
+from .layouts import STORAGE, layout_of
 from .ops import PackedWeight
 from .table import bytes_text, render
 
@@ -25,6 +28,10 @@ _HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
+
+
+# Two threads may call a module for the first time at once.
+_LAYING_OUT = threading.RLock()
 
 
 class _PackedModule:
@@ -37,6 +44,7 @@ class _PackedModule:
     format: Format
     shape: tuple[int, ...]  # logical shape of the weight
     backend: str | None  # forces a backend; None picks
+    _known: PackedWeight | None = None  # what ``packed`` returned last
 
     def _init_packed(self, shape: tuple[int, ...], fmt: Format, device, dtype) -> None:
         """Replace the float weight and bias, which were made on the meta device, by zero codes and a zero bias."""
@@ -59,8 +67,56 @@ class _PackedModule:
 
     @property
     def packed(self) -> PackedWeight:
-        """The module's weight, sharing its memory."""
-        return PackedWeight(self.weight, self.weight_exp, self.weight_scale, self.format, self.shape)
+        """The module's weight, sharing its memory, in the layout that it is in."""
+        weight, weight_exp, weight_scale = self.weight, self.weight_exp, self.weight_scale
+        known = self._known
+        if (
+            known is not None
+            and (known.weight is weight and known.weight_exp is weight_exp and known.weight_scale is weight_scale)
+            and (known.format is self.format and known.shape is self.shape)
+        ):
+            return known
+        packed = PackedWeight(weight, weight_exp, weight_scale, self.format, self.shape, layout_of(weight))
+        if not torch.compiler.is_compiling():
+            self._known = packed
+        return packed
+
+    def _lay_out(self, layout: str) -> None:
+        """Hold the weight in ``layout``, as a new Parameter: nothing that reads the old one sees half a change."""
+        with _LAYING_OUT, torch.inference_mode(False), torch.no_grad():
+            if layout_of(self.weight) == layout:
+                return
+            before = self.packed
+            new = ops.prepack(dataclasses.replace(before, weight=before.weight.data), layout).weight
+            # Under a fake tensor mode the module must not be left with a weight that has no values.
+            if type(new) is Tensor:
+                self.weight = nn.Parameter(new, requires_grad=False)
+
+    def prepack(self) -> None:
+        """Hold the weight in the layout that products on its device are fastest from; the first call does it, too.
+
+        ``state_dict`` and files have the storage layout all the same.
+        """
+        layout = backends.preferred_layout(self.weight.device.type)
+        if layout != STORAGE and self.backend in (None, "cpu"):
+            self._lay_out(layout)
+
+    def _ready(self, x: Tensor) -> PackedWeight:
+        """The weight for a product with ``x``, laid out at the first."""
+        if (
+            self.weight.dim() == 2  # the storage layout
+            and x.device.type == "cpu"
+            and x.dtype in backends.cpu.DTYPES
+            and not torch.compiler.is_compiling()
+        ):
+            self.prepack()
+        return self.packed
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if layout_of(self.weight) != STORAGE:
+            stored = ops.prepack(self.packed, STORAGE).weight
+            destination[prefix + "weight"] = nn.Parameter(stored, requires_grad=False) if keep_vars else stored
 
     def _fill(self, source: nn.Module, fmt: Format, n1: Tensor | None) -> None:
         """Take over weights, bias, hooks and mode of a float module."""
@@ -108,6 +164,8 @@ class _PackedModule:
         return super().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        # Another device may have no kernel for this one's layout; the next call lays out again.
+        self._lay_out(STORAGE)
         # .half() and .to(dtype) are for activations and bias: the row scale stays float32 and keeps its bits.
         scale = self.weight_scale
         if scale is None:
@@ -125,6 +183,7 @@ class _PackedModule:
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        self._lay_out(STORAGE)
         # torch would copy a float weight into uint8, value by value, wherever the shapes happen to agree.
         expected = {"weight": torch.uint8, "weight_exp": torch.int8, "weight_scale": torch.float32}
         found = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
@@ -195,7 +254,7 @@ class Linear(_PackedModule, nn.Linear):
         return self._return_float(nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.packed, self.bias, backend=self.backend)
+        return ops.linear(x, self._ready(x), self.bias, backend=self.backend)
 
 
 class Conv2d(_PackedModule, nn.Conv2d):
@@ -250,12 +309,35 @@ class Conv2d(_PackedModule, nn.Conv2d):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return ops.conv2d(
-            x, self.packed, self.bias, self.stride, padding, self.dilation, self.groups, backend=self.backend
+            x, self._ready(x), self.bias, self.stride, padding, self.dilation, self.groups, backend=self.backend
         )
 
 
 def _conv_arguments(m: nn.Conv2d) -> tuple:
     return (m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
+
+
+def prepack(model: nn.Module) -> nn.Module:
+    """Lay out the weights of all packed modules in ``model`` for the kernels of their device, in place.
+
+    A module does it at its first call; do it before ``torch.compile``, which cannot, or where the first call shall be
+    as fast as the others. ``state_dict`` and files have the storage layout all the same.
+
+    Args:
+        model: any module; what is not packed is left alone.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"inq.prepack: model: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, _PackedModule):
+            module.prepack()
+    return model
 
 
 PACKED_TYPES: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
@@ -330,7 +412,8 @@ def fold_batchnorm(module: Linear | Conv2d, bn: _BatchNorm) -> Linear | Conv2d:
 
 @dataclass(frozen=True)
 class Converted:
-    """One module with parameters: ``packed``, or float for ``reason``. Bytes are of all its own parameters."""
+    """One module with parameters: ``packed``, or float for ``reason``. Bytes are of all its own parameters, as they are
+    in files; in use 2 and 3 bits take the room of 4, and rows and columns are padded to a tile (layouts.py)."""
 
     name: str
     kind: str
@@ -429,10 +512,14 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, owners: Mapping[int
 
 
 def _own_bytes(module: nn.Module, counted: set[int]) -> int:
-    """Bytes of the module's own parameters, without those in ``counted``, to which they are added: shared once."""
-    own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
-    counted.update(map(id, own))
-    return sum(p.numel() * p.element_size() for p in own)
+    """Bytes in files of the module's own parameters without those in ``counted``, to which they are added."""
+    own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in counted}
+    counted.update(map(id, own.values()))
+    if isinstance(module, _PackedModule) and own.pop("weight", None) is not None:
+        return module.shape[0] * module.format.row_bytes(math.prod(module.shape[1:])) + sum(
+            p.nbytes for p in own.values()
+        )
+    return sum(p.nbytes for p in own.values())
 
 
 def convert(
@@ -525,6 +612,7 @@ def convert(
         for child_name, child in parent._modules.items():
             if id(child) in replacements:
                 parent._modules[child_name] = replacements[id(child)]
+    prepack(model)
     if report.packed_fraction < 0.5:
         warnings.warn(
             f"inq.convert: only {report.packed_fraction:.0%} of the parameter bytes were packed; print the report",

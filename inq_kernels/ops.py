@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import backends as _backends  # noqa: F401 - loading it is what implements the operators
+from . import backends as _backends  # loading it is what implements the operators
 from . import reference
 from .format import Format, frozen_count
-from .library import STORAGE
+from .layouts import STORAGE
+from .layouts import shape as layout_shape
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PARTITIONS = ("magnitude", "random")
@@ -33,7 +34,8 @@ class PackedWeight:
     """Quantized weights as codes: value = ±2^(exponent of the code, relative to n1) · 2^weight_exp · weight_scale.
 
     Attributes:
-        weight: uint8 [N, ceil(K/8)·bits], one little-endian bit stream a row (for ``layout`` "storage").
+        weight: uint8 [N, ceil(K/8)·bits], one little-endian bit stream a row, for ``layout`` "storage"; for others see
+            layouts.py.
         weight_exp: int8 [N, 1], n1 of each row.
         weight_scale: float32 [N, 1] or None.
         format: how codes are read.
@@ -56,7 +58,7 @@ class PackedWeight:
         if not self.shape:
             raise ValueError("PackedWeight: shape: expected rank ≥ 1, got ()")
         n, k = self.shape[0], self.k
-        _expect("weight", self.weight, torch.uint8, (n, self.format.row_bytes(k)) if self.layout == STORAGE else None)
+        _expect("weight", self.weight, torch.uint8, layout_shape(self.layout, n, k, self.format))
         _expect("weight_exp", self.weight_exp, torch.int8, (n, 1))
         if self.weight_scale is not None:
             _expect("weight_scale", self.weight_scale, torch.float32, (n, 1))
@@ -215,9 +217,8 @@ def quantize_with_mask(
             raise ValueError("inq.quantize_with_mask: frozen: expected no pruned weight among the frozen ones")
         keep = reference.pack_bits(prune_mask)
         w_hat.masked_fill_(~prune_mask, 0.0)
-    if n1 is None:
-        n1 = exponents(w_hat, fmt)
-    check_n1("inq.quantize_with_mask: n1", n1, w)
+    if n1 is not None:
+        check_n1("inq.quantize_with_mask: n1", n1, w)
     total = w.numel() if prune_mask is None else int(prune_mask.sum())
     count, held = frozen_count(portion, total), int(frozen.sum())
     if count < held:
@@ -228,9 +229,19 @@ def quantize_with_mask(
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
     mask = reference.pack_bits(frozen)
-    threshold = _op.partition_threshold(w_hat, mask, keep, count - held, random, seed)
+    n1, threshold = exponents_and_threshold(w_hat, mask, keep, count - held, random, seed, fmt, n1)
     _op.quantize_with_mask_(w_hat, mask, n1, threshold, keep, fmt.bits, fmt.levels, random, seed)
     return w_hat, reference.unpack_bits(mask, w.shape), n1
+
+
+def exponents_and_threshold(
+    w: Tensor, mask: Tensor, keep: Tensor | None, count: int, random: bool, seed: int, fmt: Format, n1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``(n1, threshold)`` for ``torch.ops.inq.quantize_with_mask_``: n1 from all of ``w`` unless that is fixed."""
+    if n1 is not None:
+        return n1, _op.partition_threshold(w, mask, keep, count, random, seed)
+    rule = (fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
+    return _op.exponents_and_threshold(w, mask, keep, count, random, seed, *rule)
 
 
 def check_portion(name: str, portion: float) -> None:
@@ -272,6 +283,32 @@ def pack(w_hat: Tensor, fmt: Format, n1: Tensor | None = None) -> PackedWeight:
     return PackedWeight(codes, n1.clone(), None, fmt, tuple(w_hat.shape))
 
 
+def prepack(packed: PackedWeight, layout: str | None = None) -> PackedWeight:
+    """The same weight in another layout.
+
+    Args:
+        packed: in any layout.
+        layout: "storage", "cpu16", or None for what products on the weight's device are fastest from.
+
+    Returns:
+        ``packed`` itself if it is in that layout, else one with a new ``weight``; exponents and scale are shared.
+
+    Raises:
+        ValueError: there is no such layout.
+    """
+    _check_packed("inq_kernels.ops.prepack: packed", packed)
+    layout = layout or _backends.preferred_layout(packed.weight.device.type)
+    if layout == packed.layout:
+        return packed
+    tail = (packed.k, packed.format.bits, packed.format.levels)
+    weight = packed.weight
+    if packed.layout != STORAGE:
+        weight = _op.unprepack(weight, packed.shape[0], *tail, packed.layout)
+    if layout != STORAGE:
+        weight = _op.prepack(weight, *tail, layout)
+    return dataclasses.replace(packed, weight=weight, layout=layout)
+
+
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights again: ±2^k of each code, times the row scale where there is one.
 
@@ -289,9 +326,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     if dtype not in FLOATS:
         raise TypeError(f"inq.unpack: dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
     fmt, k = packed.format, packed.k
-    weight = packed.weight
-    if packed.layout != STORAGE:
-        weight = _op.unprepack(weight, packed.shape[0], k, fmt.bits, fmt.levels, packed.layout)
+    weight = prepack(packed, STORAGE).weight
     flat = _op.unpack(weight, packed.weight_exp, packed.weight_scale, k, fmt.bits, fmt.levels, dtype)
     # float16 alone is too narrow for some levels; a row scale rounds in any dtype, but must not overflow.
     if dtype == torch.float16:
@@ -312,12 +347,21 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 # not. Each backward is linear in the gradient, so it is a Function of its own and double backward works.
 
 
+def _run(op: str, *args):
+    """``torch.ops.inq.<op>``, whose first argument is the activations. The CPU kernels are operators themselves:
+    outside of tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
+    x = args[0]
+    if not torch.compiler.is_compiling() and _backends.choose(op, x, x.dtype, args[-1]) == "cpu":
+        return getattr(_backends.cpu, op)(*args)
+    return getattr(_op, op)(*args)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, bias, weight, weight_exp, weight_scale, tail):
         ctx.packed, ctx.tail, ctx.k = (weight, weight_exp, weight_scale), tail, x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _op.linear(x, weight, weight_exp, weight_scale, bias, *tail)
+        return _run("linear", x, weight, weight_exp, weight_scale, bias, *tail)
 
     @staticmethod
     def backward(ctx, grad):
@@ -333,7 +377,7 @@ class _LinearDx(Function):
     @staticmethod
     def forward(ctx, grad, k, weight, weight_exp, weight_scale, tail):
         ctx.packed, ctx.tail = (weight, weight_exp, weight_scale), tail
-        return _op.linear_dx(grad, weight, weight_exp, weight_scale, k, *tail)
+        return _run("linear_dx", grad, weight, weight_exp, weight_scale, k, *tail)
 
     @staticmethod
     def backward(ctx, v):
@@ -345,7 +389,7 @@ class _Conv2d(Function):
     def forward(ctx, x, bias, weight, weight_exp, weight_scale, conv, tail):
         ctx.packed, ctx.conv, ctx.tail, ctx.size = (weight, weight_exp, weight_scale), conv, tail, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _op.conv2d(x, weight, weight_exp, weight_scale, bias, *conv, *tail)
+        return _run("conv2d", x, weight, weight_exp, weight_scale, bias, *conv, *tail)
 
     @staticmethod
     def backward(ctx, grad):
@@ -361,7 +405,7 @@ class _Conv2dDx(Function):
     @staticmethod
     def forward(ctx, grad, size, weight, weight_exp, weight_scale, conv, tail):
         ctx.packed, ctx.conv, ctx.tail = (weight, weight_exp, weight_scale), conv, tail
-        return _op.conv2d_dx(grad, weight, weight_exp, weight_scale, size, *conv, *tail)
+        return _run("conv2d_dx", grad, weight, weight_exp, weight_scale, size, *conv, *tail)
 
     @staticmethod
     def backward(ctx, v):
@@ -440,7 +484,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
         return _Linear.apply(x, bias, *weights, tail)
-    return _op.linear(x, *weights, bias, *tail)
+    return _run("linear", x, *weights, bias, *tail)
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -519,4 +563,4 @@ def conv2d(
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
         return _Conv2d.apply(x, bias, *weights, conv, tail)
-    return _op.conv2d(x, *weights, bias, *conv, *tail)
+    return _run("conv2d", x, *weights, bias, *conv, *tail)

@@ -8,7 +8,7 @@ arXiv 1702.03044; equation numbers are its.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -209,16 +209,24 @@ def partition_threshold(
     Among the weights that ``mask`` does not hold and ``keep`` (where given) does: int64 [2] = (key, ties). Those with a
     larger key are frozen, and the first ``ties`` in flat order of those with the same key. ``count`` 0 selects none.
     """
-    if count == 0:
-        return torch.tensor([torch.iinfo(torch.int64).max, 0], device=w.device)
     candidates = ~unpack_bits(mask, (w.numel(),))
     if keep is not None:
         candidates &= unpack_bits(keep, (w.numel(),))
     keys = _partition_keys(w, random, seed)[candidates]
-    if count > keys.numel():
-        raise ValueError(f"partition_threshold: count: expected at most {keys.numel()} unfrozen weights, got {count}")
+    if not 0 <= count <= keys.numel():
+        raise ValueError(f"partition_threshold: count: expected 0 to {keys.numel()} unfrozen weights, got {count}")
+    if count == 0:
+        return torch.tensor([torch.iinfo(torch.int64).max, 0], device=w.device)
     key = torch.kthvalue(keys, keys.numel() - count + 1).values
     return torch.stack([key, count - (keys > key).sum()])
+
+
+def exponents_and_threshold(
+    w: Tensor, mask: Tensor, keep: Tensor | None, count: int, random: bool, seed: int, fmt: Format
+) -> tuple[Tensor, Tensor]:
+    """``exponents`` of all of ``w`` and ``partition_threshold``: kernels count both in one pass. Where ``keep`` is
+    given, the weights that it drops must be 0 already."""
+    return exponents(w, fmt), partition_threshold(w, mask, keep, count, random, seed)
 
 
 def quantize_with_mask_(
@@ -320,16 +328,6 @@ def invalid_codes(weight: Tensor, weight_exp: Tensor, k: int, fmt: Format) -> in
     bad = (level == -lowest) | ((level <= 0) & (level + weight_exp.long() < N1_MIN))
     bad[:, k:] = codes[:, k:] != 0
     return int(bad.sum())
-
-
-def prepack(weight: Tensor, k: int, fmt: Format) -> Tensor:
-    """The storage layout as what this backend multiplies from: for the reference the same bytes, in a new tensor."""
-    return weight.clone()
-
-
-def unprepack(weight: Tensor, n: int, k: int, fmt: Format) -> Tensor:
-    """The inverse of ``prepack``."""
-    return weight.clone()
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -441,9 +439,27 @@ def conv2d_dx(
     fmt: Format,
 ) -> Tensor:
     """The gradient of ``conv2d`` in x: ``input_size`` [B, C, H, W] in grad's dtype."""
+    k = input_size[1] // groups * kernel_size[0] * kernel_size[1]
+    w = relative_values(weight, k, fmt, _accumulator(grad.dtype))
+    conv = (kernel_size, stride, padding, dilation, groups)
+    return conv2d_dx_of(grad, w, weight_exp, weight_scale, input_size, *conv)
+
+
+def conv2d_dx_of(
+    grad: Tensor,
+    w: Tensor,
+    weight_exp: Tensor,
+    weight_scale: Tensor | None,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``conv2d_dx`` for weights that are decoded already: ``relative_values`` [N, K] in the accumulator's dtype."""
     acc = _accumulator(grad.dtype)
-    shape = (weight.shape[0], input_size[1] // groups, *kernel_size)
-    w = relative_values(weight, shape[1] * shape[2] * shape[3], fmt, acc).view(shape)
+    w = w.view(-1, input_size[1] // groups, *kernel_size)
     scaled = grad.to(acc)
     for factor in _row_factors(weight_exp, weight_scale, acc):
         scaled = scaled * factor.view(-1, 1, 1)
@@ -468,8 +484,23 @@ def linear_fp8(
     x: Tensor, weight: Tensor, weight_exp: Tensor, weight_scale: Tensor | None, bias: Tensor | None, fmt: Format
 ) -> Tensor:
     """``linear`` with the rows of x rounded to e4m3 by ``quantize_rows_e4m3``; products and sums as in ``linear``."""
+
+    def product(x8: Tensor) -> Tensor:
+        return linear(x8, weight, torch.zeros_like(weight_exp), None, None, fmt)
+
+    return fp8_product(x, weight_exp, weight_scale, bias, product)
+
+
+def fp8_product(
+    x: Tensor,
+    weight_exp: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    product: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """``linear_fp8`` around ``product``, which multiplies float32 [..., K] with the weights relative to 2^n1."""
     x8, t = quantize_rows_e4m3(x)
-    y = linear(x8.float(), weight, torch.zeros_like(weight_exp), None, None, fmt)
+    y = product(x8.float())
     # 2^n1 and 2^-t together, as two factors of half the exponent each: either alone may overflow or underflow.
     power = weight_exp.long().view(-1) - t.long()
     half = power >> 1

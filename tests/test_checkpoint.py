@@ -22,6 +22,7 @@ from support import FORMATS, generator, random_packed, same_bits
 from torch import nn
 
 import inq_kernels as inq
+import inq_kernels.ops
 from inq_kernels import checkpoint, file_format, files, transcode
 from inq_kernels.checkpoint import inspect, verify
 
@@ -170,7 +171,7 @@ def file_format_entries(model):
     for name, tensor in state.items():
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, (inq.Linear, inq.Conv2d)) and name.endswith("weight"):
-            entries[name] = module.packed
+            entries[name] = inq_kernels.ops.prepack(module.packed, "storage")
         elif not name.endswith(("weight_exp", "weight_scale")):
             entries[name] = tensor
     return entries
@@ -713,6 +714,7 @@ def _odd_name():
 
 def _negative_zero():
     model = converted()
+    model.load_state_dict(model.state_dict())  # into the storage layout
     model[3].weight.data[0, 0] = 0b100 | int(model[3].weight[0, 0]) & ~0b111
     return model
 
@@ -729,9 +731,10 @@ def _nan_scale():
     return model
 
 
-def _backend_layout():
+def _unknown_layout():
     packed = random_packed(inq.Format(4), 2, 2)
-    return {"a.weight": inq.PackedWeight(packed.weight, packed.weight_exp, None, packed.format, (2, 2), "tiles")}
+    object.__setattr__(packed, "layout", "tiles")
+    return {"a.weight": packed}
 
 
 @pytest.mark.parametrize(
@@ -746,7 +749,7 @@ def _backend_layout():
         (lambda: converted().to("meta"), ValueError, "tensor '0.weight_exp': expected a tensor with values, got one"),
         (lambda: inq.Linear(3, 0, bias=False, fmt=inq.Format(4)), inq.CheckpointError,
          r"tensor 'weight': expected a weight with elements, got shape \[0, 3\]"),
-        (_backend_layout, ValueError, "layout: the reference backend reads 'storage', got 'tiles'"),
+        (_unknown_layout, ValueError, r"layout: expected one of \('storage', 'cpu16'\), got 'tiles'"),
         (lambda: {"a": random_packed(inq.Format(4), 2, 2)}, inq.CheckpointError, "expected a packed weight's name to"),
         (lambda: {"weight": random_packed(inq.Format(4), 2, 2), "weight_exp": torch.ones(1)}, inq.CheckpointError,
          "expected each tensor once, got 'weight_exp' twice"),

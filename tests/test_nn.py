@@ -354,7 +354,9 @@ def test_convert_reports_what_stayed_float_and_why():
     assert why["bias_pruned"].startswith("it carries more than weight and bias: bias_")
     assert why["rnn"] == "no packed module for LSTM"
     assert why["packed"] == "is packed already"
-    assert report.bytes_after == sum(p.numel() * p.element_size() for p in model.parameters())
+    state = model.state_dict()
+    stored = {id(p): state[name].nbytes for name, p in model.named_parameters(remove_duplicate=False)}
+    assert report.bytes_after == sum(stored.values())
     assert 0.5 < report.packed_fraction < 1
     text = str(report)
     assert "rounded, SQNR 1" in text

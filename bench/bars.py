@@ -1,0 +1,170 @@
+"""The speeds that must be reached (KERNELS.md), as data, and whether results reach them: pass, fail or open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .shapes import MAIN
+from .storage import COPY
+
+_MAIN = f"{MAIN[0]}x{MAIN[1]}"
+# M: at least this many times faster than dense bfloat16, 4 bits.
+AMX = {1: 4.5, 2: 4.2, 4: 4.2, 8: 4.2, 16: 4.0, 32: 3.0, 64: 3.0, 256: 1.6, 1024: 1.15, 4096: 1.15}
+AVX512 = {1: 3.5, 2: 3.0, 4: 1.9}
+NOWHERE_BELOW = 0.95
+FIVE_BITS = OTHER_SHAPES = 0.85
+BITS_IN_USE = {4: 4.1, 5: 5.4}
+
+Pick = Callable[[dict, dict], "float | None"]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``value(section, row)`` is the number held against ``limit`` in every row where it is not None.
+
+    The worst row counts. ``needs`` says what a machine or a run must have for the bar to be decided at all.
+    """
+
+    name: str
+    limit: float
+    value: Pick
+    needs: str
+    at_least: bool = True
+    unit: str = "×"
+
+
+def _baseline(row: dict, name: str, field: str = "ratio") -> float | None:
+    return next((b[field] for b in row["baselines"] if b["name"] == name and field in b), None)
+
+
+def _where(isa: str | None, op: str, value: Callable[[dict], float | None], **params) -> Pick:
+    """``value`` of the rows of ``op`` with these params, in sections that ran with this set of instructions."""
+
+    def pick(section: dict, row: dict) -> float | None:
+        wrong_isa = isa is not None and section["machine"]["isa"] != isa
+        if wrong_isa or row["op"] != op or row["backend"] == "reference":
+            return None
+        own = row["params"]
+        if any(not (v(own.get(k)) if callable(v) else own.get(k) == v) for k, v in params.items()):
+            return None
+        return value(row)
+
+    return pick
+
+
+def _ratio(name: str) -> Callable[[dict], float | None]:
+    return lambda row: _baseline(row, name)
+
+
+def _linear_bars() -> Iterator[Bar]:
+    dense, bf16 = _ratio("dense bfloat16"), "bfloat16"
+    for isa, table in (("amx", AMX), ("avx512", AVX512)):
+        for bits, factor in ((4, 1.0), (5, FIVE_BITS)):
+            for m, limit in table.items():
+                pick = _where(isa, "linear", dense, shape=_MAIN, m=m, bits=bits, dtype=bf16)
+                yield Bar(f"linear {isa} {bits}-bit M={m}: dense bfloat16", limit * factor, pick, f"{isa}, {_MAIN}")
+            if isa == "amx":
+                pick = _where(isa, "linear", _ratio("int4 g128"), shape=_MAIN, m=1, bits=bits, dtype=bf16)
+                yield Bar(f"linear {isa} {bits}-bit M=1: torch int4", 1.9 * factor, pick, f"{isa}, {_MAIN}")
+    for bits, factor in ((4, 1.0), (5, FIVE_BITS)):
+        for m, limit in AMX.items():
+            pick = _where("amx", "linear", dense, shape=lambda s: s != _MAIN, m=m, bits=bits, dtype=bf16)
+            name = f"linear amx {bits}-bit M={m}, worst other shape: dense bfloat16"
+            yield Bar(name, limit * factor * OTHER_SHAPES, pick, "amx, other shapes")
+    for isa, dtype, beyond in (("avx512", bf16, AVX512), ("avx2", "float32", {})):
+        pick = _where(
+            isa,
+            "linear",
+            _ratio(f"dense {dtype}"),
+            shape=_MAIN,
+            dtype=dtype,
+            m=lambda m, beyond=beyond: m not in beyond,
+        )
+        yield Bar(f"linear {isa}, worst of the other M: dense {dtype}", NOWHERE_BELOW, pick, f"{isa}, {_MAIN}")
+    for bits, limit in BITS_IN_USE.items():
+        pick = _where(None, "linear", lambda row: row["facts"].get("bits_per_weight"), bits=bits)
+        yield Bar(f"linear {bits}-bit: memory in use", limit, pick, "a compiled backend", at_least=False, unit="bits")
+
+
+def _other_bars() -> Iterator[Bar]:
+    for shape in ("VGG-16", "one tensor"):
+        for rule, limit in (("max", 0.15), ("mse", 0.2)):
+            where = {"shape": shape, "exponent": rule}
+            name, needs = f"partition {shape}, {rule}", "a full run"
+            pick = _where(None, "partition", lambda row: row["time"]["median_us"] / 1e6, **where)
+            yield Bar(f"{name}: time", limit, pick, needs, at_least=False, unit="s")
+            yield Bar(f"{name}: torch topk", 20, _where(None, "partition", _ratio("torch topk"), **where), needs)
+            pick = _where(None, "partition", _memory_share, **where)
+            yield Bar(f"{name}: extra memory, of the weights", 1 / 16, pick, needs, at_least=False, unit="")
+    for op in ("masked_adamw", "masked_sgd"):
+        pick = _where(None, op, lambda row: _inverse(_baseline(row, "torch fused, no mask")), shape="ResNet-50")
+        yield Bar(f"{op}: time, of torch's fused step without a mask", 1.05, pick, "a full run", at_least=False)
+    for op in ("pack", "unpack"):
+        pick = _where(None, op, _ratio(COPY), shape=_MAIN, dtype="float32")
+        yield Bar(f"{op}: of the copy bandwidth", 0.5, pick, "a full run", unit="")
+    for grad, limit in ((False, 5), (True, 10)):
+        pick = _where(None, "overhead", _over_kernel, grad=grad)
+        text = "with gradient" if grad else "without gradient"
+        yield Bar(f"a call over its kernel, {text}", limit, pick, "a kernel to call alone", at_least=False, unit="µs")
+
+
+def _inverse(value: float | None) -> float | None:
+    return None if value is None else 1 / value
+
+
+def _memory_share(row: dict) -> float | None:
+    extra = row["facts"]["peak_extra_bytes"]
+    return extra / row["facts"]["weight_bytes"] if isinstance(extra, int) else None
+
+
+def _over_kernel(row: dict) -> float | None:
+    kernel = _baseline(row, "kernel", "median_us")
+    return None if kernel is None else row["time"]["median_us"] - kernel
+
+
+BARS = (*_linear_bars(), *_other_bars())
+
+
+def evaluate(results: dict, bars: tuple[Bar, ...] = BARS) -> list[dict]:
+    """For each bar ``{"name", "limit", "unit", "value", "status"}``: pass, fail, or open (nothing to decide it by).
+
+    A red row fails the bars it belongs to, as far as its values can still be asked for, and is never left out silently.
+    """
+    found = []
+    for bar in bars:
+        values, red = [], False
+        for section in results["sections"]:
+            for row in section.get("rows", ()):
+                if row["error"] is None:
+                    value = bar.value(section, row)
+                    values += [] if value is None else [value]
+                else:
+                    red |= _red_belongs(bar, section, row)
+        worst = (min if bar.at_least else max)(values) if values else None
+        if red:
+            status = "fail: a check is red"
+        elif worst is None:
+            status = f"open: needs {bar.needs}"
+        else:
+            status = "pass" if (worst >= bar.limit if bar.at_least else worst <= bar.limit) else "fail"
+        found.append({"name": bar.name, "limit": bar.limit, "unit": bar.unit, "value": worst, "status": status})
+    return found
+
+
+class _Anything(dict):
+    """Facts, times and baselines of a red row: every question has an answer, to see whether the row is asked at all."""
+
+    def __missing__(self, name: str) -> float:
+        return 1.0
+
+    def get(self, name: str, default: object = None) -> float:
+        return 1.0
+
+
+def _red_belongs(bar: Bar, section: dict, row: dict) -> bool:
+    names = ("dense bfloat16", "dense float32", "int4 g128", "torch topk", "torch fused, no mask", "kernel", COPY)
+    baselines = [{"name": name, "ratio": 1.0, "median_us": 1.0} for name in names]
+    as_if = {**row, "facts": _Anything(), "time": _Anything(), "baselines": baselines}
+    as_if["facts"]["peak_extra_bytes"] = 1
+    return bar.value(section, as_if) is not None

@@ -1,0 +1,199 @@
+"""``inq bench``: arguments, one process for each set of instructions, files and exit status."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..backends import BACKENDS
+from ..format import BITS
+from ..table import render
+from . import bars, compare, machine, report
+from .case import DTYPES, Request
+from .registry import OPS
+
+_PACKAGE = Path(__file__).resolve().parent
+# Options that a process for another set of instructions gets as they are.
+_PASSED = ("quick", "op", "shape", "m", "bits", "dtype", "threads", "seconds_per_case", "backend")
+
+
+class BenchError(RuntimeError):
+    """The benchmark cannot run as asked."""
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's messages name it
+    return parse
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        k, n = (int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected K,N, for example 14336,4096, got {text!r}") from None
+    if k < 1 or n < 1:
+        raise argparse.ArgumentTypeError(f"expected K and N of at least 1, got {text!r}")
+    return k, n
+
+
+def _isas(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in machine.ISA_ENVIRONMENT]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(machine.ISA_ENVIRONMENT)}, got {unknown[0]!r}")
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``inq bench``."""
+    many = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--quick", action="store_true", help="a small grid, about a minute")
+    parser.add_argument("--op", choices=OPS, metavar="NAME", help=f"only these: {' '.join(OPS)}", **many)
+    parser.add_argument("--shape", type=_shape, metavar="K,N", help="of weights, instead of the grid's", **many)
+    parser.add_argument("--m", type=_positive(int), metavar="M", help="rows of x, or images of a batch", **many)
+    parser.add_argument("--bits", type=int, choices=BITS, help="instead of the grid's", **many)
+    parser.add_argument("--dtype", choices=DTYPES, help="of x or of the float weights", **many)
+    parser.add_argument(
+        "--isa", type=_isas, default=["native"], metavar="LIST",
+        help="of native, avx512, avx2: what we and torch are held down to, a process for each (default: native)",
+    )  # fmt: skip
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the best for each operator", **many)
+    parser.add_argument("--threads", type=_positive(int), metavar="N", help="default: torch's")
+    parser.add_argument("--seconds-per-case", type=_positive(float), metavar="S", help="default: 2; 0.4 with --quick")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results/<machine>-<commit>")
+    parser.add_argument("--no-plots", action="store_true", help="no pictures")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="only compare two results")
+    parser.add_argument(
+        "--bars", nargs="?", type=Path, const=True, metavar="FILE",
+        help="hold results (default: of this run) against the speeds that must be reached; exit 1 if one is missed",
+    )  # fmt: skip
+    parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what was asked for: rows on stdout; results.json and pictures under ``args.out``.
+
+    Returns:
+        0; 1 with a message on stderr if a check is red, a bar is missed, or the benchmark cannot run.
+    """
+    try:
+        if args.compare:
+            print(compare.compare(*map(report.read, args.compare)))
+            return 0
+        if args.bars not in (None, True):
+            return _bars(report.read(args.bars))
+        if args.section:
+            isa, path = args.section
+            Path(path).write_text(json.dumps(_section(args, isa)))
+            return 0
+        return _bench(args)
+    except (BenchError, OSError, ValueError) as error:
+        print(f"inq bench: {error}", file=sys.stderr)
+        return 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("pictures need matplotlib: pip install 'inq_kernels[bench]', or --no-plots")
+    software = machine.software()
+    name = machine.slug(machine.describe()) + (f"-{software['commit']}" if software["commit"] else "")
+    out = args.out or Path("bench", "results", name)
+    out.mkdir(parents=True, exist_ok=True)
+    began = datetime.datetime.now(datetime.timezone.utc)
+    sections = []
+    for isa in args.isa:
+        print(f"== {isa} ==", flush=True)
+        sections.append(_section(args, isa) if isa == "native" else _section_in_new_process(args, isa))
+    results = {
+        "schema": report.SCHEMA,
+        "created": began.isoformat(timespec="seconds"),
+        "seconds": round((datetime.datetime.now(datetime.timezone.utc) - began).total_seconds(), 1),
+        "arguments": {name: getattr(args, name) for name in _PASSED},
+        "software": software,
+        "sections": sections,
+    }
+    report.write(out / "results.json", results)
+    if not args.no_plots:
+        from . import plots
+
+        plots.draw(results, out)
+    rows = [row for section in sections for row in section.get("rows", ())]
+    red = [row for row in rows if row["error"]]
+    print(f"{out / 'results.json'}: {len(rows)} cases in {results['seconds']:.0f} s, {len(red)} red")
+    for row in red:
+        print(f"inq bench: {report.label(row)} [{row['backend']}] is red: {row['error']}", file=sys.stderr)
+    if not rows:
+        raise BenchError("no case is like that: see --op, --shape, --m, --bits, --dtype")
+    missed = _bars(results) if args.bars is not None else 0
+    return 1 if red else missed
+
+
+def _section(args: argparse.Namespace, isa: str) -> dict:
+    from . import measure
+
+    measure.thread_count(args.threads)
+    request = Request(args.quick, isa, tuple(args.shape), tuple(args.m), tuple(args.bits), tuple(args.dtype))
+    seconds = args.seconds_per_case or (0.4 if args.quick else 2.0)
+    ops = [OPS[name] for name in dict.fromkeys(args.op or OPS)]
+
+    def emit(row: dict) -> None:
+        print(*report.row_lines(row), sep="\n", flush=True)
+
+    return measure.run_section(request, ops, args.backend or [""], seconds, emit)
+
+
+def _section_in_new_process(args: argparse.Namespace, isa: str) -> dict:
+    """Libraries read what they may use when they are loaded, so a set of instructions takes a process."""
+    if reason := machine.lacks(isa):
+        print(f"skipped: {reason}")
+        return {"isa": isa, "skipped": reason}
+    environment = os.environ | machine.ISA_ENVIRONMENT[isa]
+    # The same package, whether it is installed or not.
+    places = filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join(places)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "section.json")
+        words = [sys.executable, "-m", "inq_kernels.cli", "bench", *_words(args), "--section", isa, str(path)]
+        done = subprocess.run(words, env=environment, check=False)
+        if done.returncode or not path.exists():
+            raise BenchError(f"{isa}: the process for it ended with status {done.returncode}")
+        return json.loads(path.read_text())
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    words = []
+    for name in _PASSED:
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list) and value:
+            words += [option, *(",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)]
+        elif value and not isinstance(value, list):
+            words += [option, str(value)]
+    return words
+
+
+def _bars(results: dict) -> int:
+    found = bars.evaluate(results)
+
+    def number(value: float | None, unit: str) -> str:
+        return "-" if value is None else f"{value:.3g} {unit}".strip()
+
+    cells = [(b["name"], number(b["limit"], b["unit"]), number(b["value"], b["unit"]), b["status"]) for b in found]
+    print(render(("bar", "limit", "worst", "status"), cells))
+    counts = {word: sum(b["status"].startswith(word) for b in found) for word in ("pass", "fail", "open")}
+    print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    return 1 if counts["fail"] else 0

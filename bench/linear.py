@@ -1,0 +1,106 @@
+"""``linear`` and its gradient ``linear_dx``: products with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from . import baselines, shapes
+from .case import DTYPES, Case, Context, Op, Request, Work, as_good_as_dense, attempt, nbytes, normal, runner, some
+from .weights import bits_in_use, rotated
+
+
+def _grid(request: Request) -> Iterator[tuple[int, int, int, str, int]]:
+    """(K, N, bits, dtype, M) of ``linear``."""
+    held_down = request.isa != "native"
+    wanted = request.shapes or (shapes.SHAPES[:1] if request.quick or held_down else shapes.SHAPES)
+    for k, n in wanted:
+        for bits in request.bits or (4, 5):
+            # Without AVX-512 there is no bfloat16 arithmetic: float32 is the dtype to compare there.
+            for dtype in request.dtypes or (("float32", "bfloat16") if request.isa == "avx2" else ("bfloat16",)):
+                grid = shapes.MS_QUICK if request.quick else shapes.MS_MAIN if (k, n) == shapes.MAIN else shapes.MS
+                for m in request.ms or grid:
+                    # Held down to AVX2, torch's bfloat16 product is slower than that of float32.
+                    most = shapes.MAX_FLOPS["float32" if request.isa == "avx2" else dtype]
+                    if request.ms or 2.0 * m * n * k <= most:
+                        yield k, n, bits, dtype, m
+
+
+def _params(k: int, n: int, bits: int, dtype: str, m: int) -> dict[str, object]:
+    return {"shape": f"{k}x{n}", "k": k, "n": n, "m": m, "bits": bits, "dtype": dtype}
+
+
+def _cases(request: Request) -> Iterator[Case]:
+    for k, n, bits, dtype, m in _grid(request):
+
+        def build(context: Context, k=k, n=n, bits=bits, dtype=dtype, m=m) -> Work:
+            return _linear(context, k, n, bits, dtype, m)
+
+        yield Case("linear", _params(k, n, bits, dtype, m), build, (k, n))
+
+
+def _linear(context: Context, k: int, n: int, bits: int, dtype: str, m: int) -> Work:
+    w, packed, weights = rotated(context, n, k, bits)
+    x = context.get(("x", m, dtype), lambda: normal((m, k), DTYPES[dtype]))
+    tail = (bits, packed.format.levels, packed.layout, context.backend)
+    moved = nbytes(x, packed.weight, packed.weight_exp) + m * n * x.element_size()
+    candidate = runner(torch.ops.inq.linear, [(x, *each, None, *tail) for each in weights], moved)
+
+    def check() -> str | None:
+        rows, columns = some(m), some(n, 96)
+        y = candidate.run()[rows][:, columns]
+        exact = x[rows].double() @ w.dense(torch.float64, columns).T
+        dense = torch.nn.functional.linear(x[rows], w.dense(x.dtype, columns))
+        return as_good_as_dense(y, exact, dense, torch.exp2(w.n1[columns].double()).T)
+
+    return Work(
+        candidate,
+        baselines.linear_baselines(context, w, m, dtype, x),
+        check,
+        2 * m * n * k,
+        dtype,
+        {"bits_per_weight": bits_in_use(packed), "layout": packed.layout},
+    )
+
+
+def _dx_cases(request: Request) -> Iterator[Case]:
+    grid_ms = (64,) if request.quick else (1, 16, 256, 1024)
+    if request.isa != "native":
+        return
+    for k, n in request.shapes or (shapes.MAIN,):
+        for bits in request.bits or (4,):
+            for dtype in request.dtypes or ("bfloat16",):
+                for m in request.ms or grid_ms:
+
+                    def build(context: Context, k=k, n=n, bits=bits, dtype=dtype, m=m) -> Work:
+                        return _linear_dx(context, k, n, bits, dtype, m)
+
+                    yield Case("linear_dx", _params(k, n, bits, dtype, m), build, (k, n))
+
+
+def _linear_dx(context: Context, k: int, n: int, bits: int, dtype: str, m: int) -> Work:
+    w, packed, weights = rotated(context, n, k, bits)
+    grad = normal((m, n), DTYPES[dtype])
+    tail = (k, bits, packed.format.levels, packed.layout, context.backend)
+    moved = nbytes(grad, packed.weight, packed.weight_exp) + m * k * grad.element_size()
+    candidate = runner(torch.ops.inq.linear_dx, [(grad, *each, *tail) for each in weights], moved)
+
+    def check() -> str | None:
+        rows, groups = some(m), some((k + 7) // 8, 16)
+        columns = (groups[:, None] * 8 + torch.arange(8)).view(-1)
+        columns = columns[columns < k]
+        dx = candidate.run()[rows][:, columns]
+        part = w.dense(torch.float64, groups=groups)[:, : columns.numel()]
+        exact, dense = grad[rows].double() @ part, grad[rows] @ part.to(grad.dtype)
+        return as_good_as_dense(dx, exact, dense)
+
+    def dense():
+        full = context.copies(("dense", dtype), lambda: w.dense(DTYPES[dtype]))
+        return runner(torch.mm, [(grad, each) for each in full], nbytes(grad, full[0]) + m * k * grad.element_size())
+
+    return Work(candidate, {f"dense {dtype}": attempt(dense)}, check, 2 * m * n * k, dtype)
+
+
+LINEAR = Op("linear", ("linear",), _cases)
+LINEAR_DX = Op("linear_dx", ("linear_dx",), _dx_cases)

@@ -1,0 +1,116 @@
+"""``masked_adamw_`` and ``masked_sgd_``: a step on ResNet-50's weights, half of them frozen, beside torch's without."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from math import prod
+
+import torch
+
+from .. import reference
+from . import machine, shapes
+from .case import Case, Context, Op, Request, Work, attempt, nbytes
+from .timing import Runner
+
+_ADAMW = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8}
+_SGD = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
+_TORCH = {"masked_adamw": (torch.optim.AdamW, _ADAMW, 7), "masked_sgd": (torch.optim.SGD, _SGD, 5)}
+
+
+class State:
+    """Parameters with gradients, one-bit masks, and the buffers of a step."""
+
+    def __init__(self, layers: tuple[tuple[int, int], ...], buffers: int, seed: int = 0):
+        g = torch.Generator().manual_seed(seed)
+        self.params = [torch.randn(shape, generator=g).mul_(0.05) for shape in layers]
+        self.grads = [torch.randn(shape, generator=g).mul_(0.01) for shape in layers]
+        self.buffers = [[torch.zeros(shape) for shape in layers] for _ in range(buffers)]
+        half = [torch.rand(shape, generator=g) < 0.5 for shape in layers]
+        self.masks = [reference.pack_bits(each) for each in half]
+
+
+def _step(op: str, state: State, function: Callable) -> Callable[[], None]:
+    """``function`` with the arguments of ``torch.ops.inq.masked_*_`` on this state, as a first step."""
+    lists = (state.params, state.grads, *state.buffers, state.masks)
+    if op == "masked_adamw":
+        (beta1, beta2), c = _ADAMW["betas"], _ADAMW
+        return lambda: function(*lists, c["lr"], beta1, beta2, c["weight_decay"], c["eps"], 1, False)
+    c = _SGD
+    return lambda: function(*lists, c["lr"], c["momentum"], 0.0, c["weight_decay"], False, False, True)
+
+
+def _optimizer_step(op: str, state: State, make: Callable) -> Callable[[], object]:
+    """The ``step`` of the optimizer that ``make`` returns for this state's parameters."""
+    params = [torch.nn.Parameter(p) for p in state.params]
+    for p, grad in zip(params, state.grads, strict=True):
+        p.grad = grad
+    return make(params, **_TORCH[op][1]).step
+
+
+def _candidate(op: str, state: State) -> tuple[str, Callable[[], object]]:
+    """What users call: ``inq_kernels.optim``'s step where this version has it, else the operator."""
+    try:
+        optim = importlib.import_module("..optim", __package__)
+    except ImportError:
+        return "operator", _step(op, state, getattr(torch.ops.inq, f"{op}_"))
+    cls = optim.AdamW if op == "masked_adamw" else optim.SGD
+    return "optimizer", _optimizer_step(op, state, lambda params, **options: cls(params, masks=state.masks, **options))
+
+
+def _cases(op: str):
+    def cases(request: Request) -> Iterator[Case]:
+        if request.isa != "native":
+            return
+        named = {f"{k}x{n}": ((n, k),) for k, n in request.shapes or ((2048, 2048),)}
+        for name, layers in (
+            named if request.quick or request.shapes else {"ResNet-50": shapes.RESNET50_WEIGHTS}
+        ).items():
+            params = {"shape": name, "weights": sum(map(prod, layers)), "dtype": "float32"}
+            yield Case(op, params, lambda context, layers=layers: _masked(context, op, layers))
+
+    return cases
+
+
+def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...]) -> Work:
+    torch_class, options, accesses = _TORCH[op]
+    buffers = accesses // 2 - 1
+    first = State(layers, buffers)
+    numel = sum(p.numel() for p in first.params)
+    moved = numel * 4 * accesses + nbytes(*first.masks)
+    count = machine.copies(4 * numel * (2 + buffers))
+    states = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    made = [_candidate(op, state) for state in states]
+
+    def check() -> str | None:
+        mine, theirs = copy.deepcopy(first), copy.deepcopy(first)
+        _candidate(op, mine)[1]()
+        _step(op, theirs, getattr(reference, f"{op}_"))()
+        for i, (a, b, before, mask) in enumerate(
+            zip(mine.params, theirs.params, first.params, first.masks, strict=True)
+        ):
+            held = reference.unpack_bits(mask, a.shape)
+            if not torch.equal(a[held], before[held]):
+                return f"tensor {i}: {int((a != before)[held].sum())} frozen weights moved"
+            error = (a - b).abs() - 2e-5 * (b - before).abs() - 2 * torch.finfo(a.dtype).eps * b.abs()
+            if not bool((error <= 0).all()):
+                return f"tensor {i}: the step differs from the definition's by up to {float(error.max())} more"
+        return None
+
+    def baseline(make: Callable[[State], Callable[[], object]]) -> Runner:
+        return Runner([make(copy.deepcopy(state)) for state in states], moved)
+
+    def torch_step(**how):
+        return attempt(lambda: baseline(lambda s: _optimizer_step(op, s, lambda p, **o: torch_class(p, **o, **how))))
+
+    baselines = {
+        "torch fused, no mask": torch_step(fused=True),
+        "torch foreach, no mask": torch_step(foreach=True),
+        "plain torch": attempt(lambda: baseline(lambda s: _step(op, s, getattr(reference, f"{op}_")))),
+    }
+    facts = {"candidate": made[0][0], "frozen": 0.5}
+    return Work(Runner([call for _, call in made], moved), baselines, check, facts=facts)
+
+
+OPS = tuple(Op(op, (f"{op}_",), _cases(op)) for op in _TORCH)

@@ -1,0 +1,24 @@
+"""Every operator and its benchmark."""
+
+from __future__ import annotations
+
+from . import conv2d, linear, optim, overhead, partition, storage
+from .case import Op
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        linear.LINEAR,
+        linear.LINEAR_DX,
+        conv2d.CONV2D,
+        conv2d.CONV2D_DX,
+        *storage.OPS,
+        partition.PARTITION,
+        *optim.OPS,
+        overhead.OVERHEAD,
+    )
+}
+# Operators without a benchmark, and why.
+NOT_MEASURED = {
+    "linear_fp8": "made for fp8 tensor cores: on a CPU there is the reference alone, which nobody runs for its speed",
+}

@@ -1,0 +1,99 @@
+"""``pack``, ``unpack``, ``prepack`` and ``unprepack``: codes in and out of the layouts, bound by memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .. import ops, reference
+from ..format import Format
+from ..layouts import CPU16
+from . import shapes
+from .case import DTYPES, Case, Context, Op, Request, Work, attempt, nbytes, runner
+from .timing import Runner
+from .weights import RandomWeights
+
+COPY = "copy of as many bytes"
+# The plain torch implementation holds int64 temporaries of eight times the weights.
+_SHAPE, _SHAPE_QUICK = shapes.MAIN, (4096, 1024)
+
+
+def _cases(op: str):
+    def cases(request: Request) -> Iterator[Case]:
+        if request.isa != "native":
+            return
+        for k, n in request.shapes or (_SHAPE_QUICK if request.quick else _SHAPE,):
+            for bits in request.bits or (4, 5):
+                for dtype in request.dtypes or ("float32",) if "prepack" not in op else ("uint8",):
+                    params = {"shape": f"{k}x{n}", "k": k, "n": n, "bits": bits, "dtype": dtype}
+
+                    def build(context: Context, k=k, n=n, bits=bits, dtype=dtype) -> Work:
+                        return _WORK[op](context, RandomWeights(n, k, Format(bits)), bits, dtype)
+
+                    yield Case(op, params, build)
+
+    return cases
+
+
+def _copy(context: Context, moved: int) -> Runner:
+    """A copy that moves as many bytes, half of them read and half of them written: what the memory can do."""
+    buffers = context.copies("buffers", lambda: torch.ones(max(moved // 2, 1), dtype=torch.uint8))
+    buffers = buffers if len(buffers) > 1 else [*buffers, buffers[0].clone()]
+    return runner(torch.Tensor.copy_, [(a, buffers[i - 1]) for i, a in enumerate(buffers)], moved)
+
+
+def _pack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
+    packed, dense = w.packed(), context.copies("dense", lambda: w.dense(DTYPES[dtype]))
+    moved = nbytes(dense[0], packed.weight, w.n1)
+    candidate = runner(torch.ops.inq.pack, [(each, w.n1, bits, w.fmt.levels) for each in dense], moved)
+
+    def check() -> str | None:
+        return None if torch.equal(candidate.run(), packed.weight) else "other codes than the weights were made from"
+
+    plain = attempt(lambda: runner(reference.pack, [(each, w.n1, w.fmt) for each in dense], moved))
+    return Work(candidate, {COPY: _copy(context, moved), "plain torch": plain}, check)
+
+
+def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
+    packed = w.packed()
+    codes = context.copies("codes", lambda: packed.weight)
+    dense = w.dense(DTYPES[dtype])
+    moved = nbytes(packed.weight, w.n1, dense)
+    tail = (w.k, bits, w.fmt.levels, DTYPES[dtype])
+    candidate = runner(torch.ops.inq.unpack, [(each, w.n1, None, *tail) for each in codes], moved)
+
+    def check() -> str | None:
+        return None if torch.equal(candidate.run(), dense) else "other values than the codes mean"
+
+    arguments = [(each, w.n1, None, w.k, w.fmt, DTYPES[dtype]) for each in codes]
+    plain = attempt(lambda: runner(reference.unpack, arguments, moved))
+    return Work(candidate, {COPY: _copy(context, moved), "plain torch": plain}, check)
+
+
+def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse: bool = False) -> Work:
+    packed = w.packed()
+    ready = ops.prepack(packed, CPU16)
+    moved = nbytes(packed.weight, ready.weight)
+    # Both directions are run for the check: there and back must be the same bytes.
+    there = [(each, w.k, bits, w.fmt.levels, ready.layout) for each in context.copies("codes", lambda: packed.weight)]
+    copies = context.copies("ready", lambda: ready.weight)
+    back = [(each, w.n, w.k, bits, w.fmt.levels, ready.layout) for each in copies]
+    forward, backward = runner(torch.ops.inq.prepack, there, moved), runner(torch.ops.inq.unprepack, back, moved)
+
+    def check() -> str | None:
+        if not torch.equal(forward.run(), ready.weight):
+            return "other bytes than those of inq_kernels.ops.prepack"
+        return None if torch.equal(backward.run(), packed.weight) else "prepack and unprepack are not inverse"
+
+    facts = {"layout": ready.layout}
+    return Work(backward if inverse else forward, {COPY: _copy(context, moved)}, check, facts=facts)
+
+
+_WORK = {
+    "pack": _pack,
+    "unpack": _unpack,
+    "prepack": _prepack,
+    "unprepack": lambda *arguments: _prepack(*arguments, inverse=True),
+}
+OPS = tuple(Op(op, (op,), _cases(op)) for op in _WORK)

@@ -1,0 +1,117 @@
+"""Timing two ways of doing one thing in turn, and what the samples say: medians, quantiles, the ratio's interval."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+# A sample shorter than this is mostly the clock and the loop: short calls are timed several at a time.
+MIN_SAMPLE_S = 200e-6
+# A first call longer than this needs no second one to know what a call costs.
+SLOW_S = 1.0
+MIN_PAIRS, MAX_PAIRS = 7, 400
+RESAMPLES = 2000
+
+
+@dataclass
+class Runner:
+    """One way of doing a thing. ``calls`` do the same on different copies of the data, and are taken in turn.
+
+    Attributes:
+        calls: enough copies that no cache holds them all (``machine.copies``), or one call where nothing is reused.
+        reset: puts back what a call changed; runs before every sample, untimed.
+        bytes: moved by one call: each operand read once, each result written once.
+    """
+
+    calls: Sequence[Callable[[], object]]
+    bytes: int
+    reset: Callable[[], None] | None = None
+    _next: int = field(default=0, init=False)
+
+    def run(self, repeat: int = 1) -> object:
+        """``repeat`` calls on the copies whose turn it is; the last one's result."""
+        calls, at, count = self.calls, self._next, len(self.calls)
+        for _ in range(repeat):
+            result = calls[at]()
+            at = at + 1 if at + 1 < count else 0
+        self._next = at
+        return result
+
+
+class Clock(Protocol):
+    """How a device's time is taken: here the CPU's; one that replays CUDA graphs joins beside it."""
+
+    def seconds(self, runner: Runner, repeat: int) -> float:
+        """The time of one call, from ``repeat`` calls in a row."""
+
+
+class CpuClock:
+    """The wall clock around calls that return when they are done."""
+
+    def seconds(self, runner: Runner, repeat: int) -> float:
+        if runner.reset is not None:
+            runner.reset()
+        begin = time.perf_counter()
+        runner.run(repeat)
+        return (time.perf_counter() - begin) / repeat
+
+
+CLOCKS: dict[str, Callable[[], Clock]] = {"cpu": CpuClock}
+
+
+def warm_up(clock: Clock, runner: Runner) -> tuple[float, int]:
+    """Seconds a call once warm, roughly, and how many calls make a sample."""
+    if (seconds := clock.seconds(runner, 1)) > SLOW_S:
+        return seconds, 1
+    repeat, seconds = 1, clock.seconds(runner, 1)
+    while runner.reset is None and seconds * repeat < MIN_SAMPLE_S and repeat < 1 << 12:
+        repeat = min(math.ceil(1.2 * MIN_SAMPLE_S / max(seconds, 1e-8)), 1 << 12, repeat * 16)
+        seconds = clock.seconds(runner, repeat)
+    return seconds, repeat
+
+
+def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> tuple[list[float], list[float]]:
+    """Seconds a call of ``a`` and of ``b``, one sample each in turn, so that a busy machine slows both.
+
+    The one that begins changes from pair to pair. As many pairs as fit into ``budget_s`` seconds, from ``MIN_PAIRS`` to
+    ``MAX_PAIRS``; three where one pair alone exceeds the budget.
+    """
+    runners = [a] if b is None else [a, b]
+    estimates = [warm_up(clock, runner) for runner in runners]
+    pair = sum(seconds * repeat for seconds, repeat in estimates)
+    least = 3 if pair > budget_s else MIN_PAIRS
+    count = min(max(int(budget_s / pair), least), MAX_PAIRS)
+    samples: list[list[float]] = [[] for _ in runners]
+    deadline = time.perf_counter() + budget_s
+    for turn in range(count):
+        # Untimed resets may take longer than what is timed.
+        if turn >= least and time.perf_counter() > deadline:
+            break
+        for i in range(len(runners))[:: -1 if turn % 2 else 1]:
+            samples[i].append(clock.seconds(runners[i], estimates[i][1]))
+    return samples[0], samples[1] if b is not None else []
+
+
+def summary(samples: Sequence[float]) -> dict:
+    """Median and quantiles of seconds, in µs."""
+    low, median, high = (float(q) * 1e6 for q in np.quantile(samples, (0.1, 0.5, 0.9)))
+    return {"samples": len(samples), "median_us": median, "p10_us": low, "p90_us": high}
+
+
+def ratio(candidate: Sequence[float], baseline: Sequence[float], seed: int = 0) -> dict:
+    """How many times faster the candidate is: the ratio of the medians, and its 95 % interval.
+
+    The interval is the bootstrap's: pairs are drawn again with replacement, which keeps what slowed both in one pair.
+    """
+    a, b = np.asarray(candidate), np.asarray(baseline)
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"ratio: expected as many samples of both, got {a.size} and {b.size}")
+    drawn = np.random.default_rng(seed).integers(a.size, size=(RESAMPLES, a.size))
+    ratios = np.median(b[drawn], axis=1) / np.median(a[drawn], axis=1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return {"ratio": float(np.median(b) / np.median(a)), "low": float(low), "high": float(high), "pairs": int(a.size)}

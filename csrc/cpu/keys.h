@@ -1,0 +1,54 @@
+// The keys by which the partition ranks weights, the largest first to be frozen: 31-bit numbers, either the bits of |w|
+// as a float32 (bfloat16 widened), whose order is that of |w|, or the random partition's hash of (seed, flat index).
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace inq::cpu {
+
+constexpr int kKeyBits = 31;
+// Ranges of weights begin at a multiple of this: one 64-bit word of a mask.
+constexpr int64_t kWord = 64;
+
+struct Weights {
+  const void* data;  // contiguous float32 or bfloat16
+  bool bfloat16;
+  int64_t numel;
+};
+
+struct KeySource {
+  Weights w;
+  bool random;
+  uint64_t seed;
+  const uint8_t* mask;  // one bit a weight, set: frozen and no candidate; nullptr: none is
+  const uint8_t* keep;  // clear: pruned and no candidate; nullptr: all are kept
+};
+
+// Writes the keys of the candidates in [begin, end) with key >> shift == prefix to `out`, in flat order; returns how
+// many. `out` has room for end − begin + 16. Shift 31 and prefix 0 mean all candidates.
+using SelectKeys = int64_t (*)(const KeySource& source, int64_t begin, int64_t end, int shift, uint32_t prefix,
+                               uint32_t* out);
+
+// The largest magnitude bits among w[begin, end), any begin; 0 for none.
+using LargestKey = uint32_t (*)(const Weights& w, int64_t begin, int64_t end);
+
+namespace portable {
+int64_t select_keys(const KeySource&, int64_t, int64_t, int, uint32_t, uint32_t*);
+uint32_t largest_key(const Weights&, int64_t, int64_t);
+}  // namespace portable
+namespace avx2 {
+int64_t select_keys(const KeySource&, int64_t, int64_t, int, uint32_t, uint32_t*);
+uint32_t largest_key(const Weights&, int64_t, int64_t);
+}  // namespace avx2
+namespace avx512 {
+int64_t select_keys(const KeySource&, int64_t, int64_t, int, uint32_t, uint32_t*);
+uint32_t largest_key(const Weights&, int64_t, int64_t);
+}  // namespace avx512
+
+// Those of the instruction set in use.
+SelectKeys select_keys();
+LargestKey largest_key();
+
+}  // namespace inq::cpu

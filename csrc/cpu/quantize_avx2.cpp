@@ -1,0 +1,3 @@
+#define INQ_ISA avx2
+#define INQ_LANES 8
+#include "quantize_kernel.h"

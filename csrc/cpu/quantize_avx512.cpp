@@ -1,0 +1,3 @@
+#define INQ_ISA avx512
+#define INQ_LANES 16
+#include "quantize_kernel.h"

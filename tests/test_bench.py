@@ -1,0 +1,530 @@
+"""``inq bench``: what is measured, that a wrong result gets no speed, and what is made of the numbers. No test here
+depends on how fast anything is."""
+
+import argparse
+import copy
+import json
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from inq_kernels.bench import bars, case, compare, linear, machine, measure, optim, partition, plots, report, shapes
+from inq_kernels.bench.registry import NOT_MEASURED, OPS
+from inq_kernels.bench.timing import MIN_PAIRS, CpuClock, Runner, ratio, summary, time_pairs
+from inq_kernels.bench.weights import RandomWeights
+
+from inq_kernels import Format, bench, library, reference, unpack
+from inq_kernels.cli import main
+
+CACHE = 1 << 16
+TINY = ("--shape", "64,40", "--m", "1", "3", "--seconds-per-case", "0.001")
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """A machine with small caches, so that few copies exceed them."""
+    monkeypatch.setattr(machine, "last_level_cache", lambda: CACHE)
+    limits = {"copy_gb_s": 10.0, "product_gflop_s": {"float32": 100.0, "bfloat16": 200.0}}
+    monkeypatch.setattr(machine, "ceilings", lambda seconds: limits)
+
+
+def run(out, *words):
+    return main(["bench", *words, "--out", str(out)])
+
+
+def results_of(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def rows_of(results):
+    return [row for section in results["sections"] for row in section["rows"]]
+
+
+def work_of(op, backend="reference", **wanted):
+    request = case.Request(**{"shapes": () if "conv" in op else ((64, 40),), "quick": True, **wanted})
+    return next(OPS[op].cases(request)).build(case.Context(backend))
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_every_operator_is_measured_or_has_a_reason():
+    covered = [name for op in OPS.values() for name in op.covers]
+    assert len(covered) == len(set(covered))
+    assert set(covered) | set(NOT_MEASURED) == set(library.SCHEMAS)
+    assert not set(covered) & set(NOT_MEASURED)
+    assert all(NOT_MEASURED.values())
+
+
+def test_shapes():
+    assert sum(map(prod, shapes.VGG16)) == 138_344_128
+    assert sum(map(prod, shapes.RESNET50_WEIGHTS)) == 25_502_912
+    assert len(set(shapes.RESNET50)) == len(shapes.RESNET50) == 23
+    assert set(bars.AMX) <= set(shapes.MS_MAIN)
+    wanted = {(p["shape"], p["m"], p["bits"]) for p in (c.params for c in OPS["linear"].cases(case.Request()))}
+    assert {("14336x4096", m, bits) for m in bars.AMX for bits in (4, 5)} <= wanted
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_cases_have_names_of_their_own(quick):
+    for op in OPS.values():
+        cases = list(op.cases(case.Request(quick=quick)))
+        assert cases
+        assert len({json.dumps(c.params, sort_keys=True) for c in cases}) == len(cases)
+
+
+@pytest.mark.parametrize(("bits", "k"), [(2, 64), (3, 61), (4, 60), (5, 63)])
+def test_random_weights(bits, k):
+    w = RandomWeights(40, k, Format(bits))
+    assert reference.invalid_codes(w.packed().weight, w.n1, k, w.fmt) == 0
+    assert torch.equal(unpack(w.packed()), w.dense(torch.float32))
+    rows = torch.tensor([3, 39])
+    assert torch.equal(w.dense(torch.bfloat16, rows).double(), w.dense(torch.float64)[rows])
+    groups = torch.tensor([1, 4])
+    columns = torch.cat([torch.arange(8, 16), torch.arange(32, 40)])
+    assert torch.equal(w.dense(torch.float64, groups=groups), w.dense(torch.float64)[:, columns])
+    assert len(w.n1.unique()) > 1
+    assert (w.dense(torch.float32) == 0).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_dx", "conv2d", "pack", "unpack", "prepack", "masked_adamw"])
+def test_copies_together_exceed_the_cache(op, monkeypatch):
+    seen = []
+    original = case.machine.copies
+    monkeypatch.setattr(machine, "copies", lambda size: seen.append((size, original(size))) or seen[-1][1])
+    work = work_of(op)
+    assert seen
+    assert all(size * count > 4 * CACHE for size, count in seen)
+    rotated = [work.candidate, *(b for b in work.baselines.values() if isinstance(b, Runner))]
+    counts = {count for _, count in seen}
+    assert all(len(each.calls) in counts for each in rotated)
+
+
+def test_each_copy_is_memory_of_its_own():
+    calls = work_of("linear").candidate.calls
+    assert len({call.args[1].data_ptr() for call in calls}) == len(calls) > 1
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_runner_takes_its_copies_in_turn():
+    taken = []
+    runner = Runner([lambda i=i: taken.append(i) or i for i in range(3)], 0)
+    assert runner.run(4) == 0
+    assert runner.run(2) == 2
+    assert taken == [0, 1, 2, 0, 1, 2]
+
+
+class FakeClock:
+    """Runners cost what they say, and each sample is written down."""
+
+    def __init__(self, costs):
+        self.costs, self.samples = costs, []
+
+    def seconds(self, runner, repeat):
+        self.samples.append((runner.bytes, repeat))
+        return self.costs[runner.bytes]
+
+
+def test_pairs_take_turns_and_short_calls_are_repeated():
+    a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
+    clock = FakeClock({1: 1e-3, 2: 1e-6})
+    mine, theirs = time_pairs(clock, a, b, 10 * 1.3e-3)
+    assert len(mine) == len(theirs) == 10 >= MIN_PAIRS
+    timed = clock.samples[-20:]
+    assert [which for which, _ in timed] == [1, 2, 2, 1] * 5
+    assert {repeat for which, repeat in timed if which == 1} == {1}
+    # Enough of the short one that a sample takes about 0.2 ms.
+    assert all(repeat >= 200 for which, repeat in timed if which == 2)
+
+
+@pytest.mark.parametrize(("cost", "pairs"), [(1.0, MIN_PAIRS), (30.0, 3)])
+def test_long_calls_get_few_pairs(cost, pairs):
+    a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
+    assert len(time_pairs(FakeClock({1: cost, 2: cost}), a, b, 10)[0]) == pairs
+
+
+def test_a_reset_runs_before_every_sample_and_calls_are_not_repeated():
+    state = []
+
+    def call():
+        assert state == []
+        state.append(1)
+
+    runner = Runner([call], 0, state.clear)
+    mine, none = time_pairs(CpuClock(), runner, None, 0.001)
+    assert len(mine) >= MIN_PAIRS
+    assert none == []
+
+
+def test_the_interval_covers_the_ratio():
+    rng, covered, widths = np.random.default_rng(0), 0, []
+    for seed in range(200):
+        busy = rng.lognormal(0, 0.5, 60)  # slows both of a pair
+        a, b = busy * rng.lognormal(0, 0.1, 60), 3 * busy * rng.lognormal(0, 0.1, 60)
+        found = ratio(a, b, seed)
+        assert found["low"] <= found["ratio"] <= found["high"]
+        covered += found["low"] <= 3 <= found["high"]
+        widths.append(found["high"] - found["low"])
+    assert covered >= 180
+    assert np.median(widths) < 1.2
+    assert ratio(a, b) == ratio(a, b)
+    with pytest.raises(ValueError, match="expected as many samples of both, got 2 and 1"):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_summary_is_in_microseconds():
+    found = summary([i * 1e-6 for i in range(101)])
+    assert found["samples"] == 101
+    assert (found["p10_us"], found["median_us"], found["p90_us"]) == pytest.approx((10, 50, 90))
+
+
+def test_peak_memory_counts_what_a_call_takes():
+    found = machine.peak_extra(lambda: torch.ones(1 << 24).sum())  # 64 MiB, given back at once
+    if isinstance(found, str):
+        pytest.skip(found)
+    # The kernel counts pages in batches.
+    assert 63 << 20 <= found < 72 << 20
+    assert machine.peak_extra(lambda: None) < 4 << 20
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "partition" and "masked" not in op])
+def test_checks_find_wrong_results(op):
+    work = work_of(op, **({"shapes": ()} if op == "overhead" else {}))
+    assert work.check() is None
+    right = work.candidate.calls
+    work.candidate.calls = [lambda call=call: _spoil(call()) for call in right]
+    assert work.check()
+
+
+def _spoil(y):
+    y = y.clone()
+    y.detach()[(0,) * y.dim()] += 1
+    return y
+
+
+def test_the_check_of_a_partition():
+    fmt = Format(5)
+    original = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    original[2:4] = original[0:2]  # ties
+    w, mask = original.clone(), torch.zeros(16, dtype=torch.uint8)
+    n1 = reference.exponents(w, fmt)
+    reference.quantize_with_mask_(w, mask, n1, reference.partition_threshold(w, mask, None, 63), None, fmt)
+    assert partition._wrong(w, original, mask, 63, fmt) is None
+    assert "expected 64 frozen weights, got 63" in partition._wrong(w, original, mask, 64, fmt)
+    moved = w.clone()
+    moved.view(-1)[5] += 1
+    assert "other values" in partition._wrong(moved, original, mask, 63, fmt)
+    held = reference.unpack_bits(mask, (128,))
+    size = original.view(-1).abs()
+    for least in (size[held].min(), size[held].max()):
+        # Instead of one that is frozen, the first or the last one that is not.
+        for other in (int((~held).nonzero()[0]), int((~held).nonzero()[-1])):
+            changed = held.clone()
+            changed[int((held & (size == least)).nonzero()[-1])], changed[other] = False, True
+            new = torch.where(changed.view(8, 16), reference.quantize(original, n1, fmt), original)
+            assert "although one of" in partition._wrong(new, original, reference.pack_bits(changed), 63, fmt)
+
+
+def test_topk_does_the_same():
+    w = torch.randn(64, 40, generator=torch.Generator().manual_seed(0))
+    fmt, mine, theirs = Format(5), w.clone(), w.clone()
+    mask, frozen = torch.zeros(320, dtype=torch.uint8), torch.zeros(2560, dtype=torch.bool)
+    n1, threshold = reference.exponents(w, fmt), reference.partition_threshold(w, mask, None, 2000)
+    reference.quantize_with_mask_(mine, mask, n1, threshold, None, fmt)
+    partition._with_topk(theirs, frozen, 2000, fmt)
+    assert torch.equal(mine, theirs)
+    assert torch.equal(reference.pack_bits(frozen), mask)
+
+
+@pytest.mark.parametrize("op", ["masked_adamw", "masked_sgd"])
+def test_the_check_of_a_step(op, monkeypatch):
+    assert work_of(op).check() is None
+
+    def unmasked(op, state):
+        return "optimizer", optim._optimizer_step(op, state, optim._TORCH[op][0])
+
+    monkeypatch.setattr(optim, "_candidate", unmasked)
+    assert "frozen weights moved" in work_of(op).check()
+
+
+@pytest.fixture
+def wrong_linear(monkeypatch):
+    """4-bit products are wrong; others are not."""
+    build = linear._linear
+
+    def wrong(context, k, n, bits, dtype, m):
+        work = build(context, k, n, bits, dtype, m)
+        if bits == 4:
+            work.candidate.calls = [lambda call=call: call() * 1.05 for call in work.candidate.calls]
+        return work
+
+    monkeypatch.setattr(linear, "_linear", wrong)
+
+
+def test_a_red_check_gets_no_speed(wrong_linear, tmp_path, capsys):
+    assert run(tmp_path, "--op", "linear", *TINY) == 1
+    captured = capsys.readouterr()
+    red = [line for line in captured.out.splitlines() if "4-bit" in line]
+    assert len(red) == 2
+    assert all("RED" in line and "µs" not in line and "×" not in line for line in red)
+    assert "4-bit" in captured.err
+    assert "is red: expected at most twice the error of the dense product" in captured.err
+    rows = rows_of(results_of(tmp_path))
+    assert [row["params"]["bits"] for row in rows] == [4, 4, 5, 5]
+    assert all("time" not in row and not row["baselines"] for row in rows[:2])
+    assert all("time" in row and row["error"] is None for row in rows[2:])
+
+
+def test_a_candidate_that_raises_is_red(monkeypatch, tmp_path, capsys):
+    def broken(*arguments):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(linear, "_linear", broken)
+    assert run(tmp_path, "--op", "linear", *TINY, "--no-plots") == 1
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """All operators once on tiny shapes."""
+    out = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "last_level_cache", lambda: CACHE)
+        patch.setattr(shapes, "RESNET50_QUICK", ((3, 8, 3, 2, 9),))
+        assert run(out, "--quick", *TINY) == 0
+        assert run(out / "rest", "--quick", *TINY[2:], "--op", "conv2d", "conv2d_dx", "overhead", "--no-plots") == 0
+    return out
+
+
+def test_results(tiny):
+    results = results_of(tiny)
+    assert results["schema"] == report.SCHEMA
+    assert {"created", "seconds", "arguments", "software", "sections"} <= results.keys()
+    assert {"torch", "inq_kernels", "commit", "python", "numpy"} <= results["software"].keys()
+    (section,) = results["sections"]
+    assert section["isa"] == "native"
+    assert {"cpu", "cores", "threads", "flags", "isa", "cache_bytes"} <= section["machine"].keys()
+    assert section["ceilings"]["copy_gb_s"] > 0
+    rows = rows_of(results) + rows_of(results_of(tiny / "rest"))
+    assert {row["op"] for row in rows} == set(OPS)
+    for row in rows:
+        assert row["error"] is None
+        assert row["backend"] in ("cpu", "reference")
+        assert row["bytes"] > 0
+        assert 0 < row["time"]["p10_us"] <= row["time"]["median_us"] <= row["time"]["p90_us"]
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["time"]["median_us"] / 1e3)
+        if row["flops"]:
+            assert row["gflop_s"] == pytest.approx(row["flops"] / row["time"]["median_us"] / 1e3)
+        assert row["baselines"]
+        for baseline in row["baselines"]:
+            assert baseline.get("reason") or baseline["low"] <= baseline["ratio"] <= baseline["high"]
+    product = next(row for row in rows if row["op"] == "linear")
+    names = ["dense bfloat16", "dense float32", "int4 g128", "dynamic int8"]
+    assert [b["name"] for b in product["baselines"]] == names
+    # 64 columns are no whole group of torch's int4, which must be said instead of left out.
+    assert "reason" in product["baselines"][2]
+    assert report.read(tiny / "results.json") == results
+
+
+def test_results_name_no_path_and_no_host(tiny):
+    text = (tiny / "results.json").read_text()
+    for private in (__import__("platform").node(), str(tiny.parent), __import__("sys").prefix):
+        assert len(private) < 5 or private not in text
+
+
+def test_pictures(tiny):
+    found = {path.name for path in tiny.iterdir() if path.suffix in (".png", ".svg")}
+    backend = rows_of(results_of(tiny))[0]["backend"]
+    end = "" if backend == "cpu" else f"-{backend}"
+    assert found == {f"{stem}-native{end}.{kind}" for stem in ("time", "roofline") for kind in ("png", "svg")}
+    for path in tiny.glob("*.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    again = {path.name: path.read_bytes() for path in tiny.glob("*.svg")}
+    plots.draw(results_of(tiny), tiny)
+    assert again == {path.name: path.read_bytes() for path in tiny.glob("*.svg")}
+
+
+def test_missing_matplotlib_is_named(monkeypatch, tmp_path, capsys):
+    from inq_kernels.bench import command
+
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert run(tmp_path, "--op", "linear", *TINY) == 1
+    assert "inq_kernels[bench]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(machine.lacks("avx2") is not None, reason=str(machine.lacks("avx2")))
+def test_each_set_of_instructions_has_a_process(tmp_path, capfd):
+    # The other process has this machine's caches: a shape of which they hold few copies.
+    words = ("--shape", "1024,512", "--m", "1", "--bits", "4", "--seconds-per-case", "0.001", "--threads", "1")
+    assert run(tmp_path, "--op", "linear", "linear_dx", *words, "--isa", "native,avx2", "--no-plots") == 0
+    native, avx2 = results_of(tmp_path)["sections"]
+    assert (native["isa"], avx2["isa"]) == ("native", "avx2")
+    assert avx2["environment"] == machine.ISA_ENVIRONMENT["avx2"]
+    assert avx2["machine"]["torch_capability"] == "AVX2"
+    assert avx2["machine"]["isa"] == "avx2"
+    assert {row["op"] for row in native["rows"]} == {"linear", "linear_dx"}
+    assert {(row["op"], row["params"]["dtype"]) for row in avx2["rows"]} == {
+        ("linear", "float32"),
+        ("linear", "bfloat16"),
+    }
+    assert "== avx2 ==" in capfd.readouterr().out
+
+
+def test_a_set_of_instructions_that_is_not_there_is_skipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_cpuinfo", lambda field: "sse2" if field == "flags" else None)
+    assert run(tmp_path, "--op", "linear", *TINY, "--isa", "native,avx512", "--no-plots") == 0
+    assert "avx512f" in results_of(tmp_path)["sections"][1]["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shape", "64"), "expected K,N, for example 14336,4096, got '64'"),
+        (("--isa", "sse"), "expected some of native,avx512,avx2, got 'sse'"),
+        (("--m", "0"), "expected more than 0, got 0"),
+        (("--op", "nothing"), "invalid choice: 'nothing'"),
+    ],
+)
+def test_arguments(words, message, capsys):
+    assert main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_case_is_an_error(tmp_path, capsys):
+    assert run(tmp_path, "--op", "conv2d", "--shape", "64,64", "--no-plots") == 1
+    assert "no case is like that" in capsys.readouterr().err
+
+
+def test_compare(tiny, tmp_path, capsys):
+    old, new = results_of(tiny), results_of(tiny)
+    for row, factor in zip((r for r in rows_of(new) if r["op"] == "linear"), (1, 1e6, 1e-6), strict=False):
+        first = row["baselines"][0]
+        for field in ("ratio", "low", "high"):
+            first[field] *= factor
+        row["time"]["median_us"] /= factor
+    extra = copy.deepcopy(rows_of(new)[0])
+    extra["params"]["m"] = 999
+    new["sections"][0]["rows"].append(extra)
+    report.write(tmp_path / "old.json", old)
+    report.write(tmp_path / "new.json", new)
+    assert main(["bench", "--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if " linear " in line]
+    assert [line.split()[-1] for line in lines[:3]] == ["same", "faster", "slower"]
+    assert "Only in the new (1):" in out
+    assert "m=999" in out
+    assert "machines differ" not in out
+    new["sections"][0]["machine"]["cpu"] = "another"
+    assert "machines differ" in compare.compare(old, new)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}'])
+def test_a_file_that_is_no_result(text, tmp_path, capsys):
+    path = tmp_path / "no.json"
+    path.write_text(text)
+    assert main(["bench", "--compare", str(path), str(path)]) == 1
+    assert "expected" in capsys.readouterr().err
+    assert main(["bench", "--bars", str(path)]) == 1
+
+
+# --- bars -------------------------------------------------------------------------------------------------------------
+
+
+def synthetic(isa="amx", bits=4, m=1, ratio=5.0, shape="14336x4096", **more):
+    params = {"shape": shape, "m": m, "bits": bits, "dtype": "bfloat16"}
+    baselines = [{"name": "dense bfloat16", "ratio": ratio, "median_us": 5.0}, {"name": "int4 g128", "reason": "none"}]
+    row = {"op": "linear", "backend": "cpu", "params": params, "baselines": baselines, "error": None}
+    row |= {"facts": {"bits_per_weight": 4.0}, "time": {"median_us": 1.0}, **more}
+    return {"sections": [{"isa": "native", "machine": {"isa": isa}, "rows": [row]}]}
+
+
+def status(results, start):
+    (found,) = [b for b in bars.evaluate(results) if b["name"].startswith(start)]
+    return found["status"].split(":")[0], found["value"]
+
+
+def test_bars():
+    name = "linear amx 4-bit M=1: dense"
+    assert status(synthetic(), name) == ("pass", 5.0)
+    assert status(synthetic(ratio=4.4), name) == ("fail", 4.4)
+    assert status(synthetic(m=2), name) == ("open", None)
+    assert status(synthetic(isa="avx512"), name) == ("open", None)
+    assert status(synthetic(isa="avx512"), "linear avx512 4-bit M=1: dense") == ("pass", 5.0)
+    assert status(synthetic(backend="reference"), name) == ("open", None)
+    assert status(synthetic(error="wrong"), name) == ("fail", None)
+    assert status(synthetic(m=2, error="wrong"), name) == ("open", None)
+    # 5 bits and other shapes have 0.85 of it.
+    assert status(synthetic(bits=5, ratio=3.9), "linear amx 5-bit M=1: dense") == ("pass", 3.9)
+    assert status(synthetic(shape="8192x8192", ratio=3.9), "linear amx 4-bit M=1, worst other") == ("pass", 3.9)
+    # What torch's int4 could not do decides nothing.
+    assert status(synthetic(), "linear amx 4-bit M=1: torch int4") == ("open", None)
+    assert status(synthetic(isa="avx512", m=8, ratio=0.9), "linear avx512, worst of the other M")[0] == "fail"
+
+
+def test_the_worst_row_counts():
+    results = synthetic(shape="8192x8192", ratio=9.0)
+    results["sections"] += synthetic(shape="4096x4096", ratio=2.0)["sections"]
+    assert status(results, "linear amx 4-bit M=1, worst other") == ("fail", 2.0)
+    assert status(synthetic(facts={"bits_per_weight": 4.2}), "linear 4-bit: memory in use") == ("fail", 4.2)
+
+
+def other(op, baselines=(), **more):
+    row = {"op": op, "backend": "cpu", "error": None, "facts": {}, "baselines": list(baselines)}
+    return {"sections": [{"isa": "native", "machine": {"isa": "avx512"}, "rows": [row | more]}]}
+
+
+def test_bars_of_the_other_operators():
+    facts = {"peak_extra_bytes": 100, "weight_bytes": 1000}
+    params = {"shape": "VGG-16", "exponent": "max"}
+    results = other("partition", [{"name": "torch topk", "ratio": 25.0}], params=params, facts=facts)
+    results["sections"][0]["rows"][0]["time"] = {"median_us": 140_000.0}
+    assert status(results, "partition VGG-16, max: time") == ("pass", 0.14)
+    assert status(results, "partition VGG-16, max: torch topk") == ("pass", 25)
+    assert status(results, "partition VGG-16, max: extra memory") == ("fail", 0.1)
+    facts["peak_extra_bytes"] = "cannot be measured"
+    assert status(results, "partition VGG-16, max: extra memory") == ("open", None)
+    fused = [{"name": "torch fused, no mask", "ratio": 0.94}]
+    assert status(other("masked_adamw", fused, params={"shape": "ResNet-50"}), "masked_adamw")[0] == "fail"
+    kernel = [{"name": "kernel", "ratio": 0.5, "median_us": 4.0}]
+    row = {"params": {"grad": False}, "time": {"median_us": 8.0}}
+    assert status(other("overhead", kernel, **row), "a call over its kernel, without") == ("pass", 4.0)
+    pack = {"params": {"shape": "14336x4096", "dtype": "float32"}}
+    copied = [{"name": "copy of as many bytes", "ratio": 0.4}]
+    assert status(other("pack", copied, **pack), "pack:") == ("fail", 0.4)
+
+
+def test_bars_exit_status(tmp_path, capsys):
+    for ratio_, expected in ((5.0, 0), (1.0, 1)):
+        report.write(tmp_path / "r.json", {"schema": report.SCHEMA, **synthetic(ratio=ratio_)})
+        assert main(["bench", "--bars", str(tmp_path / "r.json")]) == expected
+        out = capsys.readouterr().out
+        assert "open: needs avx512" in out
+        assert f"{expected} fail" in out.splitlines()[-1]
+
+
+def test_bars_of_the_run_itself(tmp_path, capsys):
+    assert run(tmp_path, "--op", "pack", *TINY, "--bits", "4", "--no-plots", "--bars") == 0
+    assert "0 fail" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert parser.parse_args(["--bars", "--isa", "native,avx2"]).isa == ["native", "avx2"]
+
+
+def test_thread_count():
+    before = torch.get_num_threads()
+    try:
+        measure.thread_count(2)
+        assert machine.describe()["threads"] == 2
+        measure.thread_count(None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
