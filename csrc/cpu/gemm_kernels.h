@@ -70,7 +70,7 @@ void multiply_tile(const MultiplyArgs& m) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      sum[r][v] = m.accumulate ? S::load(m.c + r * kColumns + v * S::kShape.lanes) : S::zero();
+      sum[r][v] = S::zero();
     }
   }
   const uint32_t* a = m.a;
@@ -89,7 +89,10 @@ void multiply_tile(const MultiplyArgs& m) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) S::store(m.c + r * kColumns + v * S::kShape.lanes, sum[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* c = m.c + r * kColumns + v * S::kShape.lanes;
+      S::store(c, m.accumulate ? S::add(S::load(c), sum[r][v]) : sum[r][v]);
+    }
   }
 }
 
@@ -160,7 +163,9 @@ void finish(const FinishArgs& f) {
 template <class S, int kRows, int kPanels, bool kSigns>
 void stream_pass(const StreamArgs& s, int64_t panel) {
   constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0), kVecs = kPanels * kVectors<S>;
-  typename S::Vec sum[kVecs][kRows];
+  constexpr int kColumns = kPanels * kPanelRows, kChunkTiles = kChunkSteps / kTileSteps<S>;
+  alignas(64) float c[kRows][kColumns] = {};  // the sum of the chunks so far
+  typename S::Vec sum[kVecs][kRows];          // of this chunk
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) {
 #pragma GCC unroll 24
@@ -199,13 +204,17 @@ void stream_pass(const StreamArgs& s, int64_t panel) {
         }
       }
     }
-  }
-  constexpr int kColumns = kPanels * kPanelRows;
-  alignas(64) float c[kRows][kColumns];
+    if ((t + 1) % kChunkTiles == 0 || t + 1 == s.tiles) {
 #pragma GCC unroll 16
-  for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < kVecs; ++v) {
 #pragma GCC unroll 24
-    for (int r = 0; r < kRows; ++r) S::store(&c[r][v * S::kShape.lanes], sum[v][r]);
+        for (int r = 0; r < kRows; ++r) {
+          float* total = &c[r][v * S::kShape.lanes];
+          S::store(total, S::add(S::load(total), sum[v][r]));
+          sum[v][r] = S::zero();
+        }
+      }
+    }
   }
   const int column = static_cast<int>(panel * kPanelRows);
   FinishArgs f = s.finish;

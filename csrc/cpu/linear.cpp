@@ -75,20 +75,26 @@ void run_panels(const LinearArgs& args, const Plan& plan) {
   std::vector<Chunk> chunks;
   for (int64_t k = 0; k < w.k || k == 0; k += plan.k_chunk) {
     const int64_t length = std::min(plan.k_chunk, w.k - k);
-    chunks.push_back({ceil_div(length, plan.shape.pair), tiles_of(length) * kTileK / plan.shape.pair});
+    chunks.push_back({k / plan.shape.pair, ceil_div(length, plan.shape.pair), tiles_of(length) * kTileK / plan.shape.pair});
   }
-  auto pack = [&](size_t chunk, int64_t first, int rows, uint32_t* out) {
-    const int64_t k = static_cast<int64_t>(chunk) * plan.k_chunk;
+  auto pack = [&](int64_t first, int rows, uint32_t* out) {
     const void* row[kMostRowPointers];
-    for (int r = 0; r < rows; ++r) {
-      row[r] = static_cast<const unsigned char*>(args.x) + ((first + r) * w.k + k) * size;
-    }
-    kernels.pack({row, rows, rows, std::min(plan.k_chunk, w.k - k), chunks[chunk].steps, args.type, out});
+    for (int r = 0; r < rows; ++r) row[r] = static_cast<const unsigned char*>(args.x) + (first + r) * w.k * size;
+    kernels.pack({row, rows, rows, w.k, ceil_div(w.k, plan.shape.pair), args.type, out});
   };
+  // The tiles of a chunk, from panel to panel panel_bytes apart.
+  auto weights = [&](size_t chunk, int64_t panel) {
+    return w.data + panel * panel_bytes + chunk * plan.k_chunk / kTileK * tile_bytes(w.format);
+  };
+  auto tiles = [&](size_t chunk) { return chunks[chunk].decoded * plan.shape.pair / kTileK; };
   auto decode = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
-    const int64_t tile = static_cast<int64_t>(chunk) * plan.k_chunk / kTileK;
-    const int64_t tiles = std::min(plan.k_chunk / kTileK, tiles_of(w.k) - tile);
-    kernels.decode({&book, w.data + panel * panel_bytes + tile * tile_bytes(w.format), panel_bytes, tiles, panels, out});
+    kernels.decode({&book, weights(chunk, panel), panel_bytes, tiles(chunk), panels, out});
+  };
+  auto fetch = [&](size_t chunk, int64_t panel, int panels, int64_t part, int64_t parts) {
+    const int64_t lines = tiles(chunk) * tile_bytes(w.format) / kCacheLine, all = lines * panels;
+    for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+      __builtin_prefetch(weights(chunk, panel + i / lines) + i % lines * kCacheLine, 0, 2);  // to the second-level cache
+    }
   };
   auto finish = [&](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
     const int64_t column = panel * kPanelRows;
@@ -98,7 +104,7 @@ void run_panels(const LinearArgs& args, const Plan& plan) {
                     args.bias ? args.bias + column : nullptr, args.type,
                     static_cast<unsigned char*>(args.out) + (row * w.n + column) * size, w.n});
   };
-  multiply_panels(plan, args.m, w.n, chunks, pack, decode, finish);
+  PanelProduct(plan, args.m, w.n, chunks, pack, decode, fetch, finish).run();
 }
 
 }  // namespace

@@ -25,55 +25,104 @@ void parallel_tasks(int64_t count, int threads, const F& task) {
   });
 }
 
-// A piece of the sums: `steps` steps of the left operand against rows of decoded weights.
+// A piece of the sums: steps [first, first + steps) of the packed left operand against as many rows of decoded weights,
+// of which the decoder may write up to `decoded`.
 struct Chunk {
-  int64_t steps;         // packed and multiplied
-  int64_t decoded_rows;  // steps' worth of dwords a column that the decoder may write
+  int64_t first, steps, decoded;
 };
 
-// pack(chunk, row, rows, out): rows [row, row + rows) of the left operand as out[steps][rows];
-// decode(chunk, panel, panels, out): columns of the right one as out[steps][16·panels];
-// finish(row, rows, panel, panels, sums): sums[rows][16·panels] are complete.
-// The sums of a task go on from chunk to chunk in memory, so their order is that of one long sum.
-template <class Pack, class Decode, class Finish>
-void multiply_panels(const Plan& plan, int64_t m, int64_t n, const std::vector<Chunk>& chunks, const Pack& pack,
-                     const Decode& decode, const Finish& finish) {
-  const Kernels& kernels = kernels_of(plan);
-  const int64_t m_blocks = ceil_div(m, plan.m_block), n_groups = ceil_div(n, plan.n_group);
-  int64_t most_steps = 0, most_decoded = 0;
-  for (const Chunk& chunk : chunks) {
-    most_steps = std::max(most_steps, chunk.steps);
-    most_decoded = std::max(most_decoded, chunk.decoded_rows);
+// The parts of a product that depend on what its operands are:
+//   pack(row, rows, out)             rows [row, row + rows) of the left operand as out[step][rows], all steps;
+//   decode(chunk, panel, panels, out)  columns of the right one as out[step][16·panels], a chunk's steps;
+//   fetch(chunk, panel, panels, part, parts)  ask for the part/parts-th part of what that decode will read;
+//   finish(row, rows, panel, panels, sums)    sums[rows][16·panels] are complete.
+// Three loops: blocks of rows, packed once for all columns; blocks of columns, as wide as a micro-tile; chunks of K, whose
+// weights are decoded into the first-level cache and used for all rows of the block. The sums of a block go on from
+// chunk to chunk in memory, so their order is that of one long sum.
+template <class Pack, class Decode, class Fetch, class Finish>
+class PanelProduct {
+ public:
+  PanelProduct(const Plan& plan, int64_t m, int64_t n, const std::vector<Chunk>& chunks, const Pack& pack,
+               const Decode& decode, const Fetch& fetch, const Finish& finish)
+      : plan_(plan), kernels_(kernels_of(plan)), m_(m), panels_(panels_of(n)), chunks_(chunks), pack_(pack),
+        decode_(decode), fetch_(fetch), finish_(finish), steps_(chunks.back().first + chunks.back().steps) {
+    for (const Chunk& chunk : chunks) decoded_ = std::max(decoded_, std::max(chunk.decoded, chunk.steps));
   }
-  parallel_tasks(m_blocks * n_groups, plan.threads, [&](int64_t task) {
-    const int64_t first_row = task % m_blocks * plan.m_block, rows = std::min(plan.m_block, m - first_row);
-    const int64_t first_panel = task / m_blocks * plan.n_group / kPanelRows;
-    const int64_t panels = std::min(plan.n_group / kPanelRows, panels_of(n) - first_panel);
-    // Micro-tiles of nearly equal height: eight rows are 4 + 4, not 6 + 2.
-    const int64_t tiles = ceil_div(rows, plan.shape.rows);
-    auto tile_row = [&](int64_t i) { return rows * i / tiles; };
-    const Buffer<uint32_t> left(rows * most_steps);
-    const Buffer<uint32_t> right(most_decoded * kPanelRows * plan.shape.panels);
-    const Buffer<float> sums(rows * panels * kPanelRows);
-    for (size_t c = 0; c < chunks.size(); ++c) {
-      const int64_t steps = chunks[c].steps;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t row = tile_row(i);
-        pack(c, first_row + row, static_cast<int>(tile_row(i + 1) - row), left.get() + row * steps);
-      }
-      for (int64_t panel = 0; panel < panels; panel += plan.shape.panels) {
-        const int wide = static_cast<int>(std::min<int64_t>(plan.shape.panels, panels - panel));
-        decode(c, first_panel + panel, wide, right.get());
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t row = tile_row(i);
-          const int height = static_cast<int>(tile_row(i + 1) - row);
-          float* tile = sums.get() + (panel * rows + row * wide) * kPanelRows;
-          kernels.multiply({left.get() + row * steps, right.get(), steps, tile, height, wide, c > 0});
-          if (c + 1 == chunks.size()) finish(first_row + row, height, first_panel + panel, wide, tile);
+
+  void run() const {
+    const int64_t m_blocks = ceil_div(m_, plan_.m_block), n_blocks = ceil_div(panels_, plan_.shape.panels);
+    if (plan_.by_rows) {
+      parallel_tasks(m_blocks, plan_.threads, [&](int64_t i) {
+        const Rows rows = block(i);
+        const Buffer<uint32_t> left(rows.count * steps_);
+        pack_tiles(rows, 0, rows.tiles, left.get());
+        columns(rows, left.get(), 0, n_blocks);
+      });
+      return;
+    }
+    const Buffer<uint32_t> left(std::min(plan_.m_block, m_) * steps_);
+    for (int64_t i = 0; i < m_blocks; ++i) {
+      const Rows rows = block(i);
+      parallel_for(0, rows.tiles, ceil_div(rows.tiles, plan_.threads),
+                   [&](int64_t first, int64_t last) { pack_tiles(rows, first, last, left.get()); });
+      // A few blocks of columns a task: they share the task's scratch memory, and the next one's weights are asked for.
+      const int64_t share = std::max<int64_t>(n_blocks / (plan_.threads * 8), 1);
+      parallel_tasks(ceil_div(n_blocks, share), plan_.threads, [&](int64_t task) {
+        columns(rows, left.get(), task * share, std::min((task + 1) * share, n_blocks));
+      });
+    }
+  }
+
+ private:
+  // A block of rows as micro-tiles of nearly equal height: eight rows are 4 + 4, not 6 + 2.
+  struct Rows {
+    int64_t first, count, tiles;
+    int64_t row(int64_t tile) const { return count * tile / tiles; }
+    int height(int64_t tile) const { return static_cast<int>(row(tile + 1) - row(tile)); }
+  };
+
+  Rows block(int64_t i) const {
+    const int64_t first = i * plan_.m_block, count = std::min(plan_.m_block, m_ - first);
+    return {first, count, ceil_div(count, plan_.shape.rows)};
+  }
+
+  void pack_tiles(const Rows& rows, int64_t first, int64_t last, uint32_t* left) const {
+    for (int64_t i = first; i < last; ++i) pack_(rows.first + rows.row(i), rows.height(i), left + rows.row(i) * steps_);
+  }
+
+  void columns(const Rows& rows, const uint32_t* left, int64_t first, int64_t last) const {
+    const Buffer<uint32_t> right(decoded_ * kPanelRows * plan_.shape.panels);
+    const Buffer<float> sums(rows.count * kPanelRows * plan_.shape.panels);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t panel = block * plan_.shape.panels;
+      const int wide = width(panel);
+      for (size_t c = 0; c < chunks_.size(); ++c) {
+        const bool final = c + 1 == chunks_.size();
+        const int64_t next_panel = final ? panel + plan_.shape.panels : panel;
+        decode_(c, panel, wide, right.get());
+        for (int64_t i = 0; i < rows.tiles; ++i) {
+          if (!final || block + 1 < last) fetch_(final ? 0 : c + 1, next_panel, width(next_panel), i, rows.tiles);
+          float* tile = sums.get() + rows.row(i) * wide * kPanelRows;
+          kernels_.multiply({left + rows.row(i) * steps_ + chunks_[c].first * rows.height(i), right.get(),
+                             chunks_[c].steps, tile, rows.height(i), wide, c > 0});
+          if (final) finish_(rows.first + rows.row(i), rows.height(i), panel, wide, tile);
         }
       }
     }
-  });
-}
+  }
+
+  int width(int64_t panel) const { return static_cast<int>(std::min<int64_t>(plan_.shape.panels, panels_ - panel)); }
+
+  const Plan& plan_;
+  const Kernels& kernels_;
+  const int64_t m_, panels_;
+  const std::vector<Chunk>& chunks_;
+  const Pack& pack_;
+  const Decode& decode_;
+  const Fetch& fetch_;
+  const Finish& finish_;
+  const int64_t steps_;
+  int64_t decoded_ = 0;
+};
 
 }  // namespace inq::cpu

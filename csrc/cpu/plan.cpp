@@ -8,13 +8,10 @@ namespace {
 
 // Multiplications that are worth waking another thread for: some 5 µs of work.
 constexpr int64_t kThreadWork = 1 << 18;
-// Rows of a block: decoding a weight costs about as much as ten rows' use of it, so 256 rows leave a few per cent.
+// Rows of a block: decoding a weight costs about as much as five rows' use of it, so 256 rows leave 2 %.
 constexpr int64_t kMostRows = 256;
-// Partial sums of a task, in floats: half of a 1 MB second-level cache, beside the packed rows.
-constexpr int64_t kMostSums = 128 * 1024;
-// Decoded weights of a micro-tile's columns, in dwords: 32 KB, two thirds of a 48 KB first-level cache.
-constexpr int64_t kMostDecoded = 8 * 1024;
-
+// Packed rows of a block, in bytes: they are read again for every 64 columns, from the third-level cache.
+constexpr int64_t kMostPacked = 8 << 20;
 Shape shape_of(Isa isa, DType type) {
   switch (isa) {
     case Isa::portable: return kPortableShape;
@@ -26,23 +23,20 @@ Shape shape_of(Isa isa, DType type) {
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
-  const int64_t columns = int64_t{kPanelRows} * p.shape.panels, blocks = ceil_div(n, columns);
-  p.k_chunk = std::min(kMostDecoded / columns * p.shape.pair / kTileK * kTileK, round_up(std::max<int64_t>(k, 1), kTileK));
-  int64_t rows = ceil_div(m, kMostRows), groups = 1;
-  p.m_block = round_up(ceil_div(m, rows), p.shape.rows);
-  const int64_t most = std::max<int64_t>(kMostSums / p.m_block / columns, 1);  // blocks of columns a task
-  groups = ceil_div(blocks, most);
-  // Every thread the same number of tasks: first by columns, which packs the rows again, then by rows.
-  if (rows * groups < 4 * p.threads && rows * groups % p.threads != 0) {
-    int64_t wanted = groups;
-    while (rows * wanted % p.threads != 0 && wanted < blocks) ++wanted;
-    if (rows * wanted % p.threads == 0) groups = wanted;
+  const int64_t columns = int64_t{kPanelRows} * p.shape.panels, n_blocks = ceil_div(n, columns);
+  p.k_chunk = int64_t{kChunkSteps} * p.shape.pair;
+  const int64_t row_bytes = ceil_div(std::max<int64_t>(k, 1), p.shape.pair) * 4;
+  const int64_t most = std::clamp(kMostPacked / row_bytes / p.shape.rows, int64_t{1}, kMostRows / p.shape.rows);
+  auto rows_in = [&](int64_t blocks) { return round_up(ceil_div(m, blocks), p.shape.rows); };
+  int64_t blocks = ceil_div(m, most * p.shape.rows);
+  // By rows where their blocks keep every thread busy; each thread then reads all weights for rows of its own.
+  p.by_rows = blocks >= 4 * p.threads || (blocks >= p.threads && blocks % p.threads == 0);
+  if (!p.by_rows && n_blocks < 4 * p.threads && n_blocks % p.threads != 0) {
+    // Too few columns to share out: more and smaller blocks of rows.
+    blocks = std::min(round_up(blocks, p.threads), ceil_div(m, p.shape.rows));
+    p.by_rows = true;
   }
-  if (rows * groups < p.threads) {
-    rows = std::min(ceil_div(int64_t{p.threads}, groups), ceil_div(m, p.shape.rows));
-    p.m_block = round_up(ceil_div(m, rows), p.shape.rows);
-  }
-  p.n_group = ceil_div(blocks, groups) * columns;
+  p.m_block = rows_in(blocks);
 }
 
 }  // namespace
@@ -78,8 +72,8 @@ std::string to_string(const Plan& p) {
     text += " rows=" + std::to_string(p.stream_rows) + " group=" + std::to_string(p.group);
   } else {
     text += " tile=" + std::to_string(p.shape.rows) + "x" + std::to_string(p.shape.panels * kPanelRows);
-    text += " m_block=" + std::to_string(p.m_block) + " n_group=" + std::to_string(p.n_group);
-    text += " k_chunk=" + std::to_string(p.k_chunk);
+    text += " m_block=" + std::to_string(p.m_block) + " k_chunk=" + std::to_string(p.k_chunk);
+    text += p.by_rows ? " by=rows" : " by=columns";
   }
   return text + " threads=" + std::to_string(p.threads);
 }

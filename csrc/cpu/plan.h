@@ -33,9 +33,9 @@ struct Plan {
   Shape shape;       // of those loops
   int stream_rows;   // stream: rows it is run with, at least m
   int64_t group;     // stream: panels a task
-  int64_t m_block;   // panels: rows a task
-  int64_t n_group;   // panels: columns a task
+  int64_t m_block;   // panels: rows packed at once
   int64_t k_chunk;   // panels: k decoded at once
+  bool by_rows;      // panels: threads share out the blocks of rows, not the columns of one block after the other
   int threads;
 };
 
