@@ -89,6 +89,8 @@ std::atomic<Isa>& current() {
   return isa;
 }
 
+std::atomic<bool> emulated{false};
+
 }  // namespace
 
 const char* name(Isa isa) { return kNames[static_cast<int>(isa)]; }
@@ -105,6 +107,14 @@ Isa detected_isa() { return detection().isa; }
 std::string why_not_better() { return detection().missing; }
 
 Isa current_isa() { return current().load(std::memory_order_relaxed); }
+
+bool amx_emulated() { return emulated.load(std::memory_order_relaxed); }
+
+void set_amx_emulated(bool on) {
+  if (on) checked(Isa::avx512, "emulate_amx");
+  emulated = on;
+  current() = on ? Isa::amx : initial();
+}
 
 Isa set_isa(Isa isa) { return current().exchange(checked(isa, "set_isa")); }
 
