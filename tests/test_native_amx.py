@@ -153,7 +153,7 @@ def test_emulation_is_off_unless_asked_for(amx):
 @needs_avx512
 def test_wrong_tiles_are_never_used(amx):
     # What happens at the first use where the processor's tiles multiply wrongly.
-    with pytest.raises(RuntimeError, match=r"AMX: .* expected .* as AVX-512 gives, got .* INQ_CPU_ISA=avx512 .* report"):
+    with pytest.raises(RuntimeError, match=r"AMX: .* expected .* as AVX-512 gives, got .* INQ_CPU_ISA=avx512"):
         ops.emulate_amx(True, True)
     assert ops.isa() != "amx" or ops.detected_isa() == "amx"
 
