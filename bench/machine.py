@@ -154,6 +154,12 @@ def ceilings(seconds: float = 1.0) -> dict:
     return {"copy_gb_s": copy, "product_gflop_s": product}
 
 
+def better(a: dict, b: dict) -> dict:
+    """The higher of two measurements of each ceiling."""
+    products = {name: max(value, b["product_gflop_s"][name]) for name, value in a["product_gflop_s"].items()}
+    return {"copy_gb_s": max(a["copy_gb_s"], b["copy_gb_s"]), "product_gflop_s": products}
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

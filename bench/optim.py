@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
+from torch import Tensor
 
 from .. import reference
 from . import machine, shapes
@@ -56,7 +57,14 @@ def _candidate(op: str, state: State) -> tuple[str, Callable[[], object]]:
     except ImportError:
         return "operator", _step(op, state, getattr(torch.ops.inq, f"{op}_"))
     cls = optim.AdamW if op == "masked_adamw" else optim.SGD
-    return "optimizer", _optimizer_step(op, state, lambda params, **options: cls(params, masks=state.masks, **options))
+
+    def make(params: list[Tensor], **options):
+        optimizer = cls(params, **options)
+        for p, mask in zip(params, state.masks, strict=True):
+            optimizer.set_mask(p, mask)
+        return optimizer
+
+    return "optimizer", _optimizer_step(op, state, make)
 
 
 def _cases(op: str):

@@ -1,4 +1,4 @@
-"""One INQ portion of a network's weights: ``exponents``, ``partition_threshold`` and ``quantize_with_mask_``."""
+"""The first INQ portion of a network's weights: ``exponents_and_threshold``, then ``quantize_with_mask_``."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _partition(context: Context, layers: tuple[tuple[int, int], ...], fmt: Forma
 
     def ours() -> None:
         for w, mask, count in zip(weights, masks, counts, strict=True):
-            n1 = op.exponents(w, *form, fmt.granularity, fmt.exponent)
-            threshold = op.partition_threshold(w, mask, None, count, False, 0)
+            rule = (*form, fmt.granularity, fmt.exponent)
+            n1, threshold = op.exponents_and_threshold(w, mask, None, count, False, 0, *rule)
             op.quantize_with_mask_(w, mask, n1, threshold, None, *form, False, 0)
 
     def check() -> str | None:
@@ -134,4 +134,4 @@ def _with_topk(w: Tensor, frozen: Tensor, count: int, fmt: Format) -> None:
     flat[index] = torch.where(m.abs() * torch.exp2(e.float()) >= 2.0 ** (bottom - 1), value, 0.0)
 
 
-PARTITION = Op("partition", ("exponents", "partition_threshold", "quantize_with_mask_"), _cases)
+PARTITION = Op("partition", ("exponents_and_threshold", "quantize_with_mask_"), _cases)

@@ -20,5 +20,7 @@ OPS: dict[str, Op] = {
 }
 # Operators without a benchmark, and why.
 NOT_MEASURED = {
+    "exponents": "its pass over the weights is that of exponents_and_threshold",
+    "partition_threshold": "its passes over the weights are those of exponents_and_threshold",
     "linear_fp8": "made for fp8 tensor cores: on a CPU there is the reference alone, which nobody runs for its speed",
 }

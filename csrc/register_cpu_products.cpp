@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/conv2d.h"
 #include "cpu/layout.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
@@ -155,6 +156,74 @@ Tensor linear_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   return out;
 }
 
+Tensor linear_dx_op(Tensor grad, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, int64_t k, int64_t bits,
+                    bool dense) {
+  const Format format = format_of("linear_dx", bits, dense);
+  const DType type = dtype_of("linear_dx", "grad", grad);
+  INQ_CHECK(k >= 0, "linear_dx", "k", "at least 0", k);
+  const Weight w = weight_of("linear_dx", weight, weight_exp, weight_scale, k, format);
+  std::vector<int64_t> sizes = rows_of("linear_dx", "grad", grad, w.n);
+  const int64_t m = product(sizes);
+  sizes.push_back(k);
+  Tensor out = empty(sizes, grad.scalar_type());
+  const Tensor rows = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
+  linear_dx({rows.const_data_ptr(), m, type, w, out.mutable_data_ptr()});
+  return out;
+}
+
+// Channels innermost, whatever torch makes of strides of dimensions of size 1.
+bool channels_last(const Tensor& x) {
+  const auto size = x.sizes(), stride = x.strides();
+  int64_t expected = 1;
+  for (const int i : {1, 3, 2, 0}) {
+    if (size[i] != 1 && stride[i] != expected) return false;
+    expected *= size[i];
+  }
+  return true;
+}
+
+Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, OptionalTensor bias,
+                 std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                 std::vector<int64_t> dilation, int64_t groups, int64_t bits, bool dense) {
+  const Format format = format_of("conv2d", bits, dense);
+  Conv2dArgs args{};
+  args.type = dtype_of("conv2d", "x", x);
+  INQ_CHECK(x.dim() == 4, "conv2d", "x", "[B, C, H, W]", text_of(x.sizes()));
+  INQ_CHECK(groups > 0 && x.size(1) % groups == 0, "conv2d", "groups", "a divisor of " + std::to_string(x.size(1)), groups);
+  auto two = [](const char* name, const std::vector<int64_t>& values, int64_t least, int64_t (&to)[2]) {
+    INQ_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, "conv2d", name,
+              "two of at least " + std::to_string(least), text_of({values.data(), values.size()}));
+    std::copy(values.begin(), values.end(), to);
+  };
+  two("kernel_size", kernel_size, 1, args.kernel);
+  two("stride", stride, 1, args.stride);
+  two("padding", padding, 0, args.padding);
+  two("dilation", dilation, 1, args.dilation);
+  args.groups = groups;
+  args.batch = x.size(0), args.channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
+  const int64_t k = args.channels / groups * args.kernel[0] * args.kernel[1];
+  args.weight = weight_of("conv2d", weight, weight_exp, weight_scale, k, format);
+  const int64_t n = args.weight.n;
+  INQ_CHECK(n % groups == 0, "conv2d", "weight_exp", "a multiple of groups = " + std::to_string(groups) + " rows", n);
+  for (int i = 0; i < 2; ++i) {
+    const int64_t room = x.size(2 + i) + 2 * args.padding[i] - args.dilation[i] * (args.kernel[i] - 1) - 1;
+    INQ_CHECK(room >= 0, "conv2d", "x", "an image at least as large as the kernel", text_of(x.sizes()));
+    args.out_size[i] = room / args.stride[i] + 1;
+  }
+  const OptionalTensor row_bias = bias_of("conv2d", bias, n);
+  args.bias = row_bias ? static_cast<const float*>(row_bias->const_data_ptr()) : nullptr;
+  // The kernels want channels innermost; other images are brought into that order, and their output back.
+  using torch::headeronly::MemoryFormat;
+  const bool last = channels_last(x), want_last = last && !x.is_contiguous();
+  const Tensor image = last ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  args.x = image.const_data_ptr();
+  const int64_t h = args.out_size[0], w = args.out_size[1];
+  Tensor out = empty({args.batch, n, h, w}, {h * w * n, 1, w * n, n}, x.scalar_type());
+  args.out = out.mutable_data_ptr();
+  conv2d(args);
+  return want_last ? out : torch::stable::contiguous(out);
+}
+
 std::string plan_op(std::string op, int64_t m, int64_t n, int64_t k, std::string dtype, int64_t bits, std::string isa,
                     int64_t threads) {
   return to_string(plan({op_from_name(op), m, n, k, dtype_from_name(dtype), format_of("plan", bits, false).bits,
@@ -169,6 +238,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(inq_cpu, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor weight_exp, Tensor? weight_scale, Tensor? bias, int bits, bool dense) "
       "-> Tensor");
+  m.def(
+      "linear_dx(Tensor grad, Tensor weight, Tensor weight_exp, Tensor? weight_scale, int k, int bits, bool dense) "
+      "-> Tensor");
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor weight_exp, Tensor? weight_scale, Tensor? bias, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, int bits, bool dense) -> Tensor");
   m.def("plan(str op, int m, int n, int k, str dtype, int bits, str isa, int threads) -> str");
 }
 
@@ -180,4 +255,6 @@ STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CPU, m) {
   m.impl("prepack", TORCH_BOX(&prepack_op));
   m.impl("unprepack", TORCH_BOX(&unprepack_op));
   m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("linear_dx", TORCH_BOX(&linear_dx_op));
+  m.impl("conv2d", TORCH_BOX(&conv2d_op));
 }

@@ -263,7 +263,7 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         line("cuda", "no device" if torch.version.cuda else "torch is built without CUDA")
     for name, reason in backends.availability().items():
-        detail = f": {backends.cpu.summary()}" if name == "cpu" else ""
+        detail = f": {backends.cpu.summary()}" if name == "cpu" and reason is None else ""
         line(f"backend {name}", f"available{detail}" if reason is None else f"not available: {reason}")
     line(backends.ENVIRONMENT, os.environ.get(backends.ENVIRONMENT) or "not set")
     return 0

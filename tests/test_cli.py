@@ -9,6 +9,7 @@ import sys
 import types
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
 import malformed
 import pytest
@@ -523,7 +524,62 @@ def test_doctor_names_everything(capsys, monkeypatch):
     assert {"triton", "safetensors", "numpy", "rich"} <= lines.keys()
     assert lines["INQ_BACKEND"] == "reference"
     for name, reason in backends.availability().items():
-        assert lines[name] == ("available" if reason is None else f"not available: {reason}")
+        expected = "available" if reason is None else f"not available: {reason}"
+        assert lines[name] == expected + (f": {backends.cpu.summary()}" if name == "cpu" and reason is None else "")
+
+
+def test_doctor_says_which_instructions_and_why_no_better(capsys):
+    native = torch.ops.inq_cpu
+    try:
+        native.set_isa("avx2")
+        assert f"avx2, by INQ_CPU_ISA= (the machine has {native.detected_isa()})" in succeeds(capsys, "doctor")
+    finally:
+        native.set_isa(native.detected_isa())
+    missing = native.why_not_better()
+    assert f"{native.detected_isa()} ({missing})" in succeeds(capsys, "doctor") if missing else True
+
+
+def test_doctor_without_the_compiled_library_says_why(tmp_path):
+    """As installed where there is no compiler: the reason that setup.py left, and the reference runs."""
+    package = Path(inq.__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__", "_cpu.so", "_cpu_build.txt")
+    shutil.copytree(package, tmp_path / "inq_kernels", ignore=ignored)
+    (tmp_path / "inq_kernels" / "_cpu_build.txt").write_text("it was installed without one: no C++ compiler was found")
+    script = (
+        "import torch, inq_kernels as inq, inq_kernels.cli as cli; cli.main(['doctor']);"
+        "p = inq.pack(torch.ones(3, 8), inq.Format(4)); print(inq.linear(torch.ones(1, 8), p).tolist());"
+        "inq.linear(torch.ones(1, 8), p, backend='cpu')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "INQ_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    why = "there is no compiled library: it was installed without one: no C++ compiler was found"
+    assert f"backend cpu        not available: {why}" in done.stdout
+    assert "[[8.0, 8.0, 8.0]]" in done.stdout
+    assert f"BackendError: inq.linear: backend 'cpu' was asked for and cannot run: {why}" in done.stderr
+
+
+def test_doctor_prints_plans_for_any_machine(capsys):
+    arguments = ("--op", "linear", "--m", 1, 300, "--n", 100, "--k", 64, "--dtype", "bfloat16", "float64")
+    out = succeeds(capsys, "doctor", "--plan", *arguments, "--isa", "amx")
+    rows = [line.split() for line in out.splitlines() if line.startswith("linear")]
+    assert [(row[1], row[3], row[6]) for row in rows] == [
+        ("bfloat16", "1", "cpu"), ("bfloat16", "300", "cpu"),
+        ("float64", "1", "reference"), ("float64", "300", "reference"),
+    ]  # fmt: skip
+    again = succeeds(capsys, "doctor", "--plan", *arguments, "--isa", "amx")
+    assert again == out
+    assert succeeds(capsys, "doctor", "--plan", *arguments, "--isa", "portable") != out
+
+
+@pytest.mark.parametrize("isa", ["amx9", "sse"])
+def test_an_unknown_instruction_set_is_an_error_and_no_fallback(isa):
+    environment = {**os.environ, "INQ_CPU_ISA": isa}
+    script = "import torch, inq_kernels as inq; inq.exponents(torch.ones(1, 1), inq.Format(4))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert f'INQ_CPU_ISA: expected portable, avx2, avx512 or amx, got "{isa}"' in done.stderr
+    assert done.returncode == 1
 
 
 def test_doctor_names_a_gpu(capsys, monkeypatch):

@@ -268,3 +268,134 @@ def test_plan():
     for bad in (("matmul", "float32", "avx2"), ("linear", "float16", "avx2"), ("linear", "float32", "sse")):
         with pytest.raises((RuntimeError, ValueError), match="expected"):
             ops.plan(bad[0], 1, 1, 1, bad[1], 4, bad[2], 1)
+
+
+# --- linear_dx --------------------------------------------------------------------------------------------------------
+
+
+def linear_dx(grad, packed):
+    return ops.linear_dx(grad, *prepacked(packed), math.prod(packed.shape[1:]), *tail(packed.format))
+
+
+@every_isa
+@every_format
+def test_linear_dx(fmt, isa):
+    ops.set_isa(isa)
+    for seed, (n, k) in enumerate(SHAPES):
+        packed = random_packed(fmt, n, k, scale=seed % 2 == 1, seed=seed)
+        # Powers of two apart in the sums: exact in float32 only for equal n1.
+        even = random_packed(fmt, n, k, n1=1, seed=seed)
+        for m, dtype in itertools.product((0, 1, 7, 33, 130), DTYPES):
+            grad = integer_case(fmt, n, (m, n), dtype, seed)
+            want = reference.linear_dx(grad, even.weight, even.weight_exp, None, k, fmt)
+            torch.set_num_threads(1)
+            assert torch.equal(linear_dx(grad, even), want), (n, k, m, dtype)
+            grad = torch.randn(m, n, generator=generator(seed)).to(dtype)
+            y = linear_dx(grad, packed)
+            w = inq.unpack(packed, torch.float64)
+            dense = grad @ w.to(dtype)
+            assert_as_good_as_dense(y, grad.double() @ w, dense, torch.ones(()))
+            for threads in (2, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(linear_dx(integer_case(fmt, n, (m, n), dtype, seed), even), want)
+                assert same_bits(linear_dx(grad, packed), y), (n, k, m, threads)
+
+
+@every_isa
+def test_linear_dx_any_strides_and_shape(isa):
+    ops.set_isa(isa)
+    packed = random_packed(FMT, 8, 17, n1=0)
+    base = integer_case(FMT, 8, (8, 16), torch.float32)
+    for grad in (base.T[:, :8], base[:, ::2], base.view(2, 8, 8).transpose(0, 1), base[0, :8], base[:0, :8]):
+        y = linear_dx(grad, packed)
+        assert y.shape == (*grad.shape[:-1], 17)
+        assert torch.equal(y, reference.linear_dx(grad, packed.weight, packed.weight_exp, None, 17, FMT))
+
+
+# --- conv2d -----------------------------------------------------------------------------------------------------------
+
+# x, weight, stride, padding, dilation, groups.
+CONVOLUTIONS = {
+    "1x1": ((2, 40, 7, 9), (33, 40, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "1x1, stride": ((2, 300, 7, 9), (70, 300, 1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "3x3": ((2, 20, 9, 8), (18, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "3x3, odd channels": ((1, 31, 9, 8), (66, 31, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "7x7": ((1, 3, 20, 19), (16, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "everything": ((2, 5, 13, 11), (9, 5, 3, 2), (2, 3), (3, 1), (2, 3), 1),
+    "one": ((1, 1, 3, 3), (1, 1, 3, 3), (1, 1), (0, 0), (1, 1), 1),
+    "large kernel": ((1, 2, 16, 15), (3, 2, 13, 14), (1, 1), (2, 2), (1, 1), 1),
+    "groups of panels": ((2, 12, 6, 5), (64, 3, 3, 3), (1, 1), (1, 1), (1, 1), 4),
+    "groups": ((2, 10, 6, 5), (15, 2, 3, 3), (1, 2), (1, 2), (2, 1), 5),
+    "two groups": ((1, 64, 6, 5), (40, 32, 3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "depthwise": ((2, 35, 9, 8), (35, 1, 3, 3), (1, 1), (1, 1), (1, 1), 35),
+    "depthwise, two a channel": ((2, 20, 9, 8), (40, 1, 3, 3), (2, 2), (1, 1), (1, 1), 20),
+    "batch 0": ((0, 3, 6, 6), (4, 3, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+}
+
+
+def conv2d(x, packed, bias, arguments):
+    return ops.conv2d(x, *prepacked(packed), bias, packed.shape[2:], *arguments, *tail(packed.format))
+
+
+@every_isa
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_conv2d(case, isa):
+    ops.set_isa(isa)
+    x_shape, w_shape, *arguments = CONVOLUTIONS[case]
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for seed, (fmt, dtype, layout) in enumerate(itertools.product(FORMATS, DTYPES, layouts)):
+        packed = random_packed(fmt, *w_shape, scale=True, seed=seed)
+        bias = torch.randint(-9, 9, w_shape[:1], generator=generator(seed)).float() if seed % 3 else None
+        x = integer_case(fmt, math.prod(w_shape[1:]), x_shape, dtype, seed).to(memory_format=layout)
+        want = reference.conv2d(
+            x, packed.weight, packed.weight_exp, packed.weight_scale, bias, w_shape[2:], *arguments, fmt
+        )
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = conv2d(x, packed, bias, arguments)
+            assert torch.equal(y, want), (fmt, dtype, layout)
+            assert y.stride() == want.stride() or y.numel() == 0
+        x = torch.randn(x_shape, generator=generator(seed)).to(dtype, memory_format=layout)
+        torch.set_num_threads(1)
+        y = conv2d(x, packed, bias, arguments)
+        w = inq.unpack(packed, torch.float64)
+        exact = F.conv2d(x.double(), w, None if bias is None else bias.double(), *arguments)
+        dense = F.conv2d(x, inq.unpack(plain(packed), torch.float64).to(dtype), None, *arguments).double()
+        dense = dense * packed.weight_scale.double().view(-1, 1, 1)
+        if bias is not None:
+            dense = dense + bias.double().view(-1, 1, 1)
+        assert_as_good_as_dense(y, exact, dense.to(dtype), torch.exp2(packed.weight_exp.double()).view(-1, 1, 1))
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert same_bits(conv2d(x, packed, bias, arguments).contiguous(), y.contiguous())
+
+
+@every_isa
+def test_conv2d_not_finite_and_padding(isa):
+    # NaN reaches its own patches and no other group; Inf · 0 is NaN.
+    ops.set_isa(isa)
+    for case in ("3x3", "groups of panels", "depthwise", "groups"):
+        x_shape, w_shape, *arguments = CONVOLUTIONS[case]
+        packed = random_packed(FMT, *w_shape)
+        for value, dtype in itertools.product((torch.nan, torch.inf), DTYPES):
+            x = integer_case(FMT, math.prod(w_shape[1:]), x_shape, dtype)
+            x[0, 1, 2, 3] = value
+            want = reference.conv2d(x, packed.weight, packed.weight_exp, None, None, w_shape[2:], *arguments, FMT)
+            y = conv2d(x, packed, None, arguments)
+            assert torch.equal(y.nan_to_num(7.0, 8.0, 9.0), want.nan_to_num(7.0, 8.0, 9.0)), (case, dtype)
+
+
+def test_conv2d_errors():
+    packed = random_packed(FMT, 6, 2, 3, 3)
+    x = torch.randn(1, 4, 5, 5)
+    one, zero = (1, 1), (0, 0)
+    cases = [
+        ((x[0], (3, 3), one, zero, one, 2), r"x: expected \[B, C, H, W\], got \[4, 5, 5\]"),
+        ((x, (3, 3), one, zero, one, 3), "groups: expected a divisor of 4, got 3"),
+        ((x, (3, 3), zero, zero, one, 2), r"stride: expected two of at least 1, got \[0, 0\]"),
+        ((x[:, :, :2], (3, 3), one, zero, one, 2), "x: expected an image at least as large as the kernel"),
+        ((x, (4, 5), one, zero, one, 2), r"weight: expected contiguous uint8 \[1, 2, 256\], got .*\[1, 1, 256\]"),
+    ]
+    for (image, *arguments), message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            ops.conv2d(image, *prepacked(packed), None, *arguments, 4, False)

@@ -60,6 +60,119 @@ void decode(const DecodeArgs& d) {
   d.book->sign_plane ? decode_tiles<S, true>(d) : decode_tiles<S, false>(d);
 }
 
+// lanes × lanes dwords at a time: decoded with n in the lanes, transposed, stored with k in the lanes.
+template <class S, bool kSigns, int kHalf>
+void decode_half_tile(const uint8_t* tile, typename S::Table table, uint32_t* out, int64_t columns) {
+  constexpr int kLanes = S::kShape.lanes;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors<S>; ++v) {
+    const int lane = v * kLanes;
+    typename S::Codes signs{};
+    if constexpr (kSigns) signs = S::load_codes(tile + kCodeBytes + lane * 4);
+#pragma GCC unroll 4
+    for (int first = 0; first < kPanelRows; first += kLanes) {
+      typename S::Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int k = kHalf * kPanelRows + first + i, unit = k / kUnitK;
+        square[i] = S::template decode<kSigns>(S::load_codes(tile + unit * kUnitBytes + lane * 4), k % kUnitK, signs,
+                                               unit, table);
+      }
+      S::transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) S::store(out + (lane + i) * columns + first, square[i]);
+    }
+  }
+}
+
+template <class S, bool kSigns>
+void decode_transposed_tiles(const DecodeTransposedArgs& d) {
+  constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0);
+  const typename S::Table table = S::table(*d.book);
+  const int64_t columns = int64_t{d.column_panels} * kPanelRows;
+  for (int panel = 0; panel < d.panels; ++panel) {
+    for (int i = 0; i < d.column_panels; ++i) {
+      const int64_t half = d.first_half + i;
+      const uint8_t* tile = d.weight + panel * d.panel_bytes + half / 2 * kTile;
+      uint32_t* out = d.out + panel * kPanelRows * columns + i * kPanelRows;
+      half % 2 ? decode_half_tile<S, kSigns, 1>(tile, table, out, columns)
+               : decode_half_tile<S, kSigns, 0>(tile, table, out, columns);
+    }
+  }
+}
+
+template <class S>
+void decode_transposed(const DecodeTransposedArgs& d) {
+  d.book->sign_plane ? decode_transposed_tiles<S, true>(d) : decode_transposed_tiles<S, false>(d);
+}
+
+template <class S>
+void regroup(const RegroupArgs& g) {
+  for (int64_t step = 0; step < g.steps; ++step) {
+    uint32_t* out = g.out + step * g.columns;
+    if constexpr (S::kShape.pair == 1) {
+      const uint32_t* row = g.in + int64_t{g.at[step]} * g.columns;
+      for (int i = 0; i < g.columns; i += S::kShape.lanes) S::store(out + i, S::load(row + i));
+    } else {
+      // A half that is not there reads row 0 and keeps nothing of it.
+      const int32_t low = g.at[2 * step], high = g.at[2 * step + 1];
+      const uint32_t* low_row = g.in + int64_t{low < 0 ? 0 : low / 2} * g.columns;
+      const uint32_t* high_row = g.in + int64_t{high < 0 ? 0 : high / 2} * g.columns;
+      const uint32_t low_kept = low < 0 ? 0 : 0xFFFFu, high_kept = high < 0 ? 0 : 0xFFFF0000u;
+      const int down = low % 2 ? 16 : 0, up = high % 2 ? 0 : 16;
+      for (int i = 0; i < g.columns; ++i) {
+        out[i] = (low_row[i] >> down & low_kept) | (high_row[i] << up & high_kept);
+      }
+    }
+  }
+}
+
+// --- lane by lane -----------------------------------------------------------------------------------------------------
+
+// Terms that are summed before their sum joins the total: chunks again, for the rounding errors' sake.
+constexpr int64_t kDirectChunk = 64;
+
+template <class S, int kPixels>
+void direct_pixels(const DirectArgs& d, int64_t pixel) {
+  typename S::Vec total[kPixels][kVectors<S>], sum[kPixels][kVectors<S>];
+  for (int64_t first = 0; first < d.terms || first == 0; first += kDirectChunk) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors<S>; ++v) sum[p][v] = S::zero();
+    }
+    for (int64_t i = first; i < least(first + kDirectChunk, d.terms); ++i) {
+      const float* x = d.x + pixel * d.pixel_stride + d.offset[i];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors<S>; ++v) {
+        const typename S::Vec w = S::load(d.w + i * kPanelRows + v * S::kShape.lanes);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPixels; ++p) {
+          sum[p][v] = S::multiply_add(sum[p][v], S::load(x + p * d.pixel_stride + v * S::kShape.lanes), w);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors<S>; ++v) total[p][v] = first ? S::add(total[p][v], sum[p][v]) : sum[p][v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors<S>; ++v) S::store(d.c + (pixel + p) * kPanelRows + v * S::kShape.lanes, total[p][v]);
+  }
+}
+
+template <class S>
+void direct(const DirectArgs& d) {
+  constexpr int kPixels = S::kShape.lanes >= 8 ? 4 : 1;  // as many independent sums as hide an addition's latency
+  int64_t pixel = 0;
+  for (; pixel + kPixels <= d.pixels; pixel += kPixels) direct_pixels<S, kPixels>(d, pixel);
+  for (; pixel < d.pixels; ++pixel) direct_pixels<S, 1>(d, pixel);
+}
+
 // --- micro-tile -------------------------------------------------------------------------------------------------------
 
 template <class S, int kRows, int kPanels>
@@ -251,7 +364,12 @@ void stream(const StreamArgs& s) {
 
 template <class S>
 constexpr Kernels kernels() {
-  return {S::pack, decode<S>, multiply<S>, finish<S>, stream<S>};
+  Kernels table{S::pack, decode<S>, multiply<S>, finish<S>, stream<S>, regroup<S>, nullptr, nullptr};
+  if constexpr (S::kShape.pair == 1) {
+    table.decode_transposed = decode_transposed<S>;
+    table.direct = direct<S>;
+  }
+  return table;
 }
 
 }  // namespace

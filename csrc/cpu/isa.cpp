@@ -116,6 +116,9 @@ void set_amx_emulated(bool on) {
   current() = on ? Isa::amx : initial();
 }
 
-Isa set_isa(Isa isa) { return current().exchange(checked(isa, "set_isa")); }
+Isa set_isa(Isa isa) {
+  if (isa == Isa::amx && amx_emulated()) return current().exchange(isa);
+  return current().exchange(checked(isa, "set_isa"));
+}
 
 }  // namespace inq::cpu

@@ -44,6 +44,37 @@ struct DecodeArgs {
   uint32_t* out;
 };
 
+// As DecodeArgs with k as columns, in float32: `panels` panels → out[16·panels steps][16·column_panels], from half tile
+// `first_half` (0: k = 0…15 of the first tile, 1: k = 16…31, and so on).
+struct DecodeTransposedArgs {
+  const Codebook* book;
+  const uint8_t* weight;  // the first panel
+  int64_t panel_bytes;
+  int panels;
+  int64_t first_half;
+  int column_panels;
+  uint32_t* out;
+};
+
+// Rows of decoded weights in another order of k: out row i holds the k at[pair·i], at[pair·i + 1], counted from the
+// first k of `in`; −1 is a row of zeros.
+struct RegroupArgs {
+  const uint32_t* in;
+  const int32_t* at;
+  int64_t steps;
+  int columns;  // a multiple of 16
+  uint32_t* out;
+};
+
+// c[pixels][16] = Σ_i x[pixel · pixel_stride + offset[i] + lane] · w[i][lane], float32 lane by lane.
+struct DirectArgs {
+  const float* x;
+  const float* w;
+  const int64_t* offset;
+  int64_t terms, pixels, pixel_stride;
+  float* c;
+};
+
 // c[rows][16·panels] = (accumulate ? c : 0) + a[steps][rows]ᵀ · b[steps][16·panels], the product summed first.
 struct MultiplyArgs {
   const uint32_t* a;
@@ -110,6 +141,10 @@ struct Kernels {
   void (*multiply)(const MultiplyArgs&);
   void (*finish)(const FinishArgs&);
   void (*stream)(const StreamArgs&);
+  void (*regroup)(const RegroupArgs&);
+  // Only where pair is 1, else null.
+  void (*decode_transposed)(const DecodeTransposedArgs&);
+  void (*direct)(const DirectArgs&);
   void (*leave)() = nullptr;  // if not null, to be called on each thread after its last `multiply` of a task
 };
 

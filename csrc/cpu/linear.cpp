@@ -76,8 +76,8 @@ void run_panels(const LinearArgs& args, const Plan& plan) {
   for (int64_t k = 0; k < w.k || k == 0; k += plan.k_chunk) {
     const int64_t length = std::min(plan.k_chunk, w.k - k);
     // A tile of weights holds whole blocks of steps.
-    chunks.push_back({k / plan.shape.pair, round_up(ceil_div(length, plan.shape.pair), plan.shape.block),
-                      tiles_of(length) * kTileK / plan.shape.pair});
+    const int64_t steps = round_up(ceil_div(length, plan.shape.pair), plan.shape.block);
+    chunks.push_back({k / plan.shape.pair, steps, tiles_of(length) * kTileK / plan.shape.pair});
   }
   auto pack = [&](int64_t first, int rows, uint32_t* out) {
     const void* row[kMostRowPointers];

@@ -81,6 +81,27 @@ struct Avx512 {
     }
   }
 
+  static void transpose(Vec (&r)[16]) {
+    __m512 quads[4][4];  // [rows 4g … 4g + 3][column modulo 4]: 128-bit lane L holds column 4L + that
+    for (int g = 0; g < 4; ++g) {
+      const __m512* q = r + 4 * g;
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(q[0], q[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(q[0], q[1]));
+      const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(q[2], q[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(q[2], q[3]));
+      quads[g][0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      quads[g][1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      quads[g][2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      quads[g][3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512 ab = _mm512_shuffle_f32x4(quads[0][i], quads[1][i], 0x44), cd = _mm512_shuffle_f32x4(quads[2][i], quads[3][i], 0x44);
+      const __m512 AB = _mm512_shuffle_f32x4(quads[0][i], quads[1][i], 0xEE), CD = _mm512_shuffle_f32x4(quads[2][i], quads[3][i], 0xEE);
+      r[i] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+      r[4 + i] = _mm512_shuffle_f32x4(ab, cd, 0xDD);
+      r[8 + i] = _mm512_shuffle_f32x4(AB, CD, 0x88);
+      r[12 + i] = _mm512_shuffle_f32x4(AB, CD, 0xDD);
+    }
+  }
+
   // w with the sign bits of `signs` that the mask selects flipped: one vpternlogd, a ^ (b & c).
   static Vec flip(Vec w, Codes signs, int mask) {
     return _mm512_castsi512_ps(

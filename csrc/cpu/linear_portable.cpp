@@ -59,6 +59,16 @@ struct Portable {
     return flipped;
   }
 
+  static void transpose(Vec (&r)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float other = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = other;
+      }
+    }
+  }
+
   static void pack(const PackArgs& p) {
     for (int r = 0; r < p.stride; ++r) {
       const unsigned char* from = r < p.rows ? static_cast<const unsigned char*>(p.row[r]) : nullptr;

@@ -52,10 +52,10 @@ void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
 
 Plan plan(const Description& d) {
   Plan p{};
-  // The input gradient sums over the weight's rows, and its products are in float32. So tiles are for the others.
+  // The input gradient sums over the weight's rows, and its products are in float32: not for tiles.
   const bool transposed = d.op == Op::linear_dx;
   const DType products = transposed ? DType::float32 : d.type;
-  p.isa = products == DType::bfloat16 && d.op == Op::linear ? d.isa : std::min(d.isa, Isa::avx512);
+  p.isa = products == DType::bfloat16 ? d.isa : std::min(d.isa, Isa::avx512);
   p.shape = shape_of(p.isa, products);
   const int64_t columns = transposed ? d.k : d.n, length = transposed ? d.n : d.k;
   if (d.m == 0 || columns == 0) return p;
