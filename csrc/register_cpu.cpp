@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/storage.h"
@@ -115,6 +116,16 @@ std::string detected() { return name(detected_isa()); }
 std::string missing() { return why_not_better(); }
 std::string use_isa(std::string text) { return name(set_isa(isa_from_name(text))); }
 
+// For tests alone: isa amx on emulated tiles (cpu/amx.h). Returns the isa in use.
+std::string emulate_amx_op(bool on, bool wrong) {
+#if defined(__x86_64__)
+  emulate_amx(on, wrong);
+#else
+  STD_TORCH_CHECK(!on, "inq_cpu.emulate_amx: expected an x86-64 machine");
+#endif
+  return name(current_isa());
+}
+
 // --- formats: what tests compare with format.py -----------------------------------------------------------------------
 
 // For each magnitude, smallest first, its field; then magnitudes, n2 of n1 = 0 and the bytes of a row of 11 codes.
@@ -180,6 +191,7 @@ STABLE_TORCH_LIBRARY(inq_cpu, m) {
   m.def("detected_isa() -> str");
   m.def("why_not_better() -> str");
   m.def("set_isa(str isa) -> str");
+  m.def("emulate_amx(bool on, bool wrong=False) -> str");
   m.def("format_facts(int bits, bool dense) -> int[]");
   m.def("format_constants() -> int[]");
   m.def("quantize_magnitude(int magnitude, int n1, int bits, bool dense) -> int");
@@ -193,6 +205,7 @@ STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {
   m.impl("detected_isa", TORCH_BOX(&detected));
   m.impl("why_not_better", TORCH_BOX(&missing));
   m.impl("set_isa", TORCH_BOX(&use_isa));
+  m.impl("emulate_amx", TORCH_BOX(&emulate_amx_op));
   m.impl("format_facts", TORCH_BOX(&format_facts));
   m.impl("format_constants", TORCH_BOX(&format_constants));
   m.impl("quantize_magnitude", TORCH_BOX(&quantize_magnitude));

@@ -32,12 +32,12 @@ class Gathered {
         taps_(args.kernel[0] * args.kernel[1]), channels_(args.channels / args.groups), rows_(args.weight.n / args.groups),
         panel_bytes_(tiles_of(args.weight.k) * tile_bytes(args.weight.format)) {
     const int pair = plan.shape.pair;
-    most_channels_ = std::max<int64_t>(kChunkSteps / taps_, 1) * pair;
+    most_channels_ = std::max<int64_t>(plan.k_chunk / pair / taps_, 1) * pair;
     int64_t first = 0;
     for (int64_t c = 0; c < channels_ || c == 0; c += most_channels_) {
       const int64_t count = std::min(most_channels_, channels_ - c);
       const int64_t tile = c * taps_ / kTileK, tiles = ceil_div((c + count) * taps_, kTileK) - tile;
-      const int64_t steps = ceil_div(count, pair) * taps_;
+      const int64_t steps = round_up(ceil_div(count, pair) * taps_, plan.shape.block);
       chunks_.push_back({first, steps, tiles * kTileK / pair});
       pieces_.push_back({c, count, tile, tiles, order(c * taps_ - tile * kTileK, count)});
       first += steps;
@@ -81,7 +81,8 @@ class Gathered {
     std::vector<int32_t> at;  // for RegroupArgs
   };
 
-  // For (tap, channel) in order, channels padded to a step: which k, counted from the first decoded one.
+  // For (tap, channel) in order, channels padded to a step: which k, counted from the first decoded one. Then as many that
+  // are none as fill the last block of steps.
   std::vector<int32_t> order(int64_t offset, int64_t count) const {
     std::vector<int32_t> at;
     if (taps_ == 1) return at;
@@ -89,6 +90,7 @@ class Gathered {
     for (int64_t tap = 0; tap < taps_; ++tap) {
       for (int64_t c = 0; c < padded; ++c) at.push_back(c < count ? static_cast<int32_t>(offset + c * taps_ + tap) : -1);
     }
+    at.resize(static_cast<size_t>(round_up(taps_ * padded, plan_.shape.pair * plan_.shape.block)), -1);
     return at;
   }
 
@@ -99,7 +101,7 @@ class Gathered {
 
   // The patches of some output pixels as rows of the left operand.
   void gather(int64_t first, int rows, uint32_t* out) const {
-    constexpr int kMostRows = 8;
+    constexpr int kMostRows = 32;  // of any Shape's micro-tile
     const int size = size_of(args_.type), pair = plan_.shape.pair;
     Corner corner[kMostRows];
     for (int r = 0; r < rows; ++r) corner[r] = corner_of(args_, first + r);
@@ -122,9 +124,14 @@ class Gathered {
             from[r] = pixel[r] ? pixel[r] + piece.channel * size : zeros_.data();
           }
           const int64_t steps = ceil_div(piece.count, pair);
-          kernels_.pack({from, rows, rows, piece.count, steps, args_.type, out + (chunks_[c].first + tap * steps) * rows});
+          kernels_.pack({from, rows, rows, piece.count, steps, args_.type, out, chunks_[c].first + tap * steps});
         }
       }
+    }
+    for (size_t c = 0; c < pieces_.size(); ++c) {
+      const int64_t steps = ceil_div(pieces_[c].count, pair) * taps_;
+      if (steps == chunks_[c].steps) continue;
+      kernels_.pack({nullptr, 0, rows, 0, chunks_[c].steps - steps, args_.type, out, chunks_[c].first + steps});
     }
   }
 

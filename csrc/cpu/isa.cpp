@@ -89,6 +89,8 @@ std::atomic<Isa>& current() {
   return isa;
 }
 
+std::atomic<bool> emulated{false};
+
 }  // namespace
 
 const char* name(Isa isa) { return kNames[static_cast<int>(isa)]; }
@@ -106,6 +108,17 @@ std::string why_not_better() { return detection().missing; }
 
 Isa current_isa() { return current().load(std::memory_order_relaxed); }
 
-Isa set_isa(Isa isa) { return current().exchange(checked(isa, "set_isa")); }
+bool amx_emulated() { return emulated.load(std::memory_order_relaxed); }
+
+void set_amx_emulated(bool on) {
+  if (on) checked(Isa::avx512, "emulate_amx");
+  emulated = on;
+  current() = on ? Isa::amx : initial();
+}
+
+Isa set_isa(Isa isa) {
+  if (isa == Isa::amx && amx_emulated()) return current().exchange(isa);
+  return current().exchange(checked(isa, "set_isa"));
+}
 
 }  // namespace inq::cpu

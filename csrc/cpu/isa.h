@@ -31,6 +31,11 @@ std::string why_not_better();
 // or one that cannot run here: a forced one never falls back.
 Isa current_isa();
 
+// For tests (amx.h): with true, the one in use is amx whatever the machine has, which needs avx512; with false, the one
+// from the start. Throws as above.
+void set_amx_emulated(bool on);
+bool amx_emulated();
+
 // Use another one from now on, for tests and benchmarks; returns the one before. Throws as above.
 Isa set_isa(Isa isa);
 

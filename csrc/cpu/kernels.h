@@ -22,14 +22,16 @@ constexpr int kChunkSteps = 128;
 enum class DType : int { float32 = 0, bfloat16 = 1 };
 constexpr int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
 
-// `count` elements from each of `rows` pointers → out[step][stride]; steps from ceil(count/pair) up to `steps`, and rows
-// from `rows` up to `stride`, are zero.
+// `count` elements from each of `rows` pointers → steps [first, first + steps) of out[step][stride]; steps from
+// ceil(count/pair) on, and rows from `rows` up to `stride`, are zero. Where Shape::block is more than 1, out is
+// [step / block][stride][step % block]: as many dwords, and from any multiple of `block` on at the same place.
 struct PackArgs {
   const void* const* row;
   int rows, stride;
   int64_t count, steps;
   DType type;
   uint32_t* out;
+  int64_t first = 0;
 };
 
 // `tiles` tiles of `panels` panels → out[step][16·panels].
@@ -103,7 +105,7 @@ struct StreamArgs {
   int64_t panel_bytes, tiles;
   int64_t panels;
   const uint32_t* a;
-  int rows;           // of a; one of kStreamRows
+  int rows;           // of a; one of kStreamRows, or any where Shape::block is more than 1
   FinishArgs finish;  // rows, power, …, out of the first column; columns of all panels; c is not used
 };
 
@@ -118,14 +120,17 @@ struct Shape {
   int stream_rows;  // the largest entry of kStreamRows that is compiled
   int lanes;        // dwords a register
   int registers;    // that `stream` may fill with sums and codes, beside a weight, an x, and the table
+  int block = 1;    // steps of a row side by side in the packed left operand; `steps` of `multiply` are a multiple
 };
 constexpr Shape kPortableShape{1, 2, 1, 2, 4, 12};
 constexpr Shape kAvx2Shape{1, 6, 1, 4, 8, 12};
 constexpr Shape kAvx512Shape{1, 6, 4, 12, 16, 28};
 constexpr Shape kAvx512PairShape{2, 6, 4, 24, 16, 28};
+constexpr Shape kAmxShape{2, 32, 2, 32, 16, 4, 16};  // registers: tiles of 16 rows of sums
 
 // Panels that `stream` takes at once: eight streams from memory at most, as many as its registers hold.
 constexpr int stream_panels(Shape s, int rows) {
+  if (s.block > 1) return s.registers / (rows > 16 ? 2 : 1);
   const int fitting = s.registers / ((rows + 1) * (kPanelRows / s.lanes));
   return fitting < 1 ? 1 : fitting > 8 ? 8 : fitting;
 }
@@ -140,11 +145,13 @@ struct Kernels {
   // Only where pair is 1, else null.
   void (*decode_transposed)(const DecodeTransposedArgs&);
   void (*direct)(const DirectArgs&);
+  void (*leave)() = nullptr;  // if not null, to be called on each thread after its last `multiply` of a task
 };
 
 const Kernels& portable_kernels();     // float32 and bfloat16 rows, float32 products
 const Kernels& avx2_kernels();         // the same
 const Kernels& avx512_kernels();       // float32 rows
 const Kernels& avx512_pair_kernels();  // bfloat16 rows, products by vdpbf16ps
+// Those on AMX tiles are chosen in amx.h.
 
 }  // namespace inq::cpu

@@ -25,6 +25,7 @@ constexpr int kSignBytes = kPanelRows * 4;        // of a tile, at 5 bits
 constexpr bool has_sign_plane(Format f) { return f.bits == 5; }
 constexpr int tile_bytes(Format f) { return kCodeBytes + (has_sign_plane(f) ? kSignBytes : 0); }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t panels_of(int64_t n) { return ceil_div(n, kPanelRows); }
 constexpr int64_t tiles_of(int64_t k) { return ceil_div(k, kTileK); }
 

@@ -8,7 +8,7 @@
 namespace inq::cpu {
 namespace {
 
-constexpr int kMostRowPointers = 24;  // the largest entry of kStreamRows
+constexpr int kMostRowPointers = 32;  // the most rows of any Shape's micro-tile or stream
 
 // x[m, k] as a[step][rows], zero from m on and from k to the end of the last tile.
 void pack_stream(const LinearArgs& args, const Plan& plan, uint32_t* a) {
@@ -75,12 +75,15 @@ void run_panels(const LinearArgs& args, const Plan& plan) {
   std::vector<Chunk> chunks;
   for (int64_t k = 0; k < w.k || k == 0; k += plan.k_chunk) {
     const int64_t length = std::min(plan.k_chunk, w.k - k);
-    chunks.push_back({k / plan.shape.pair, ceil_div(length, plan.shape.pair), tiles_of(length) * kTileK / plan.shape.pair});
+    // A tile of weights holds whole blocks of steps.
+    const int64_t steps = round_up(ceil_div(length, plan.shape.pair), plan.shape.block);
+    chunks.push_back({k / plan.shape.pair, steps, tiles_of(length) * kTileK / plan.shape.pair});
   }
   auto pack = [&](int64_t first, int rows, uint32_t* out) {
     const void* row[kMostRowPointers];
     for (int r = 0; r < rows; ++r) row[r] = static_cast<const unsigned char*>(args.x) + (first + r) * w.k * size;
-    kernels.pack({row, rows, rows, w.k, ceil_div(w.k, plan.shape.pair), args.type, out});
+    const int64_t steps = round_up(ceil_div(w.k, plan.shape.pair), plan.shape.block);
+    kernels.pack({row, rows, rows, w.k, steps, args.type, out});
   };
   // The tiles of a chunk, from panel to panel panel_bytes apart.
   auto weights = [&](size_t chunk, int64_t panel) {

@@ -90,7 +90,16 @@ class PanelProduct {
     for (int64_t i = first; i < last; ++i) pack_(rows.first + rows.row(i), rows.height(i), left + rows.row(i) * steps_);
   }
 
+  // What the kernels keep on a thread is given back at the end of its task, an exception's end too.
+  struct Leave {
+    const Kernels& kernels;
+    ~Leave() {
+      if (kernels.leave) kernels.leave();
+    }
+  };
+
   void columns(const Rows& rows, const uint32_t* left, int64_t first, int64_t last) const {
+    const Leave leave{kernels_};
     const Buffer<uint32_t> right(decoded_ * kPanelRows * plan_.shape.panels);
     const Buffer<float> sums(rows.count * kPanelRows * plan_.shape.panels);
     for (int64_t block = first; block < last; ++block) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "amx.h"
+
 namespace inq::cpu {
 namespace {
 
@@ -12,21 +14,28 @@ constexpr int64_t kThreadWork = 1 << 18;
 constexpr int64_t kMostRows = 256;
 // Packed rows of a block, in bytes: they are read again for every 64 columns, from the third-level cache.
 constexpr int64_t kMostPacked = 8 << 20;
+// On AMX a product is so fast that they must come from the second-level cache (2 MB), but for fewer than 64 rows decoding
+// takes longer than multiplying. 16 tiles of k of 32 decoded columns are 32 KB.
+constexpr int64_t kMostPackedAmx = 1 << 20;
+constexpr int64_t kLeastRowsAmx = 64;
+constexpr int64_t kChunkAmx = 16 * kTileK;
+
 Shape shape_of(Isa isa, DType type) {
   switch (isa) {
     case Isa::portable: return kPortableShape;
     case Isa::avx2: return kAvx2Shape;
+    case Isa::amx: return kAmxShape;
     default: return type == DType::bfloat16 ? kAvx512PairShape : kAvx512Shape;
   }
 }
 
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
   const int64_t columns = int64_t{kPanelRows} * p.shape.panels, n_blocks = ceil_div(n, columns);
-  p.k_chunk = int64_t{kChunkSteps} * p.shape.pair;
+  const bool tiles = p.isa == Isa::amx;
+  p.k_chunk = tiles ? kChunkAmx : int64_t{kChunkSteps} * p.shape.pair;
   const int64_t row_bytes = ceil_div(std::max<int64_t>(k, 1), p.shape.pair) * 4;
-  const int64_t most = std::clamp(kMostPacked / row_bytes / p.shape.rows, int64_t{1}, kMostRows / p.shape.rows);
+  const int64_t most = std::clamp((tiles ? kMostPackedAmx : kMostPacked) / row_bytes / p.shape.rows,
+                                  tiles ? kLeastRowsAmx / p.shape.rows : 1, kMostRows / p.shape.rows);
   auto rows_in = [&](int64_t blocks) { return round_up(ceil_div(m, blocks), p.shape.rows); };
   int64_t blocks = ceil_div(m, most * p.shape.rows);
   // By rows where their blocks keep every thread busy; each thread then reads all weights for rows of its own.
@@ -43,17 +52,21 @@ void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
 
 Plan plan(const Description& d) {
   Plan p{};
-  p.isa = std::min(d.isa, Isa::avx512);
-  // The input gradient sums over the weight's rows, and its products are in float32.
+  // The input gradient sums over the weight's rows, and its products are in float32: not for tiles.
   const bool transposed = d.op == Op::linear_dx;
-  p.shape = shape_of(p.isa, transposed ? DType::float32 : d.type);
+  const DType products = transposed ? DType::float32 : d.type;
+  p.isa = products == DType::bfloat16 ? d.isa : std::min(d.isa, Isa::avx512);
+  p.shape = shape_of(p.isa, products);
   const int64_t columns = transposed ? d.k : d.n, length = transposed ? d.n : d.k;
   if (d.m == 0 || columns == 0) return p;
   const int64_t work = std::max<int64_t>(length, 1) * columns * d.m;
   p.threads = static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(d.threads, 1)));
   if (d.op == Op::linear && d.m <= p.shape.stream_rows) {
     p.kernel = Kernel::stream;
-    p.stream_rows = *std::find_if(std::begin(kStreamRows), std::end(kStreamRows), [&](int r) { return r >= d.m; });
+    // Tiles are configured with any number of rows.
+    p.stream_rows = p.isa == Isa::amx ? static_cast<int>(d.m)
+                                      : *std::find_if(std::begin(kStreamRows), std::end(kStreamRows),
+                                                      [&](int r) { return r >= d.m; });
     // A task is one pass, or less where that leaves threads without work.
     const int64_t at_once = stream_panels(p.shape, p.stream_rows);
     p.group = std::clamp<int64_t>(ceil_div(panels_of(d.n), p.threads), 1, at_once);
@@ -94,7 +107,8 @@ DType dtype_from_name(const std::string& text) {
 const Kernels& kernels_of(const Plan& p) {
 #if defined(__x86_64__)
   if (p.isa == Isa::avx2) return avx2_kernels();
-  if (p.isa >= Isa::avx512) return p.shape.pair == 2 ? avx512_pair_kernels() : avx512_kernels();
+  if (p.isa == Isa::amx) return amx_kernels();
+  if (p.isa == Isa::avx512) return p.shape.pair == 2 ? avx512_pair_kernels() : avx512_kernels();
 #endif
   return portable_kernels();
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/amx.h"
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
 #include "cpu/prepack.h"
@@ -173,7 +174,9 @@ void check_all() {
 }  // namespace
 
 int main() {
-  for (int isa = 0; isa <= static_cast<int>(detected_isa()); ++isa) {
+  const bool emulate = detected_isa() == Isa::avx512;
+  for (int isa = 0; isa <= static_cast<int>(detected_isa()) + emulate; ++isa) {
+    if (isa > static_cast<int>(detected_isa())) emulate_amx(true);
     set_isa(static_cast<Isa>(isa));
     for (int threads = 1; threads <= 4; ++threads) {
       set_thread_count(threads);

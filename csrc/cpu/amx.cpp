@@ -1,0 +1,128 @@
+#include "amx.h"
+
+#if defined(__x86_64__)
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "buffer.h"
+#include "layout.h"
+
+namespace inq::cpu {
+namespace {
+
+// A product of small integers in units of the smallest level, exact in any order of summation. Its numbers: two row tiles
+// (the second not full), an odd panel, and more k than `stream` decodes at once.
+constexpr int kRows = 20, kPanels = 5, kTiles = 11, kK = kTiles * kTileK;
+constexpr Format kFormat{4, false};
+
+struct Sample {
+  Buffer<uint16_t> x{kRows * kK};  // bfloat16
+  Buffer<uint8_t> weight{int64_t{kPanels} * kTiles * tile_bytes(kFormat)};
+  Codebook book = codebook(kFormat);
+
+  Sample() {
+    uint32_t state = 1;
+    auto random = [&] { return (state = state * 1664525u + 1013904223u) >> 24; };
+    for (int i = 0; i < kRows * kK; ++i) {
+      const float value = static_cast<float>(static_cast<int>(random() % 17) - 8);
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      x[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    for (int i = 0; i < kPanels * kTiles * tile_bytes(kFormat); ++i) weight[i] = static_cast<uint8_t>(random());
+  }
+
+  int64_t panel_bytes() const { return int64_t{kTiles} * tile_bytes(kFormat); }
+
+  Buffer<uint32_t> packed(const Kernels& kernels, int rows, int stride) const {
+    const void* row[kRows];
+    for (int r = 0; r < rows; ++r) row[r] = x.get() + r * kK;
+    Buffer<uint32_t> a(int64_t{stride} * kK / 2);
+    kernels.pack({row, rows, stride, kK, kK / 2, DType::bfloat16, a.get()});
+    return a;
+  }
+
+  // The first `rows` rows of the product by `stream`, with a row count that it is compiled for.
+  Buffer<float> streamed(const Kernels& kernels, int rows, int stride) const {
+    float ones[kPanels * kPanelRows];
+    for (float& one : ones) one = 1;
+    const Buffer<uint32_t> a = packed(kernels, rows, stride);
+    Buffer<float> y(rows * kPanels * kPanelRows);
+    StreamArgs s{};
+    s.book = &book;
+    s.weight = weight.get();
+    s.panel_bytes = panel_bytes();
+    s.tiles = kTiles;
+    s.panels = kPanels;
+    s.a = a.get();
+    s.rows = stride;
+    s.finish.rows = rows;
+    s.finish.columns = kPanels * kPanelRows;
+    s.finish.power = ones;
+    s.finish.type = DType::float32;
+    s.finish.out = y.get();
+    s.finish.out_stride = kPanels * kPanelRows;
+    kernels.stream(s);
+    return y;
+  }
+
+  // Two panels by `multiply`, in two chunks: sums go to memory and back.
+  Buffer<float> multiplied(const Kernels& kernels) const {
+    const Buffer<uint32_t> a = packed(kernels, kRows, kRows), b(int64_t{kK} / 2 * 2 * kPanelRows);
+    kernels.decode({&book, weight.get(), panel_bytes(), kTiles, 2, b.get()});
+    Buffer<float> c(kRows * 2 * kPanelRows);
+    const int64_t half = int64_t{kTiles} / 2 * kTileK / 2;
+    kernels.multiply({a.get(), b.get(), half, c.get(), kRows, 2, false});
+    kernels.multiply({a.get() + half * kRows, b.get() + half * 2 * kPanelRows, kK / 2 - half, c.get(), kRows, 2, true});
+    if (kernels.leave) kernels.leave();
+    return c;
+  }
+};
+
+void check_same(const char* what, const float* got, const float* expected, int rows, int columns, int expected_stride) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) {
+      if (got[r * columns + c] == expected[r * expected_stride + c]) continue;
+      throw std::runtime_error(std::string("AMX: ") + what + ": expected " +
+                               std::to_string(expected[r * expected_stride + c]) + " as AVX-512 gives, got " +
+                               std::to_string(got[r * columns + c]) +
+                               ". Set INQ_CPU_ISA=avx512 to go on without AMX, and please report this.");
+    }
+  }
+}
+
+}  // namespace
+
+void check_tiles(const Kernels& tiles) {
+  constexpr int kColumns = kPanels * kPanelRows;
+  const Sample sample;
+  const Buffer<float> expected = sample.streamed(avx512_pair_kernels(), kRows, 24);
+  check_same("the product of 20 rows", sample.streamed(tiles, kRows, kRows).get(), expected.get(), kRows, kColumns, kColumns);
+  check_same("the product of 5 rows", sample.streamed(tiles, 5, 5).get(), expected.get(), 5, kColumns, kColumns);
+  check_same("the blocked product", sample.multiplied(tiles).get(), expected.get(), kRows, 2 * kPanelRows, kColumns);
+}
+
+const Kernels& amx_kernels() {
+  if (amx_emulated()) return amx_emulated_kernels();
+  static const bool checked = (check_tiles(amx_hardware_kernels()), true);
+  (void)checked;
+  return amx_hardware_kernels();
+}
+
+void emulate_amx(bool on, bool wrong) {
+  set_amx_emulated(on);
+  set_emulation_wrong(wrong);
+  if (!on) return;
+  try {
+    check_tiles(amx_emulated_kernels());
+  } catch (...) {
+    set_amx_emulated(false);
+    throw;
+  }
+}
+
+}  // namespace inq::cpu
+
+#endif

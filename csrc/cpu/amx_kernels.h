@@ -1,0 +1,226 @@
+// The products' loops on AMX tiles, as templates over who carries out the tile instructions: the processor
+// (linear_amx.cpp) or plain code that can run anywhere (linear_emulated_avx512.cpp). Included only by these two, each in
+// its own anonymous namespace, as gemm_kernels.h is.
+//
+// `Tiles` has: configure(config), release(), and for tile registers by number zero<t>(), load<t>(p, bytes),
+// load_once<t>(p, bytes), store<t>(p, bytes), multiply_add<sum, left, right>(); `bytes` from row to row.
+//
+// Only what tiles change is here: the left operand's blocks of 16 steps, and the products. Decoded weights are
+// [step][16·panels] as everywhere, since a tile can be loaded with any distance between its rows: 16 steps of a panel are
+// the tile of 16 pairs of k × 16 columns that TDPBF16PS takes. So decoding and finishing are AVX-512's.
+#pragma once
+
+#include <immintrin.h>
+
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace inq::cpu;
+
+// What LDTILECFG reads. Palette 1: eight tiles of up to 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+constexpr int kTileRows = 16;
+constexpr int kBlockSteps = kAmxShape.block;             // steps a tile
+constexpr int kBlockBytes = kBlockSteps * 4;             // a row of a tile
+constexpr int kStreamTiles = 16;                         // decoded at once by `stream`: 16 KB of the first-level cache
+static_assert(kBlockSteps == kTileK / 2 && kBlockBytes == 64);
+
+// Four tiles of sums: up to 16 rows × 4 panels, or 32 rows × 2. Each weight tile is then used for all rows, and at least
+// four products are under way, which hides most of a product's latency (52 cycles, one started every 16).
+constexpr int sum_tile(int row_tile, int panel) { return row_tile * 2 + panel; }
+constexpr int left_tile(int row_tile) { return 4 + row_tile; }
+constexpr int weight_tile(int row_tiles, int panel) { return row_tiles == 2 ? 6 + panel : 5 + panel % 3; }
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// f(0), …, f(count − 1), each with a constant: tile registers are numbers inside instructions.
+template <class F, int... kIndex>
+inline __attribute__((always_inline)) void each_of(const F& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+template <int kCount, class F>
+inline __attribute__((always_inline)) void each(const F& f) {
+  each_of(f, std::make_integer_sequence<int, kCount>{});
+}
+
+// --- configuration ----------------------------------------------------------------------------------------------------
+//
+// A configuration belongs to a thread, and torch's threads also run other libraries' tile code: each task configures
+// what it needs and releases at its end. Configuring clears the tiles, so `multiply` does it only for a new row count.
+
+template <class Tiles>
+thread_local int configured_rows = 0;
+
+template <class Tiles>
+void configure(int rows) {
+  if (configured_rows<Tiles> == rows) return;
+  const uint8_t top = static_cast<uint8_t>(least(rows, kTileRows)), bottom = static_cast<uint8_t>(rows - top);
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.row_bytes[t] = kBlockBytes;
+    config.rows[t] = kTileRows;
+  }
+  for (int i = 0; i < 4; ++i) config.rows[i] = i < sum_tile(1, 0) || bottom == 0 ? top : bottom;
+  config.rows[left_tile(0)] = top;
+  if (bottom > 0) config.rows[left_tile(1)] = bottom;
+  Tiles::configure(config);
+  configured_rows<Tiles> = rows;
+}
+
+template <class Tiles>
+void leave() {
+  Tiles::release();
+  configured_rows<Tiles> = 0;
+}
+
+// --- packing ----------------------------------------------------------------------------------------------------------
+
+// Rows as they are, cut into blocks of 64 bytes: out[step / 16][row][step % 16].
+inline void pack_blocks(const PackArgs& p) {
+  for (int r = 0; r < p.stride; ++r) {
+    for (int64_t step = 0; step < p.steps;) {
+      const int64_t at = p.first + step, lane = at % kBlockSteps;
+      const int64_t steps = least(kBlockSteps - lane, p.steps - step);
+      const int64_t left = r < p.rows ? p.count - 2 * step : 0;
+      const __mmask32 valid = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+      const void* from = valid ? static_cast<const unsigned char*>(p.row[r]) + step * 4 : nullptr;
+      const __m512i x = valid ? _mm512_maskz_loadu_epi16(valid, from) : _mm512_setzero_si512();
+      _mm512_mask_storeu_epi32(p.out + (at - lane) * p.stride + r * kBlockSteps + lane,
+                               static_cast<__mmask16>((1u << steps) - 1), x);
+      step += steps;
+    }
+  }
+}
+
+// --- products ---------------------------------------------------------------------------------------------------------
+
+// One block of steps. The left operand is read once a pass and comes from the second-level cache; it should not push
+// the decoded weights out of the first.
+template <class Tiles, int kRowTiles, int kPanels>
+inline __attribute__((always_inline)) void add_products(const uint32_t* a, const uint32_t* b) {
+  each<kRowTiles>([&](auto r) { Tiles::template load_once<left_tile(r)>(a + r * kTileRows * kBlockSteps, kBlockBytes); });
+  each<kPanels>([&](auto p) {
+    constexpr int kPanel = p, kWeight = weight_tile(kRowTiles, kPanel);
+    Tiles::template load<kWeight>(b + p * kPanelRows, kPanels * kPanelRows * 4);
+    each<kRowTiles>([&](auto r) { Tiles::template multiply_add<sum_tile(r, kPanel), left_tile(r), kWeight>(); });
+  });
+}
+
+template <class Tiles, int kRowTiles, int kPanels, class F>
+inline __attribute__((always_inline)) void each_sum(float* c, const F& f) {
+  each<kRowTiles>([&](auto r) {
+    constexpr int kRowTile = r;
+    each<kPanels>([&](auto p) {
+      f(std::integral_constant<int, sum_tile(kRowTile, p)>{}, c + (kRowTile * kTileRows * kPanels + p) * kPanelRows);
+    });
+  });
+}
+
+template <class Tiles, int kRowTiles, int kPanels>
+void multiply_tiles(const MultiplyArgs& m) {
+  constexpr int64_t kRowBytes = kPanels * kPanelRows * 4;
+  configure<Tiles>(m.rows);
+  // Loading sums is exact: TDPBF16PS adds up 32 k from 0 and then adds to the sum, whatever the chunks.
+  each_sum<Tiles, kRowTiles, kPanels>(m.c, [&](auto t, float* c) {
+    m.accumulate ? Tiles::template load<t>(c, kRowBytes) : Tiles::template zero<t>();
+  });
+  const uint32_t* a = m.a;
+  const uint32_t* b = m.b;
+  for (int64_t step = 0; step < m.steps; step += kBlockSteps) {
+    add_products<Tiles, kRowTiles, kPanels>(a, b);
+    a += kBlockSteps * m.rows;
+    b += kBlockSteps * kPanels * kPanelRows;
+  }
+  each_sum<Tiles, kRowTiles, kPanels>(m.c, [&](auto t, float* c) { Tiles::template store<t>(c, kRowBytes); });
+}
+
+template <class Tiles>
+void multiply(const MultiplyArgs& m) {
+  static_assert(kAmxShape.panels == 2 && kAmxShape.rows == 2 * kTileRows);
+  if (m.rows > kTileRows) return m.panels > 1 ? multiply_tiles<Tiles, 2, 2>(m) : multiply_tiles<Tiles, 2, 1>(m);
+  m.panels > 1 ? multiply_tiles<Tiles, 1, 2>(m) : multiply_tiles<Tiles, 1, 1>(m);
+}
+
+// --- few rows ---------------------------------------------------------------------------------------------------------
+
+// Asks for tiles [first, first + count) of each panel. Past a panel's end that is the next panel's beginning.
+template <int kPanels>
+void fetch_tiles(const uint8_t* weight, int64_t panel_bytes, int64_t first, int64_t count, int64_t bytes) {
+  for (int p = 0; p < kPanels; ++p) {
+    const uint8_t* from = weight + p * panel_bytes + first * bytes;
+    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(from + i);
+  }
+}
+
+// Two phases in turn, since finer mixing of them is slower: decode a group of tiles into the first-level cache, then
+// multiply by them while the next group's codes are on their way.
+template <class Tiles, int kRowTiles, int kPanels>
+void stream_pass(const StreamArgs& s, int64_t panel) {
+  constexpr int kColumns = kPanels * kPanelRows, kGroup = kStreamTiles / kPanels;
+  alignas(64) uint32_t b[kGroup * kBlockSteps * kColumns];
+  alignas(64) float c[kRowTiles * kTileRows * kColumns];
+  const Kernels& pairs = avx512_pair_kernels();
+  const int64_t tile = kCodeBytes + (s.book->sign_plane ? kSignBytes : 0);
+  const uint8_t* weight = s.weight + panel * s.panel_bytes;
+  const uint32_t* a = s.a;
+  fetch_tiles<kPanels>(weight, s.panel_bytes, 0, least(kGroup, s.tiles), tile);
+  each_sum<Tiles, kRowTiles, kPanels>(c, [](auto t, float*) { Tiles::template zero<t>(); });
+  for (int64_t first = 0; first < s.tiles; first += kGroup) {
+    const int64_t count = least(kGroup, s.tiles - first);
+    pairs.decode({s.book, weight + first * tile, s.panel_bytes, count, kPanels, b});
+    for (int64_t i = 0; i < count; ++i, a += kBlockSteps * s.rows) {
+      fetch_tiles<kPanels>(weight, s.panel_bytes, first + count + i, 1, tile);
+      add_products<Tiles, kRowTiles, kPanels>(a, b + i * kBlockSteps * kColumns);
+    }
+  }
+  each_sum<Tiles, kRowTiles, kPanels>(c, [](auto t, float* to) { Tiles::template store<t>(to, kColumns * 4); });
+
+  const int column = static_cast<int>(panel * kPanelRows);
+  FinishArgs f = s.finish;
+  f.c = c;
+  f.c_stride = kColumns;
+  f.columns = static_cast<int>(least(kColumns, f.columns - column));
+  f.power += column;
+  if (f.scale) f.scale += column;
+  if (f.bias) f.bias += column;
+  f.out = static_cast<unsigned char*>(f.out) + int64_t{column} * size_of(f.type);
+  pairs.finish(f);
+}
+
+template <class Tiles, int kRowTiles, int kPanels>
+void stream_from(const StreamArgs& s, int64_t panel) {
+  for (; panel + kPanels <= s.panels; panel += kPanels) stream_pass<Tiles, kRowTiles, kPanels>(s, panel);
+  if constexpr (kPanels > 1) {
+    if (panel < s.panels) stream_from<Tiles, kRowTiles, kPanels - 1>(s, panel);
+  }
+}
+
+template <class Tiles>
+void stream(const StreamArgs& s) {
+  configure<Tiles>(s.rows);
+  s.rows > kTileRows ? stream_from<Tiles, 2, stream_panels(kAmxShape, 2 * kTileRows)>(s, 0)
+                     : stream_from<Tiles, 1, stream_panels(kAmxShape, kTileRows)>(s, 0);
+  leave<Tiles>();
+}
+
+template <class Tiles>
+Kernels tile_kernels() {
+  Kernels table = avx512_pair_kernels();
+  table.pack = pack_blocks;
+  table.multiply = multiply<Tiles>;
+  table.stream = stream<Tiles>;
+  table.leave = leave<Tiles>;
+  return table;
+}
+
+}  // namespace

@@ -1,0 +1,177 @@
+"""The AMX kernels: on emulated tiles as products, and as the instructions in the compiled library.
+
+``inq_cpu.emulate_amx`` puts isa amx in use on any machine with AVX-512 BF16. tests/native/test_amx.cpp runs the machine
+code itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import FORMATS, assert_as_good_as_dense, generator, integer_case, plain, random_packed, same_bits
+
+import inq_kernels as inq
+from inq_kernels import reference
+
+LIBRARY = Path(inq.__file__).parent / "_cpu.so"
+torch.ops.load_library(str(LIBRARY))
+ops = torch.ops.inq_cpu
+
+# Around 16 rows of a tile, 32 of a micro-tile and a block of rows.
+ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 50, 130)
+# N, K: around panels and tiles; past a group of `stream` (4 or 8 tiles of k) and past a chunk (16).
+SHAPES = ((1, 1), (15, 31), (17, 33), (33, 17), (70, 290), (100, 130), (16, 600))
+
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+needs_avx512 = pytest.mark.skipif(
+    ops.detected_isa() not in ("avx512", "amx"), reason="the emulated tiles are compiled for AVX-512 BF16"
+)
+
+
+@pytest.fixture
+def amx():
+    isa, threads = ops.isa(), torch.get_num_threads()
+    assert ops.emulate_amx(True) == "amx"
+    yield
+    ops.emulate_amx(False)
+    ops.set_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def linear(x, packed, bias=None):
+    fmt, k = packed.format, math.prod(packed.shape[1:])
+    tail = fmt.bits, fmt.levels == "dense"
+    weight = ops.prepack(packed.weight, k, *tail)
+    return ops.linear(x, weight, packed.weight_exp, packed.weight_scale, bias, *tail)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+@needs_avx512
+@every_format
+def test_integers_bit_for_bit(fmt, amx):
+    for seed, (n, k) in enumerate(SHAPES):
+        packed = random_packed(fmt, n, k, scale=True, seed=seed)
+        bias = torch.randint(-9, 9, (n,), generator=generator(seed)).float()
+        for m in ROWS:
+            x = integer_case(fmt, k, (m, k), torch.bfloat16, seed)
+            want = reference.linear(x, packed.weight, packed.weight_exp, packed.weight_scale, bias, packed.format)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(linear(x, packed, bias), want), (n, k, m, threads)
+
+
+@needs_avx512
+@every_format
+def test_as_good_as_dense_and_the_same_for_all_threads(fmt, amx):
+    for seed, (n, k) in enumerate(SHAPES):
+        packed = random_packed(fmt, n, k, seed=seed)
+        w = inq.unpack(plain(packed), torch.float64)
+        for m in ROWS:
+            x = torch.randn(m, k, generator=generator(seed)).bfloat16()
+            torch.set_num_threads(1)
+            y = linear(x, packed)
+            dense = F.linear(x, w.bfloat16())
+            unit = torch.exp2(packed.weight_exp.double()).view(-1)
+            assert_as_good_as_dense(y, F.linear(x.double(), w), dense, unit)
+            for threads in (2, 3):
+                torch.set_num_threads(threads)
+                assert same_bits(linear(x, packed), y), (n, k, m, threads)
+
+
+@needs_avx512
+def test_a_row_does_not_depend_on_the_others(amx):
+    # Streamed or in blocks, in one chunk or several: one order of summation.
+    packed = random_packed(inq.Format(5), 70, 1100, scale=True)
+    x = torch.randn(300, 1100, generator=generator()).bfloat16()
+    whole = linear(x, packed)
+    for first, last in ((0, 1), (5, 7), (10, 27), (100, 132), (20, 53), (100, 230)):
+        assert same_bits(linear(x[first:last], packed), whole[first:last])
+
+
+@needs_avx512
+def test_not_finite(amx):
+    # Neither rows nor k that only fill a tile up reach anything else: Inf · 0 would be NaN.
+    packed = random_packed(inq.Format(4), 50, 70)
+    for m, value in itertools.product((1, 3, 20, 40), (torch.nan, torch.inf, -torch.inf)):
+        x = integer_case(packed.format, 70, (m, 70), torch.bfloat16)
+        x[m // 2, 69] = value
+        want = reference.linear(x, packed.weight, packed.weight_exp, None, None, packed.format)
+        assert torch.equal(linear(x, packed).nan_to_num(7.0, 8.0, 9.0), want.nan_to_num(7.0, 8.0, 9.0))
+
+
+@needs_avx512
+def test_empty(amx):
+    weight, exponent = torch.empty(3, 0, 256, dtype=torch.uint8), torch.zeros(40, 1, dtype=torch.int8)
+    bias = torch.randn(40)
+    for m in (0, 1, 20, 50):
+        y = ops.linear(torch.empty(m, 0, dtype=torch.bfloat16), weight, exponent, None, bias, 4, False)
+        assert torch.equal(y, bias.bfloat16().expand(m, 40))
+
+
+# --- which kernel, and whether it may be trusted ----------------------------------------------------------------------
+
+
+def test_plan():
+    def plan(m, n, k, dtype="bfloat16", op="linear", threads=2):
+        return ops.plan(op, m, n, k, dtype, 4, "amx", threads)
+
+    stream = "stream isa=amx products=bfloat16"
+    assert plan(1, 4096, 14336) == f"{stream} rows=1 group=4 threads=2"
+    assert plan(16, 4096, 14336) == f"{stream} rows=16 group=4 threads=2"
+    assert plan(17, 4096, 14336) == f"{stream} rows=17 group=2 threads=2"
+    panels = "panels isa=amx products=bfloat16 tile=32x32"
+    assert plan(33, 4096, 14336) == f"{panels} m_block=64 k_chunk=512 by=columns threads=2"
+    assert plan(4096, 4096, 4096) == f"{panels} m_block=128 k_chunk=512 by=rows threads=2"
+    # The packed rows of a block stay in the second-level cache, but for K so long that decoding would take over.
+    assert "m_block=256" in plan(4096, 4096, 2048)
+    assert "m_block=64" in plan(4096, 4096, 16384)
+    # Products in float32 are AVX-512's.
+    for text in (plan(1, 400, 400, "float32"), plan(99, 400, 400, "float32"), plan(99, 400, 400, op="linear_dx")):
+        assert "isa=avx512 products=float32" in text
+
+
+@needs_avx512
+def test_emulation_is_off_unless_asked_for(amx):
+    assert ops.isa() == "amx"
+    assert ops.set_isa("avx2") == "amx"
+    assert ops.emulate_amx(False) == ops.isa() != "avx2"
+    if ops.detected_isa() != "amx":
+        with pytest.raises(RuntimeError, match='set_isa: expected at most "avx512"'):
+            ops.set_isa("amx")
+
+
+@needs_avx512
+def test_wrong_tiles_are_never_used(amx):
+    # What happens at the first use where the processor's tiles multiply wrongly.
+    with pytest.raises(RuntimeError, match=r"AMX: .* expected .* as AVX-512 gives, got .* INQ_CPU_ISA=avx512"):
+        ops.emulate_amx(True, True)
+    assert ops.isa() != "amx" or ops.detected_isa() == "amx"
+
+
+# --- the compiled library ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+@pytest.mark.skipif(ops.detected_isa() == "portable", reason="the library is not compiled for x86-64")
+def test_tile_instructions_are_in_the_amx_kernels_and_nowhere_else():
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", str(LIBRARY)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    function, found = "", {}
+    for line in text.splitlines():
+        if header := re.match(r"[0-9a-f]+ <(.*)>:", line):
+            function = header.group(1)
+        elif instruction := re.search(r"\t(t(?:ile|dp)\w+|\w+tilecfg)", line):
+            found.setdefault(instruction.group(1), set()).add(function)
+    expected = {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tileloaddt1", "tilestored", "tdpbf16ps"}
+    assert set(found) == expected
+    assert all("HardwareTiles" in name for names in found.values() for name in names), found
