@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import readme_speed
 import torch
 from readme_table import BLOCK, RESULTS, ROOT, text
 from safetensors.torch import save_file
@@ -72,6 +73,15 @@ def test_python_snippets_run_in_order(tmp_path, monkeypatch, capsys):
             assert scope["logits"].shape == (2, 10)
     assert (tmp_path / "model.safetensors").exists()
     assert "SQNR" in capsys.readouterr().out
+
+
+def test_the_speed_tables_are_those_of_a_committed_run():
+    found = readme_speed.BLOCK.search(README)
+    path = ROOT / found[1]
+    assert found[0] == f"{found[1]}{found[2]}{readme_speed.text(found[1], json.loads(path.read_text()))}"
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).exists(), picture
+    assert {p.suffix for p in path.parent.iterdir()} >= {".json", ".png", ".svg"}
 
 
 def write_model(folder: Path) -> None:
