@@ -81,8 +81,8 @@ class Gathered {
     std::vector<int32_t> at;  // for RegroupArgs
   };
 
-  // For (tap, channel) in order, channels padded to a step: which k, counted from the first decoded one. Then as many that
-  // are none as fill the last block of steps.
+  // For (tap, channel) in order, channels padded to a step: which k, counted from the first decoded one. Then as many
+  // that are none as fill the last block of steps.
   std::vector<int32_t> order(int64_t offset, int64_t count) const {
     std::vector<int32_t> at;
     if (taps_ == 1) return at;

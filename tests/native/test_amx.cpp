@@ -1,5 +1,5 @@
-// AMX without torch, for the sanitizers: the kernels' own machine code (tile_traps.h) against the emulated tiles, bit for
-// bit, on arrays of exactly the promised sizes. test_linear.cpp multiplies with the emulated ones.
+// AMX without torch, for the sanitizers: the kernels' own machine code (tile_traps.h) against the emulated tiles, bit
+// for bit, on arrays of exactly the promised sizes. test_linear.cpp multiplies with the emulated ones.
 #include <algorithm>
 #include <cstring>
 #include <random>
@@ -59,22 +59,22 @@ void check_pack() {
     const void* from[kRowCount];
     for (int r = 0; r < kRowCount; ++r) from[r] = static_cast<const uint16_t*>(row[r]) + std::min(2 * first, kCount);
     const int64_t count = std::max<int64_t>(std::min(kCount - 2 * first, int64_t{14}), 0);
-    amx_hardware_kernels().pack({from, kRowCount, kRowCount, count, std::min<int64_t>(7, kSteps - first), DType::bfloat16,
-                                 pieces.data(), first});
+    const int64_t steps = std::min<int64_t>(7, kSteps - first);
+    amx_hardware_kernels().pack(
+        {from, kRowCount, kRowCount, count, steps, DType::bfloat16, pieces.data(), first});
   }
   CHECK(pieces == whole);
 }
 
 void check_multiply(int rows, int panels, int64_t steps) {
-  const std::vector<uint16_t> a = random_bfloat16(steps * rows * 2, 2), b = random_bfloat16(steps * panels * 32, 3);
+  const std::vector<uint16_t> x = random_bfloat16(steps * rows * 2, 2), w = random_bfloat16(steps * panels * 32, 3);
+  const uint32_t* const a = reinterpret_cast<const uint32_t*>(x.data());
+  const uint32_t* const b = reinterpret_cast<const uint32_t*>(w.data());
   std::vector<float> c[2] = {std::vector<float>(rows * panels * kPanelRows, 0.5f), {}};
   c[1] = c[0];
   for (const bool accumulate : {false, true, true}) {
     const Kernels* const sets[2] = {&amx_hardware_kernels(), &amx_emulated_kernels()};
-    for (int i = 0; i < 2; ++i) {
-      sets[i]->multiply({reinterpret_cast<const uint32_t*>(a.data()), reinterpret_cast<const uint32_t*>(b.data()), steps,
-                         c[i].data(), rows, panels, accumulate});
-    }
+    for (int i = 0; i < 2; ++i) sets[i]->multiply({a, b, steps, c[i].data(), rows, panels, accumulate});
     CHECK(std::memcmp(c[0].data(), c[1].data(), c[0].size() * sizeof(float)) == 0, "%d rows, %d panels, %d steps", rows,
           panels, static_cast<int>(steps));
   }
@@ -102,8 +102,8 @@ void check_stream(Format format, int rows, int panels, int64_t tiles) {
     sets[i]->stream({&book, weight.data(), tiles * tile_bytes(format), tiles, panels,
                      reinterpret_cast<const uint32_t*>(a.data()), rows, finish});
   }
-  CHECK(std::memcmp(y[0].data(), y[1].data(), y[0].size() * sizeof(float)) == 0, "%d rows, %d panels, %d tiles, bits %d",
-        rows, panels, static_cast<int>(tiles), format.bits);
+  CHECK(std::memcmp(y[0].data(), y[1].data(), y[0].size() * sizeof(float)) == 0, "%d rows, %d panels, bits %d", rows,
+        panels, format.bits);
 }
 
 void check_machine_code() {
@@ -137,7 +137,8 @@ int main() {
   const std::vector<int8_t> exponent(70, 0);
   std::vector<uint16_t> y(200 * 70);
   for (const int64_t m : {3, 200}) {
-    linear({x.data(), m, DType::bfloat16, {weight.data(), exponent.data(), nullptr, {4, false}, 70, 64}, nullptr, y.data()});
+    const Weight w{weight.data(), exponent.data(), nullptr, {4, false}, 70, 64};
+    linear({x.data(), m, DType::bfloat16, w, nullptr, y.data()});
     CHECK(emulated_threads_configured() == 0, "after %d rows", static_cast<int>(m));
   }
   emulate_amx(false);
