@@ -67,11 +67,15 @@ def _linear_bars() -> Iterator[Bar]:
             if isa == "amx":
                 pick = _where(isa, "linear", _ratio("int4 g128"), shape=_MAIN, m=1, bits=bits, dtype=bf16)
                 yield Bar(f"linear {isa} {bits}-bit M=1: torch int4", 1.9 * factor, pick, f"{isa}, {_MAIN}")
-    for bits, factor in ((4, 1.0), (5, FIVE_BITS)):
-        for m, limit in AMX.items():
-            pick = _where("amx", "linear", dense, shape=lambda s: s != _MAIN, m=m, bits=bits, dtype=bf16)
-            name = f"linear amx {bits}-bit M={m}, worst other shape: dense bfloat16"
-            yield Bar(name, limit * factor * OTHER_SHAPES, pick, "amx, other shapes")
+    for isa, table in (("amx", AMX), ("avx512", AVX512)):
+        for bits, factor in ((4, 1.0), (5, FIVE_BITS)):
+            for m, limit in table.items():
+                pick = _where(isa, "linear", dense, shape=lambda s: s != _MAIN, m=m, bits=bits, dtype=bf16)
+                name = f"linear {isa} {bits}-bit M={m}, worst other shape: dense bfloat16"
+                yield Bar(name, limit * factor * OTHER_SHAPES, pick, f"{isa}, other shapes")
+    pick = _where("avx512", "linear", dense, shape=lambda s: s != _MAIN, dtype=bf16, m=lambda m: m not in AVX512)
+    name = "linear avx512, worst other shape and M: dense bfloat16"
+    yield Bar(name, NOWHERE_BELOW * OTHER_SHAPES, pick, "avx512, other shapes")
     for isa, dtype, beyond in (("avx512", bf16, AVX512), ("avx2", "float32", {})):
         pick = _where(
             isa,

@@ -18,7 +18,7 @@ def _grid(request: Request) -> Iterator[tuple[int, int, int, str, int]]:
     for k, n in wanted:
         for bits in request.bits or (4, 5):
             # Without AVX-512 there is no bfloat16 arithmetic: float32 is the dtype to compare there.
-            for dtype in request.dtypes or (("float32", "bfloat16") if request.isa == "avx2" else ("bfloat16",)):
+            for dtype in request.dtypes or (("float32",) if request.isa == "avx2" else ("bfloat16",)):
                 grid = shapes.MS_QUICK if request.quick else shapes.MS_MAIN if (k, n) == shapes.MAIN else shapes.MS
                 for m in request.ms or grid:
                     # Held down to AVX2, torch's bfloat16 product is slower than that of float32.

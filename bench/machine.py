@@ -148,9 +148,15 @@ def ceilings(seconds: float = 1.0) -> dict:
     copy = 2 * source.numel() / _best(lambda: target.copy_(source), seconds) / 1e9
     product = {}
     for name in ("float32", "bfloat16"):
-        size = 2048 if seconds >= 0.5 else 1024
-        a, b = (torch.randn(size, size).to(getattr(torch, name)) for _ in range(2))
-        product[name] = 2 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), seconds / 2) / 1e9
+        size, most = 128, 2048 if seconds >= 0.5 else 1024
+        while True:
+            a, b = (torch.randn(size, size).to(getattr(torch, name)) for _ in range(2))
+            took = _best(lambda a=a, b=b: torch.mm(a, b), seconds / 2 if size == most else 0)
+            # bfloat16 without instructions for it is a thousand times slower: no larger one then.
+            if size == most or took > 0.01:
+                break
+            size *= 2
+        product[name] = 2 * size**3 / took / 1e9
     return {"copy_gb_s": copy, "product_gflop_s": product}
 
 

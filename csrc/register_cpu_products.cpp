@@ -1,135 +1,70 @@
 // The operators inq_cpu::* that multiply, and their layout. See register_cpu.cpp.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
 #include "cpu/conv2d.h"
+#include "cpu/isa.h"
 #include "cpu/layout.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 #include "cpu/prepack.h"
+#include "register.h"
 
 namespace {
 
 using namespace inq;
 using namespace inq::cpu;
-
-
-// --- products with packed weights: prepack, unprepack, linear, linear_dx, conv2d --------------------------------------
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
-}
-
-#define INQ_CHECK(condition, op, argument, expected, got) \
-  STD_TORCH_CHECK(condition, "inq_cpu.", op, ": ", argument, ": expected ", expected, ", got ", got)
-
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
-  AtenTensorHandle handle;
-  int32_t code = 0;
-  switch (type) {
-    case ScalarType::Byte: code = aoti_torch_dtype_uint8(); break;
-    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
-    default: code = aoti_torch_dtype_float32(); break;
-  }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
-  return empty(sizes, strides, type);
-}
-
-Format format_of(const char* op, int64_t bits, bool dense) {
-  INQ_CHECK(bits >= 2 && bits <= 5, op, "bits", "2, 3, 4 or 5", bits);
-  return {static_cast<int>(bits), dense};
-}
-
-DType dtype_of(const char* op, const char* argument, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  INQ_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op, argument, "float32 or bfloat16",
-            torch::headeronly::toString(type));
-  return type == ScalarType::Float ? DType::float32 : DType::bfloat16;
-}
-
-void check_bytes(const char* op, const Tensor& weight, const std::vector<int64_t>& sizes) {
-  const auto got = weight.sizes();
-  const bool fits = weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() && got.size() == sizes.size() &&
-                    std::equal(sizes.begin(), sizes.end(), got.begin());
-  INQ_CHECK(fits, op, "weight", "contiguous uint8 " + text_of({sizes.data(), sizes.size()}),
-            torch::headeronly::toString(weight.scalar_type()) + std::string(" ") + text_of(got));
-}
+using namespace inq::registration;
 
 // The arguments that every product has, checked; `scale` is kept alive by the caller's optional.
-Weight weight_of(const char* op, const Tensor& weight, const Tensor& exponent, const OptionalTensor& scale, int64_t k,
-                 Format format) {
-  INQ_CHECK(exponent.scalar_type() == ScalarType::Char && exponent.dim() == 2 && exponent.size(1) == 1 &&
-                exponent.is_contiguous(),
-            op, "weight_exp", "contiguous int8 [N, 1]",
-            torch::headeronly::toString(exponent.scalar_type()) + std::string(" ") + text_of(exponent.sizes()));
+Weight weight_of(const std::string& op, const Tensor& weight, const Tensor& exponent, const OptionalTensor& scale,
+                 int64_t k, Format format) {
+  if (exponent.dim() != 2) fail(op + ": weight_exp", "[N, 1]", shape_of(exponent));
   const int64_t n = exponent.size(0);
-  check_bytes(op, weight, {panels_of(n), tiles_of(k), tile_bytes(format)});
-  if (scale) {
-    INQ_CHECK(scale->scalar_type() == ScalarType::Float && scale->numel() == n && scale->is_contiguous(), op,
-              "weight_scale", "contiguous float32 [" + std::to_string(n) + ", 1]",
-              torch::headeronly::toString(scale->scalar_type()) + std::string(" ") + text_of(scale->sizes()));
-  }
-  return {static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<const int8_t*>(exponent.const_data_ptr()),
-          scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, format, n, k};
+  check(op + ": weight_exp", exponent, ScalarType::Char, {n, 1});
+  check(op + ": weight", weight, ScalarType::Byte, {panels_of(n), tiles_of(k), tile_bytes(format)});
+  if (scale) check(op + ": weight_scale", *scale, ScalarType::Float, {n, 1});
+  return {data_of<uint8_t>(weight), data_of<int8_t>(exponent), data_or_null<float>(scale), format, n, k};
 }
 
 // The bias as contiguous float32 [n].
-OptionalTensor bias_of(const char* op, const OptionalTensor& bias, int64_t n) {
+OptionalTensor bias_of(const std::string& op, const OptionalTensor& bias, int64_t n) {
   if (!bias) return std::nullopt;
-  INQ_CHECK(bias->dim() == 1 && bias->size(0) == n, op, "bias", "[" + std::to_string(n) + "]", text_of(bias->sizes()));
+  if (sizes_of(*bias) != std::vector<int64_t>{n}) fail(op + ": bias", text_of({n}), shape_of(*bias));
   if (bias->scalar_type() == ScalarType::Float) return torch::stable::contiguous(*bias);
   return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
 }
 
 Tensor prepack_op(Tensor weight, int64_t k, int64_t bits, bool dense) {
   const Format format = format_of("prepack", bits, dense);
-  INQ_CHECK(k >= 0, "prepack", "k", "at least 0", k);
-  INQ_CHECK(weight.dim() == 2, "prepack", "weight", "two dimensions", text_of(weight.sizes()));
+  check_at_least("prepack: k", k, 0);
+  if (weight.dim() != 2) fail("prepack: weight", "two dimensions", shape_of(weight));
   const int64_t n = weight.size(0);
-  check_bytes("prepack", weight, {n, row_bytes(format, k)});
-  Tensor out = empty({panels_of(n), tiles_of(k), tile_bytes(format)}, ScalarType::Byte);
-  prepack(static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<uint8_t*>(out.mutable_data_ptr()), n, k,
-          format);
+  check("prepack: weight", weight, ScalarType::Byte, {n, row_bytes(format, k)});
+  Tensor out = new_tensor({panels_of(n), tiles_of(k), tile_bytes(format)}, ScalarType::Byte);
+  prepack(data_of<uint8_t>(weight), static_cast<uint8_t*>(out.data_ptr()), n, k, format);
   return out;
 }
 
 Tensor unprepack_op(Tensor weight, int64_t n, int64_t k, int64_t bits, bool dense) {
   const Format format = format_of("unprepack", bits, dense);
-  INQ_CHECK(n >= 0 && k >= 0, "unprepack", "n, k", "at least 0", std::to_string(n) + ", " + std::to_string(k));
-  check_bytes("unprepack", weight, {panels_of(n), tiles_of(k), tile_bytes(format)});
-  Tensor out = empty({n, row_bytes(format, k)}, ScalarType::Byte);
-  unprepack(static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<uint8_t*>(out.mutable_data_ptr()), n, k,
-            format);
+  check_at_least("unprepack: n", n, 0);
+  check_at_least("unprepack: k", k, 0);
+  check("unprepack: weight", weight, ScalarType::Byte, {panels_of(n), tiles_of(k), tile_bytes(format)});
+  Tensor out = new_tensor({n, row_bytes(format, k)}, ScalarType::Byte);
+  unprepack(data_of<uint8_t>(weight), static_cast<uint8_t*>(out.data_ptr()), n, k, format);
   return out;
 }
 
 // Everything but the last dimension, which must be `last`.
-std::vector<int64_t> rows_of(const char* op, const char* argument, const Tensor& t, int64_t last) {
-  INQ_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == last, op, argument, "[..., " + std::to_string(last) + "]",
-            text_of(t.sizes()));
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end() - 1};
+std::vector<int64_t> rows_of(const std::string& where, const Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes = sizes_of(t);
+  if (sizes.empty() || sizes.back() != last) fail(where, "[..., " + std::to_string(last) + "]", text_of(sizes));
+  sizes.pop_back();
+  return sizes;
 }
 
 int64_t product(const std::vector<int64_t>& sizes) {
@@ -141,15 +76,15 @@ int64_t product(const std::vector<int64_t>& sizes) {
 Tensor linear_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, OptionalTensor bias,
                  int64_t bits, bool dense) {
   const Format format = format_of("linear", bits, dense);
-  const DType type = dtype_of("linear", "x", x);
-  INQ_CHECK(x.dim() >= 1, "linear", "x", "[..., K]", "a scalar");
+  const DType type = dtype_of("linear: x", x.scalar_type());
+  if (x.dim() == 0) fail("linear: x", "[..., K]", "a scalar");
   const int64_t k = x.size(x.dim() - 1);
   const Weight w = weight_of("linear", weight, weight_exp, weight_scale, k, format);
   const OptionalTensor row_bias = bias_of("linear", bias, w.n);
-  std::vector<int64_t> sizes = rows_of("linear", "x", x, k);
+  std::vector<int64_t> sizes = rows_of("linear: x", x, k);
   const int64_t m = product(sizes);
   sizes.push_back(w.n);
-  Tensor out = empty(sizes, x.scalar_type());
+  Tensor out = new_tensor(sizes, x.scalar_type());
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
   linear({rows.const_data_ptr(), m, type, w, row_bias ? static_cast<const float*>(row_bias->const_data_ptr()) : nullptr,
           out.mutable_data_ptr()});
@@ -159,13 +94,13 @@ Tensor linear_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
 Tensor linear_dx_op(Tensor grad, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, int64_t k, int64_t bits,
                     bool dense) {
   const Format format = format_of("linear_dx", bits, dense);
-  const DType type = dtype_of("linear_dx", "grad", grad);
-  INQ_CHECK(k >= 0, "linear_dx", "k", "at least 0", k);
+  const DType type = dtype_of("linear_dx: grad", grad.scalar_type());
+  check_at_least("linear_dx: k", k, 0);
   const Weight w = weight_of("linear_dx", weight, weight_exp, weight_scale, k, format);
-  std::vector<int64_t> sizes = rows_of("linear_dx", "grad", grad, w.n);
+  std::vector<int64_t> sizes = rows_of("linear_dx: grad", grad, w.n);
   const int64_t m = product(sizes);
   sizes.push_back(k);
-  Tensor out = empty(sizes, grad.scalar_type());
+  Tensor out = new_tensor(sizes, grad.scalar_type());
   const Tensor rows = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
   linear_dx({rows.const_data_ptr(), m, type, w, out.mutable_data_ptr()});
   return out;
@@ -187,12 +122,15 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
                  std::vector<int64_t> dilation, int64_t groups, int64_t bits, bool dense) {
   const Format format = format_of("conv2d", bits, dense);
   Conv2dArgs args{};
-  args.type = dtype_of("conv2d", "x", x);
-  INQ_CHECK(x.dim() == 4, "conv2d", "x", "[B, C, H, W]", text_of(x.sizes()));
-  INQ_CHECK(groups > 0 && x.size(1) % groups == 0, "conv2d", "groups", "a divisor of " + std::to_string(x.size(1)), groups);
+  args.type = dtype_of("conv2d: x", x.scalar_type());
+  if (x.dim() != 4) fail("conv2d: x", "[B, C, H, W]", shape_of(x));
+  if (groups < 1 || x.size(1) % groups != 0) {
+    fail("conv2d: groups", "a divisor of " + std::to_string(x.size(1)), std::to_string(groups));
+  }
   auto two = [](const char* name, const std::vector<int64_t>& values, int64_t least, int64_t (&to)[2]) {
-    INQ_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, "conv2d", name,
-              "two of at least " + std::to_string(least), text_of({values.data(), values.size()}));
+    if (values.size() != 2 || values[0] < least || values[1] < least) {
+      fail(std::string("conv2d: ") + name, "two of at least " + std::to_string(least), text_of(values));
+    }
     std::copy(values.begin(), values.end(), to);
   };
   two("kernel_size", kernel_size, 1, args.kernel);
@@ -204,10 +142,12 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   const int64_t k = args.channels / groups * args.kernel[0] * args.kernel[1];
   args.weight = weight_of("conv2d", weight, weight_exp, weight_scale, k, format);
   const int64_t n = args.weight.n;
-  INQ_CHECK(n % groups == 0, "conv2d", "weight_exp", "a multiple of groups = " + std::to_string(groups) + " rows", n);
+  if (n % groups != 0) {
+    fail("conv2d: weight_exp", "a multiple of groups = " + std::to_string(groups) + " rows", std::to_string(n));
+  }
   for (int i = 0; i < 2; ++i) {
     const int64_t room = x.size(2 + i) + 2 * args.padding[i] - args.dilation[i] * (args.kernel[i] - 1) - 1;
-    INQ_CHECK(room >= 0, "conv2d", "x", "an image at least as large as the kernel", text_of(x.sizes()));
+    if (room < 0) fail("conv2d: x", "an image at least as large as the kernel", shape_of(x));
     args.out_size[i] = room / args.stride[i] + 1;
   }
   const OptionalTensor row_bias = bias_of("conv2d", bias, n);
@@ -218,7 +158,7 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   const Tensor image = last ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
   args.x = image.const_data_ptr();
   const int64_t h = args.out_size[0], w = args.out_size[1];
-  Tensor out = empty({args.batch, n, h, w}, {h * w * n, 1, w * n, n}, x.scalar_type());
+  Tensor out = new_tensor({args.batch, n, h, w}, {h * w * n, 1, w * n, n}, x.scalar_type());
   args.out = out.mutable_data_ptr();
   conv2d(args);
   return want_last ? out : torch::stable::contiguous(out);
@@ -233,17 +173,17 @@ std::string plan_op(std::string op, int64_t m, int64_t n, int64_t k, std::string
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(inq_cpu, m) {
-  m.def("prepack(Tensor weight, int k, int bits, bool dense) -> Tensor");
-  m.def("unprepack(Tensor weight, int n, int k, int bits, bool dense) -> Tensor");
+  m.def("prepack(Tensor weight, SymInt k, int bits, bool dense) -> Tensor");
+  m.def("unprepack(Tensor weight, SymInt n, SymInt k, int bits, bool dense) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor weight_exp, Tensor? weight_scale, Tensor? bias, int bits, bool dense) "
       "-> Tensor");
   m.def(
-      "linear_dx(Tensor grad, Tensor weight, Tensor weight_exp, Tensor? weight_scale, int k, int bits, bool dense) "
+      "linear_dx(Tensor grad, Tensor weight, Tensor weight_exp, Tensor? weight_scale, SymInt k, int bits, bool dense) "
       "-> Tensor");
   m.def(
-      "conv2d(Tensor x, Tensor weight, Tensor weight_exp, Tensor? weight_scale, Tensor? bias, int[2] kernel_size, "
-      "int[2] stride, int[2] padding, int[2] dilation, int groups, int bits, bool dense) -> Tensor");
+      "conv2d(Tensor x, Tensor weight, Tensor weight_exp, Tensor? weight_scale, Tensor? bias, SymInt[2] kernel_size, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, int bits, bool dense) -> Tensor");
   m.def("plan(str op, int m, int n, int k, str dtype, int bits, str isa, int threads) -> str");
 }
 

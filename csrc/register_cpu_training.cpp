@@ -1,11 +1,6 @@
 // The operators inq_cpu::* of training: exponents, partition, quantization, optimizer steps. See register_cpu.cpp.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -14,36 +9,13 @@
 #include "cpu/masked_step.h"
 #include "cpu/partition.h"
 #include "cpu/quantize.h"
+#include "register.h"
 
 namespace {
 
+using namespace inq;
 using namespace inq::cpu;
-
-using inq::Format;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Errors name the operator and the argument, and say what was expected and what came.
-[[noreturn]] void fail(const std::string& where, const std::string& expected, const std::string& got) {
-  throw std::invalid_argument("inq_cpu." + where + ": expected " + expected + ", got " + got);
-}
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-std::string type_of(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
-
-void check_memory(const std::string& where, const Tensor& t) {
-  if (!t.is_cpu()) fail(where, "a CPU tensor", "one on another device");
-  if (!t.is_contiguous()) fail(where, "a contiguous tensor", "one of shape " + shape_of(t) + " with other strides");
-}
-
-void check_dtype(const std::string& where, const Tensor& t, ScalarType dtype) {
-  if (t.scalar_type() != dtype) fail(where, torch::headeronly::toString(dtype), type_of(t));
-}
+using namespace inq::registration;
 
 // One bit a weight.
 void check_bits(const std::string& where, const Tensor& t, int64_t numel) {
@@ -59,17 +31,12 @@ void check_bits(const std::string& where, const Tensor& t, int64_t numel) {
 Weights weights(const std::string& where, const Tensor& w) {
   check_memory(where, w);
   const bool bfloat16 = w.scalar_type() == ScalarType::BFloat16;
-  if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where, "Float or BFloat16", type_of(w));
+  if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where, "float32 or bfloat16", type_of(w));
   if (w.dim() == 0 || w.numel() == 0) fail(where, "rank ≥ 1 and at least one weight", "shape " + shape_of(w));
   return {w.data_ptr(), bfloat16, w.numel()};
 }
 
-Format checked_format(const std::string& op, int64_t bits, bool dense) {
-  if (bits < 2 || bits > 5) fail(op + ": bits", "2 to 5", std::to_string(bits));
-  return {static_cast<int>(bits), dense};
-}
-
-const uint8_t* bits_of(const Tensor& t) { return static_cast<const uint8_t*>(t.data_ptr()); }
+const uint8_t* bits_of(const Tensor& t) { return data_of<uint8_t>(t); }
 
 KeySource key_source(const std::string& op, const Tensor& w, const Tensor& mask, const std::optional<Tensor>& keep,
                      bool random, int64_t seed) {
@@ -79,7 +46,7 @@ KeySource key_source(const std::string& op, const Tensor& w, const Tensor& mask,
   return {values, random, static_cast<uint64_t>(seed), bits_of(mask), keep ? bits_of(*keep) : nullptr};
 }
 
-Tensor empty_n1(const Tensor& w) { return torch::stable::new_empty(w, {w.size(0), 1}, ScalarType::Char); }
+Tensor empty_n1(const Tensor& w) { return new_tensor({w.size(0), 1}, ScalarType::Char); }
 
 Tensor filled_n1(const Tensor& w, int exponent) {
   Tensor n1 = empty_n1(w);
@@ -95,7 +62,7 @@ Tensor exponents_of(const Tensor& w, const Weights& values, const uint8_t* keep,
 }
 
 Tensor threshold_tensor(const Tensor& w, Threshold threshold) {
-  Tensor result = torch::stable::new_empty(w, {2}, ScalarType::Long);
+  Tensor result = new_tensor({2}, ScalarType::Long);
   auto* const values = static_cast<int64_t*>(result.mutable_data_ptr());
   values[0] = threshold.key;
   values[1] = threshold.ties;
@@ -104,7 +71,7 @@ Tensor threshold_tensor(const Tensor& w, Threshold threshold) {
 
 Tensor exponents(Tensor w, int64_t bits, bool dense, bool channel, bool mse) {
   const Weights values = weights("exponents: w", w);
-  return exponents_of(w, values, nullptr, {checked_format("exponents", bits, dense), mse}, channel);
+  return exponents_of(w, values, nullptr, {format_of("exponents", bits, dense), mse}, channel);
 }
 
 Tensor threshold(Tensor w, Tensor mask, std::optional<Tensor> keep, int64_t count, bool random, int64_t seed) {
@@ -118,7 +85,7 @@ std::tuple<Tensor, Tensor> exponents_and_threshold(Tensor w, Tensor mask, std::o
                                                    bool mse) {
   const std::string op = "exponents_and_threshold";
   const KeySource source = key_source(op, w, mask, keep, random, seed);
-  const ExponentRule rule{checked_format(op, bits, dense), mse};
+  const ExponentRule rule{format_of(op, bits, dense), mse};
   if (channel || random) {
     Tensor n1 = exponents_of(w, source.w, source.keep, rule, channel);
     return {n1, threshold_tensor(w, partition_threshold(source, count))};
@@ -134,7 +101,7 @@ void quantize_with_mask_(Tensor w, Tensor mask, Tensor n1, Tensor threshold, std
                          bool dense, bool random, int64_t seed) {
   const std::string op = "quantize_with_mask_";
   const KeySource source = key_source(op, w, mask, keep, random, seed);
-  const Format format = checked_format(op, bits, dense);
+  const Format format = format_of(op, bits, dense);
   check_memory(op + ": n1", n1);
   check_dtype(op + ": n1", n1, ScalarType::Char);
   if (n1.dim() != 2 || n1.size(0) != w.size(0) || n1.size(1) != 1) {
@@ -177,7 +144,7 @@ std::vector<StepTensor> step_tensors(const std::string& op, const std::vector<Te
     auto where = [&](const char* name) { return op + ": " + name + "[" + std::to_string(i) + "]"; };
     check_memory(where("params"), w);
     const bool bfloat16 = w.scalar_type() == ScalarType::BFloat16;
-    if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where("params"), "Float or BFloat16", type_of(w));
+    if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where("params"), "float32 or bfloat16", type_of(w));
     check_memory(where("grads"), grad);
     check_dtype(where("grads"), grad, w.scalar_type());
     if (grad.numel() != w.numel()) fail(where("grads"), "shape " + shape_of(w) + " of its parameter", shape_of(grad));

@@ -131,8 +131,6 @@ def _reference(op: str) -> Callable:
 def _attach(op: str) -> None:
     """Implement ``torch.ops.inq.<op>``: choose a backend and call it."""
     on_cpu, plain = getattr(cpu, op, None), _reference(op)
-    if op in ("linear_dx", "conv2d"):
-        on_cpu = plain  # TEMP
     arguments = getattr(torch.ops.inq, op).default._schema.arguments
     forced = arguments[-1].name == "backend"
     # unpack has no float tensor among its arguments; codes alone are moved in no dtype.

@@ -42,8 +42,6 @@ def unavailable() -> str | None:
         # torch says which file; the loader's own words are in the cause.
         return f"the compiled library does not load: {error.__cause__ or error}"
     for name, fake in _FAKES.items():
-        if not hasattr(_leaf, name):
-            continue  # TEMP
         torch.library.register_fake(f"inq_cpu::{name}", fake)
     _leaf.isa()  # reads INQ_CPU_ISA: better now than in the middle of a model
     return None

@@ -13,8 +13,8 @@ namespace {
 // Groups a thread at least: some 100 KB of float32 weights, so that a fork is worth it.
 constexpr int64_t kGrain = 4096;
 
-uint32_t float_bits(const void* w, Float dtype, int64_t i) {
-  if (dtype == Float::bf16) return static_cast<uint32_t>(static_cast<const uint16_t*>(w)[i]) << 16;
+uint32_t float_bits(const void* w, DType dtype, int64_t i) {
+  if (dtype == DType::bfloat16) return static_cast<uint32_t>(static_cast<const uint16_t*>(w)[i]) << 16;
   uint32_t bits;
   std::memcpy(&bits, static_cast<const uint32_t*>(w) + i, 4);
   return bits;
@@ -76,7 +76,7 @@ void unpack_groups(const UnpackParams& p, const CodeTable& table, int64_t row, i
     for (int b = 0; b < bits; ++b) word |= static_cast<uint64_t>(codes[group * bits + b]) << (8 * b);
     for (int64_t i = group * 8; i < std::min(p.k, group * 8 + 8); ++i) {
       const float value = table.value[word >> (bits * (i % 8)) & mask];
-      if (p.dtype == Float::bf16) {
+      if (p.dtype == DType::bfloat16) {
         static_cast<uint16_t*>(p.out)[row * p.k + i] = to_bf16(value);
       } else {
         static_cast<float*>(p.out)[row * p.k + i] = value;

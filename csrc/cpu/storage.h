@@ -7,10 +7,9 @@
 #include <cstdint>
 
 #include "../inq_format.h"
+#include "kernels.h"
 
 namespace inq::cpu {
-
-enum class Float : int { f32 = 0, bf16 = 1 };
 
 struct PackParams {
   const void* w;    // [n, k] of `dtype`, contiguous, finite: 0 or ±2^k of the row's levels
@@ -18,7 +17,7 @@ struct PackParams {
   uint8_t* out;     // [n, row_bytes(k)]
   int64_t n, k;
   Format format;
-  Float dtype;
+  DType dtype;
 };
 
 struct UnpackParams {
@@ -28,7 +27,7 @@ struct UnpackParams {
   void* out;             // [n, k] of `dtype`
   int64_t n, k;
   Format format;
-  Float dtype;
+  DType dtype;
 };
 
 void pack(const PackParams& p);

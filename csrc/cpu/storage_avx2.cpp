@@ -10,9 +10,9 @@ namespace inq::cpu::avx2 {
 namespace {
 
 // Eight weights as float32 bits.
-template <Float dtype>
+template <DType dtype>
 __m256i load8(const void* w, int64_t i) {
-  if constexpr (dtype == Float::bf16) {
+  if constexpr (dtype == DType::bfloat16) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(w) + i));
     return _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
   } else {
@@ -45,7 +45,7 @@ struct RowLevels {
   }
 };
 
-template <Float dtype, int bits>
+template <DType dtype, int bits>
 void pack_row(const PackParams& p, int64_t row, int64_t first, int64_t last) {
   const RowLevels levels(p.format, p.n1[row]);
   uint8_t* out = p.out + row * row_bytes(p.format, p.k);
@@ -75,7 +75,7 @@ void pack_row(const PackParams& p, int64_t row, int64_t first, int64_t last) {
 }
 
 // The number of bits as a constant: copies of b bytes are one or two instructions then.
-template <Float dtype>
+template <DType dtype>
 void pack_row_of(const PackParams& p, int64_t row, int64_t first, int64_t last) {
   switch (p.format.bits) {
     case 2: return pack_row<dtype, 2>(p, row, first, last);
@@ -184,11 +184,11 @@ int64_t unpack_bf16(const UnpackParams& p, CodeTable table, int64_t row, int64_t
 }  // namespace
 
 void pack_groups(const PackParams& p, int64_t row, int64_t first, int64_t last) {
-  p.dtype == Float::bf16 ? pack_row_of<Float::bf16>(p, row, first, last) : pack_row_of<Float::f32>(p, row, first, last);
+  p.dtype == DType::bfloat16 ? pack_row_of<DType::bfloat16>(p, row, first, last) : pack_row_of<DType::float32>(p, row, first, last);
 }
 
 void unpack_groups(const UnpackParams& p, const CodeTable& table, int64_t row, int64_t first, int64_t last) {
-  first = p.dtype == Float::bf16 ? unpack_bf16(p, table, row, first, last) : unpack_f32(p, table, row, first, last);
+  first = p.dtype == DType::bfloat16 ? unpack_bf16(p, table, row, first, last) : unpack_f32(p, table, row, first, last);
   if (first < last) portable::unpack_groups(p, table, row, first, last);
 }
 

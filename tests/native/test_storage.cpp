@@ -23,11 +23,11 @@ struct Result {
 Result run(Format format, const std::vector<float>& w, const std::vector<int8_t>& n1, int64_t n, int64_t k) {
   Result r;
   r.codes.resize(n * row_bytes(format, k));
-  pack({w.data(), n1.data(), r.codes.data(), n, k, format, Float::f32});
+  pack({w.data(), n1.data(), r.codes.data(), n, k, format, DType::float32});
   r.values.resize(n * k);
   r.halves.resize(n * k);
-  unpack({r.codes.data(), n1.data(), nullptr, r.values.data(), n, k, format, Float::f32});
-  unpack({r.codes.data(), n1.data(), nullptr, r.halves.data(), n, k, format, Float::bf16});
+  unpack({r.codes.data(), n1.data(), nullptr, r.values.data(), n, k, format, DType::float32});
+  unpack({r.codes.data(), n1.data(), nullptr, r.halves.data(), n, k, format, DType::bfloat16});
   return r;
 }
 

@@ -1,0 +1,133 @@
+// What the register_cpu*.cpp files share: checks with errors that name the operator, the argument, what was expected and
+// what came (ValueError in Python), and new tensors. Torch's stable ABI alone.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "inq_format.h"
+
+namespace inq::registration {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// `where` is "operator: argument".
+[[noreturn]] inline void fail(const std::string& where, const std::string& expected, const std::string& got) {
+  throw std::invalid_argument("inq_cpu." + where + ": expected " + expected + ", got " + got);
+}
+
+inline std::string text_of(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline std::string shape_of(const Tensor& t) { return text_of(sizes_of(t)); }
+
+inline std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Long: return "int64";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string type_of(const Tensor& t) { return name_of(t.scalar_type()); }
+
+inline void check_memory(const std::string& where, const Tensor& t) {
+  if (!t.is_cpu()) fail(where, "a CPU tensor", "one on another device");
+  if (!t.is_contiguous()) fail(where, "a contiguous tensor", "one of shape " + shape_of(t) + " with other strides");
+}
+
+inline void check_dtype(const std::string& where, const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() != dtype) fail(where, name_of(dtype), type_of(t));
+}
+
+// A contiguous CPU tensor of just this dtype and shape.
+inline void check(const std::string& where, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
+  check_dtype(where, t, dtype);
+  if (sizes_of(t) != shape) fail(where, "shape " + text_of(shape), shape_of(t));
+  check_memory(where, t);
+}
+
+inline void check_at_least(const std::string& where, int64_t value, int64_t least) {
+  if (value < least) fail(where, "at least " + std::to_string(least), std::to_string(value));
+}
+
+inline Format format_of(const std::string& op, int64_t bits, bool dense) {
+  if (bits < 2 || bits > 5) fail(op + ": bits", "2 to 5", std::to_string(bits));
+  return {static_cast<int>(bits), dense};
+}
+
+inline cpu::DType dtype_of(const std::string& where, ScalarType type) {
+  if (type != ScalarType::Float && type != ScalarType::BFloat16) fail(where, "float32 or bfloat16", name_of(type));
+  return type == ScalarType::Float ? cpu::DType::float32 : cpu::DType::bfloat16;
+}
+
+template <class T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+
+template <class T>
+const T* data_or_null(const OptionalTensor& t) {
+  return t ? data_of<T>(*t) : nullptr;
+}
+
+// A new CPU tensor. The C function is a few µs faster than the operator that torch::stable::empty calls.
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
+  AtenTensorHandle handle;
+  int32_t code = 0;
+  switch (type) {
+    case ScalarType::Byte: code = aoti_torch_dtype_uint8(); break;
+    case ScalarType::Char: code = aoti_torch_dtype_int8(); break;
+    case ScalarType::Long: code = aoti_torch_dtype_int64(); break;
+    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
+    default: code = aoti_torch_dtype_float32(); break;
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+#if defined(__linux__)
+  // Large ones ask for huge pages: half of the time of writing a fresh 200 MB is page faults. Advice only.
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t end = start + static_cast<uintptr_t>(out.numel()) * out.element_size();
+  const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
+  if (end > begin + kHugePage) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return new_tensor(sizes, strides, type);
+}
+
+}  // namespace inq::registration

@@ -1,0 +1,93 @@
+"""The speed tables in the README: ``python tests/readme_speed.py [RESULTS]`` writes them from the committed results of
+a real ``make bench``. test_readme.py checks that they were written."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from inq_kernels.bench.shapes import MAIN
+
+from inq_kernels.table import render
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(?<=<!-- bench: from )(\S+)( -->\n).*?(?=<!-- end of bench -->)", re.DOTALL)
+_SHAPE = f"{MAIN[0]}x{MAIN[1]}"
+_PICTURE = "time-native.png"
+
+
+def _cell(row: dict, name: str) -> str:
+    b = next((b for b in row["baselines"] if b["name"] == name and "ratio" in b), None)
+    return "" if b is None else f"{b['ratio']:.2f} [{b['low']:.2f}, {b['high']:.2f}]"
+
+
+def _us(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _products(section: dict, dtype: str) -> str:
+    rows = []
+    for row in section["rows"]:
+        p = row["params"]
+        if row["op"] == "linear" and p["shape"] == _SHAPE and p["dtype"] == dtype and "time" in row:
+            cells = [_cell(row, name) for name in (f"dense {dtype}", "int4 g128", "dynamic int8")]
+            rows.append((p["bits"], p["m"], _us(row["time"]["median_us"]), *cells))
+    return render(("bits", "M", "µs", f"dense {dtype}", "torch int4", "torch dynamic int8"), sorted(rows))
+
+
+_OTHERS = (
+    ("partition", "torch topk", ("shape", "exponent")),
+    ("masked_adamw", "torch fused, no mask", ("shape",)),
+    ("masked_sgd", "torch fused, no mask", ("shape",)),
+    ("pack", "copy", ("bits", "dtype")),
+    ("unpack", "copy", ("bits", "dtype")),
+)
+
+
+def _others(section: dict) -> str:
+    rows = []
+    for op, baseline, names in _OTHERS:
+        for row in section["rows"]:
+            if row["op"] == op and "time" in row:
+                case = ", ".join(str(row["params"][n]) for n in names if n in row["params"])
+                known = next((b for b in row["baselines"] if b["name"].startswith(baseline)), {"name": baseline})
+                rows.append((op, case, _us(row["time"]["median_us"]), known["name"], _cell(row, known["name"])))
+    return render(("operator", "case", "µs", "beside", "times faster"), rows)
+
+
+def text(path: str, results: dict) -> str:
+    """Everything between the two marks, for results at ``path`` from the root."""
+    native = results["sections"][0]
+    machine, software = native["machine"], results["software"]
+    parts = [
+        f"`inq_kernels.linear`, weight {MAIN[1]} × {MAIN[0]}, x bfloat16: times faster than torch [95 % interval]",
+        f"\n```text\n{_products(native, 'bfloat16')}\n```\n",
+    ]
+    for section in results["sections"]:
+        if section["isa"] == "avx2" and section.get("rows"):
+            parts += [
+                "The same with both sides held down to AVX2, x float32",
+                f"\n```text\n{_products(section, 'float32')}\n```\n",
+            ]
+    parts += ["Training and storage", f"\n```text\n{_others(native)}\n```\n"]
+    picture = Path(path).parent / _PICTURE
+    if (ROOT / picture).exists():
+        parts.append(f"![time against M]({picture.as_posix()})\n")
+    parts.append(
+        f"`make bench` at commit {software['commit']} on {machine['cores']} cores of an {machine['cpu']} "
+        f"(family {machine['family'][0]}, {machine['isa']}), torch {software['torch']}; all of it, with pictures, is "
+        f"in {Path(path).parent.as_posix()}.\n"
+    )
+    return "\n".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    path = argv[0] if argv else BLOCK.search(before)[1]
+    block = text(path, json.loads((ROOT / path).read_text()))
+    readme.write_text(BLOCK.sub(lambda match: f"{path}{match[2]}{block}", before))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
