@@ -88,16 +88,12 @@ void leave() {
 // Rows as they are, cut into blocks of 64 bytes: out[step / 16][row][step % 16].
 inline void pack_blocks(const PackArgs& p) {
   for (int r = 0; r < p.stride; ++r) {
-    for (int64_t step = 0; step < p.steps;) {
-      const int64_t at = p.first + step, lane = at % kBlockSteps;
-      const int64_t steps = least(kBlockSteps - lane, p.steps - step);
-      const int64_t left = r < p.rows ? p.count - 2 * step : 0;
+    const unsigned char* row = r < p.rows ? static_cast<const unsigned char*>(p.row[r]) : nullptr;
+    for (int64_t step = 0; step < p.steps; step += kBlockSteps) {
+      const int64_t left = row ? p.count - 2 * step : 0;
       const __mmask32 valid = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-      const void* from = valid ? static_cast<const unsigned char*>(p.row[r]) + step * 4 : nullptr;
-      const __m512i x = valid ? _mm512_maskz_loadu_epi16(valid, from) : _mm512_setzero_si512();
-      _mm512_mask_storeu_epi32(p.out + (at - lane) * p.stride + r * kBlockSteps + lane,
-                               static_cast<__mmask16>((1u << steps) - 1), x);
-      step += steps;
+      const __m512i x = valid ? _mm512_maskz_loadu_epi16(valid, row + step * 4) : _mm512_setzero_si512();
+      _mm512_storeu_si512(p.out + step * p.stride + r * kBlockSteps, x);
     }
   }
 }

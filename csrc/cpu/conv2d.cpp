@@ -32,17 +32,21 @@ class Gathered {
         taps_(args.kernel[0] * args.kernel[1]), channels_(args.channels / args.groups), rows_(args.weight.n / args.groups),
         panel_bytes_(tiles_of(args.weight.k) * tile_bytes(args.weight.format)) {
     const int pair = plan.shape.pair;
-    most_channels_ = std::max<int64_t>(plan.k_chunk / pair / taps_, 1) * pair;
+    // All channels at once where that is not much over a chunk, else as many as fill one.
+    const int64_t chunk = plan.k_chunk / pair, most_steps = chunk * 3 / 2 * pair;
+    const int64_t most = taps_ > 1 && channels_ * taps_ <= most_steps
+                             ? std::max<int64_t>(channels_, 1)
+                             : std::max<int64_t>(chunk / taps_, 1) * pair;
     int64_t first = 0;
-    for (int64_t c = 0; c < channels_ || c == 0; c += most_channels_) {
-      const int64_t count = std::min(most_channels_, channels_ - c);
+    for (int64_t c = 0; c < channels_ || c == 0; c += most) {
+      const int64_t count = std::min(most, channels_ - c);
       const int64_t tile = c * taps_ / kTileK, tiles = ceil_div((c + count) * taps_, kTileK) - tile;
-      const int64_t steps = round_up(ceil_div(count, pair) * taps_, plan.shape.block);
+      const int64_t steps = round_up(ceil_div(count * taps_, pair), plan.shape.block);
       chunks_.push_back({first, steps, tiles * kTileK / pair});
       pieces_.push_back({c, count, tile, tiles, order(c * taps_ - tile * kTileK, count)});
       first += steps;
     }
-    zeros_.assign(static_cast<size_t>(most_channels_) * size_of(args.type), 0);
+    row_bytes_ = (pieces_[0].count * taps_ + pair) * size_of(args.type);
   }
 
   void run() const {
@@ -81,16 +85,14 @@ class Gathered {
     std::vector<int32_t> at;  // for RegroupArgs
   };
 
-  // For (tap, channel) in order, channels padded to a step: which k, counted from the first decoded one. Then as many
-  // that are none as fill the last block of steps.
+  // For (tap, channel) in order, and −1 to fill the last block of steps: which k, counted from the first decoded one.
   std::vector<int32_t> order(int64_t offset, int64_t count) const {
     std::vector<int32_t> at;
     if (taps_ == 1) return at;
-    const int64_t padded = ceil_div(count, plan_.shape.pair) * plan_.shape.pair;
     for (int64_t tap = 0; tap < taps_; ++tap) {
-      for (int64_t c = 0; c < padded; ++c) at.push_back(c < count ? static_cast<int32_t>(offset + c * taps_ + tap) : -1);
+      for (int64_t c = 0; c < count; ++c) at.push_back(static_cast<int32_t>(offset + c * taps_ + tap));
     }
-    at.resize(static_cast<size_t>(round_up(taps_ * padded, plan_.shape.pair * plan_.shape.block)), -1);
+    while (at.size() % static_cast<size_t>(plan_.shape.pair * plan_.shape.block)) at.push_back(-1);
     return at;
   }
 
@@ -102,36 +104,59 @@ class Gathered {
   // The patches of some output pixels as rows of the left operand.
   void gather(int64_t first, int rows, uint32_t* out) const {
     constexpr int kMostRows = 32;  // of any Shape's micro-tile
-    const int size = size_of(args_.type), pair = plan_.shape.pair;
     Corner corner[kMostRows];
     for (int r = 0; r < rows; ++r) corner[r] = corner_of(args_, first + r);
-    for (int64_t i = 0; i < args_.kernel[0]; ++i) {
-      for (int64_t j = 0; j < args_.kernel[1]; ++j) {
-        const unsigned char* pixel[kMostRows];
-        for (int r = 0; r < rows; ++r) {
-          const int64_t row = corner[r].row + i * args_.dilation[0], column = corner[r].column + j * args_.dilation[1];
-          const bool inside = row >= 0 && row < args_.height && column >= 0 && column < args_.width;
-          pixel[r] = inside ? static_cast<const unsigned char*>(args_.x) +
-                                  (((corner[r].image * args_.height + row) * args_.width + column) * args_.channels +
-                                   group_ * channels_) * size
-                            : nullptr;
-        }
-        const int64_t tap = i * args_.kernel[1] + j;
-        for (size_t c = 0; c < pieces_.size(); ++c) {
-          const Piece& piece = pieces_[c];
-          const void* from[kMostRows];
-          for (int r = 0; r < rows; ++r) {
-            from[r] = pixel[r] ? pixel[r] + piece.channel * size : zeros_.data();
-          }
-          const int64_t steps = ceil_div(piece.count, pair);
-          kernels_.pack({from, rows, rows, piece.count, steps, args_.type, out, chunks_[c].first + tap * steps});
+    const Buffer<unsigned char> copies(rows * row_bytes_);
+    for (size_t c = 0; c < pieces_.size(); ++c) {
+      const Piece& piece = pieces_[c];
+      const void* row[kMostRows];
+      for (int r = 0; r < rows; ++r) {
+        row[r] = copies.get() + r * row_bytes_;
+        if (taps_ == 1 && inside(corner[r])) {
+          row[r] = pixel(corner[r], 0, 0) + piece.channel * size_of(args_.type);
+        } else {
+          patch(corner[r], piece, copies.get() + r * row_bytes_);
         }
       }
+      kernels_.pack({row, rows, rows, piece.count * taps_, chunks_[c].steps, args_.type, out + chunks_[c].first * rows});
     }
-    for (size_t c = 0; c < pieces_.size(); ++c) {
-      const int64_t steps = ceil_div(pieces_[c].count, pair) * taps_;
-      if (steps == chunks_[c].steps) continue;
-      kernels_.pack({nullptr, 0, rows, 0, chunks_[c].steps - steps, args_.type, out, chunks_[c].first + steps});
+  }
+
+  bool inside(const Corner& at) const {
+    return at.row >= 0 && at.row < args_.height && at.column >= 0 && at.column < args_.width;
+  }
+
+  const unsigned char* pixel(const Corner& at, int64_t row, int64_t column) const {
+    const int64_t line = at.image * args_.height + at.row + row;
+    return static_cast<const unsigned char*>(args_.x) +
+           ((line * args_.width + at.column + column) * args_.channels + group_ * channels_) * size_of(args_.type);
+  }
+
+  // A patch's channels of `piece`, tap after tap; zeros in the padding.
+  void patch(const Corner& corner, const Piece& piece, unsigned char* to) const {
+    const int64_t run = piece.count * size_of(args_.type), kernel = args_.kernel[1], dilation = args_.dilation[1];
+    // A line of taps is one piece of memory if its pixels are neighbours and all their channels are wanted.
+    const bool whole_line = piece.count == args_.channels && dilation == 1 && corner.column >= 0 &&
+                            corner.column + kernel <= args_.width;
+    for (int64_t i = 0; i < args_.kernel[0]; ++i) {
+      const int64_t row = corner.row + i * args_.dilation[0];
+      if (row < 0 || row >= args_.height) {
+        std::memset(to, 0, static_cast<size_t>(run * kernel));
+        to += run * kernel;
+      } else if (whole_line) {
+        std::memcpy(to, pixel(corner, i * args_.dilation[0], 0), static_cast<size_t>(run * kernel));
+        to += run * kernel;
+      } else {
+        for (int64_t j = 0; j < kernel; ++j, to += run) {
+          const int64_t column = corner.column + j * dilation;
+          if (column < 0 || column >= args_.width) {
+            std::memset(to, 0, static_cast<size_t>(run));
+          } else {
+            const unsigned char* from = pixel(corner, i * args_.dilation[0], j * dilation);
+            std::memcpy(to, from + piece.channel * size_of(args_.type), static_cast<size_t>(run));
+          }
+        }
+      }
     }
   }
 
@@ -141,10 +166,9 @@ class Gathered {
   const float* power_;
   const Codebook& book_;
   const int64_t group_, taps_, channels_, rows_, panel_bytes_;
-  int64_t most_channels_ = 0;
   std::vector<Chunk> chunks_;
   std::vector<Piece> pieces_;
-  std::vector<unsigned char> zeros_;
+  int64_t row_bytes_ = 0;  // of a patch's largest piece
 };
 
 // --- any groups: lane by lane -----------------------------------------------------------------------------------------
@@ -152,6 +176,31 @@ class Gathered {
 // Sixteen output channels of a panel read sixteen channels of x that their groups name: a copy of a few image rows, padded
 // and in float32, holds for each pixel and each channel of a group those sixteen side by side. Then every term of the sum
 // is one multiplication of registers. Padding is zeros in that copy, as in the reference.
+inline float widened(float x) { return x; }
+inline float widened(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// A line of `width` pixels: to[pixel][i][lane] = from[pixel][channel[lane] + i].
+template <class T>
+void spread(const T* from, int64_t width, int64_t channels, const int64_t* channel, int lanes, int64_t group_channels,
+            float* to) {
+  const bool neighbours = lanes == kPanelRows && group_channels == 1 && channel[lanes - 1] == channel[0] + lanes - 1;
+  for (int64_t pixel = 0; pixel < width; ++pixel, from += channels) {
+    if (neighbours) {  // depthwise
+      for (int lane = 0; lane < kPanelRows; ++lane) to[lane] = widened(from[channel[0] + lane]);
+      to += kPanelRows;
+      continue;
+    }
+    for (int64_t i = 0; i < group_channels; ++i, to += kPanelRows) {
+      for (int lane = 0; lane < lanes; ++lane) to[lane] = widened(from[channel[lane] + i]);
+    }
+  }
+}
+
 void conv2d_lanes(const Conv2dArgs& args, const Plan& plan, const float* power, const Codebook& book) {
   const Kernels& kernels = kernels_of(plan);
   const int64_t group_channels = args.channels / args.groups, group_rows = args.weight.n / args.groups;
@@ -187,24 +236,16 @@ void conv2d_lanes(const Conv2dArgs& args, const Plan& plan, const float* power, 
     const int valid = static_cast<int>(std::min<int64_t>(kPanelRows, args.weight.n - n));
     const Buffer<float> copy(copied * line_floats);
     std::memset(copy.get(), 0, static_cast<size_t>(copied * line_floats) * sizeof(float));
+    int64_t channel[kPanelRows];  // that each lane reads first
+    for (int lane = 0; lane < valid; ++lane) channel[lane] = (n + lane) / group_rows * group_channels;
     for (int64_t row = std::max<int64_t>(top, 0); row < std::min(top + copied, args.height); ++row) {
       float* to = copy.get() + (row - top) * line_floats + args.padding[1] * pixel_floats;
-      const unsigned char* from = static_cast<const unsigned char*>(args.x) +
-                                  (image * args.height + row) * args.width * args.channels * size;
-      for (int64_t column = 0; column < args.width; ++column, to += pixel_floats, from += args.channels * size) {
-        for (int64_t c = 0; c < group_channels; ++c) {
-          for (int lane = 0; lane < valid; ++lane) {
-            const unsigned char* x = from + ((n + lane) / group_rows * group_channels + c) * size;
-            if (args.type == DType::float32) {
-              std::memcpy(to + c * kPanelRows + lane, x, 4);
-            } else {
-              uint16_t word;
-              std::memcpy(&word, x, 2);
-              const uint32_t bits = uint32_t{word} << 16;
-              std::memcpy(to + c * kPanelRows + lane, &bits, 4);
-            }
-          }
-        }
+      const int64_t from = (image * args.height + row) * args.width * args.channels;
+      if (args.type == DType::float32) {
+        spread<float>(static_cast<const float*>(args.x) + from, args.width, args.channels, channel, valid, group_channels, to);
+      } else {
+        spread<uint16_t>(static_cast<const uint16_t*>(args.x) + from, args.width, args.channels, channel, valid,
+                         group_channels, to);
       }
     }
     const Buffer<float> sums(args.out_size[1] * kPanelRows);

@@ -45,6 +45,8 @@ void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
     blocks = std::min(round_up(blocks, p.threads), ceil_div(m, p.shape.rows));
     p.by_rows = true;
   }
+  // As many for each thread, where a thread has few.
+  if (p.by_rows && blocks < 16 * p.threads) blocks = round_up(blocks, p.threads);
   p.m_block = rows_in(blocks);
 }
 
