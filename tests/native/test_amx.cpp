@@ -68,6 +68,9 @@ void check_multiply(int rows, int panels, int64_t steps) {
     CHECK(std::memcmp(c[0].data(), c[1].data(), c[0].size() * sizeof(float)) == 0, "%d rows, %d panels, %d steps", rows,
           panels, static_cast<int>(steps));
   }
+}
+
+void leave() {
   amx_hardware_kernels().leave();
   amx_emulated_kernels().leave();
 }
@@ -102,6 +105,10 @@ void check_machine_code() {
     for (int panels = 1; panels <= 2; ++panels) {
       for (const int64_t steps : {0, 16, 80}) check_multiply(rows, panels, steps);
     }
+  }
+  // In the middle of a task the number of rows may change, as above; `stream` is a task of its own.
+  leave();
+  for (const int rows : {1, 2, 15, 16, 17, 31, 32}) {
     for (int panels = 1; panels <= 5; ++panels) check_stream({panels % 2 ? 5 : 4, false}, rows, panels, 9 + panels);
   }
 }
@@ -117,6 +124,7 @@ int main() {
   set_thread_count(3);
   parallel_for(0, 3, 1, [](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) check_multiply(7 + 9 * static_cast<int>(i), 2, 80);
+    leave();
   });
   if (detected_isa() < Isa::amx) CHECK(inq::test::trapped_tile_instructions() > 1000);
 
