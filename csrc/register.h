@@ -52,6 +52,7 @@ inline std::string name_of(ScalarType type) {
     case ScalarType::Half: return "float16";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Char: return "int8";
+    case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     default: return torch::headeronly::toString(type);
   }

@@ -92,7 +92,7 @@ class Gathered {
     for (int64_t tap = 0; tap < taps_; ++tap) {
       for (int64_t c = 0; c < count; ++c) at.push_back(static_cast<int32_t>(offset + c * taps_ + tap));
     }
-    while (at.size() % static_cast<size_t>(plan_.shape.pair * plan_.shape.block)) at.push_back(-1);
+    at.resize(static_cast<size_t>(round_up(taps_ * count, plan_.shape.pair * plan_.shape.block)), -1);
     return at;
   }
 
@@ -118,7 +118,7 @@ class Gathered {
           patch(corner[r], piece, copies.get() + r * row_bytes_);
         }
       }
-      kernels_.pack({row, rows, rows, piece.count * taps_, chunks_[c].steps, args_.type, out + chunks_[c].first * rows});
+      kernels_.pack({row, rows, rows, piece.count * taps_, chunks_[c].steps, args_.type, out, chunks_[c].first});
     }
   }
 
