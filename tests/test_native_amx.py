@@ -6,7 +6,6 @@ code itself.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import shutil
@@ -14,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_native_linear as products
 import torch
 import torch.nn.functional as F
 from support import FORMATS, assert_as_good_as_dense, generator, integer_case, plain, random_packed, same_bits
@@ -25,8 +25,8 @@ LIBRARY = Path(inq.__file__).parent / "_cpu.so"
 torch.ops.load_library(str(LIBRARY))
 ops = torch.ops.inq_cpu
 
-# Around 16 rows of a tile, 32 of a micro-tile and a block of rows.
-ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 50, 130)
+# Around 16 rows of a tile and 32 of a micro-tile, and past a block of rows.
+ROWS = (1, 15, 16, 17, 31, 32, 33, 50, 270)
 # N, K: around panels and tiles; past a group of `stream` (4 or 8 tiles of k) and past a chunk (16).
 SHAPES = ((1, 1), (15, 31), (17, 33), (33, 17), (70, 290), (100, 130), (16, 600))
 
@@ -99,23 +99,22 @@ def test_a_row_does_not_depend_on_the_others(amx):
 
 
 @needs_avx512
-def test_not_finite(amx):
-    # Neither rows nor k that only fill a tile up reach anything else: Inf · 0 would be NaN.
-    packed = random_packed(inq.Format(4), 50, 70)
-    for m, value in itertools.product((1, 3, 20, 40), (torch.nan, torch.inf, -torch.inf)):
-        x = integer_case(packed.format, 70, (m, 70), torch.bfloat16)
-        x[m // 2, 69] = value
-        want = reference.linear(x, packed.weight, packed.weight_exp, None, None, packed.format)
-        assert torch.equal(linear(x, packed).nan_to_num(7.0, 8.0, 9.0), want.nan_to_num(7.0, 8.0, 9.0))
+@pytest.mark.parametrize("case", products.CONVOLUTIONS)
+def test_conv2d(case, amx):
+    products.test_conv2d(case, "amx")
 
 
 @needs_avx512
-def test_empty(amx):
-    weight, exponent = torch.empty(3, 0, 256, dtype=torch.uint8), torch.zeros(40, 1, dtype=torch.int8)
-    bias = torch.randn(40)
-    for m in (0, 1, 20, 50):
-        y = ops.linear(torch.empty(m, 0, dtype=torch.bfloat16), weight, exponent, None, bias, 4, False)
-        assert torch.equal(y, bias.bfloat16().expand(m, 40))
+def test_what_holds_for_every_isa(amx):
+    bf16 = torch.bfloat16
+    for m in (1, 3, 40):
+        products.test_not_finite(bf16, m, "amx")
+    for m in (1, 4, 40):
+        products.test_extreme_exponents_and_scales(bf16, m, "amx")
+    products.test_subnormal_results_are_rounded_not_flushed(bf16, "amx")
+    products.test_any_strides_and_leading_shape(bf16, "amx")
+    products.test_conv2d_not_finite_and_padding("amx")
+    products.test_empty("amx")
 
 
 # --- which kernel, and whether it may be trusted ----------------------------------------------------------------------
@@ -135,6 +134,7 @@ def test_plan():
     # The packed rows of a block stay in the second-level cache, but for K so long that decoding would take over.
     assert "m_block=256" in plan(4096, 4096, 2048)
     assert "m_block=64" in plan(4096, 4096, 16384)
+    assert plan(784, 64, 576, op="conv2d").startswith(panels)
     # Products in float32 are AVX-512's.
     for text in (plan(1, 400, 400, "float32"), plan(99, 400, 400, "float32"), plan(99, 400, 400, op="linear_dx")):
         assert "isa=avx512 products=float32" in text

@@ -12,8 +12,8 @@
 namespace inq::cpu {
 namespace {
 
-// A product of small integers in units of the smallest level, exact in any order of summation. Its numbers: two row tiles
-// (the second not full), an odd panel, and more k than `stream` decodes at once.
+// A product of small integers in units of the smallest level, exact in any order of summation. Its numbers: two row
+// tiles (the second not full), an odd panel, and more k than `stream` decodes at once.
 constexpr int kRows = 20, kPanels = 5, kTiles = 11, kK = kTiles * kTileK;
 constexpr Format kFormat{4, false};
 
@@ -99,8 +99,9 @@ void check_tiles(const Kernels& tiles) {
   constexpr int kColumns = kPanels * kPanelRows;
   const Sample sample;
   const Buffer<float> expected = sample.streamed(avx512_pair_kernels(), kRows, 24);
-  check_same("the product of 20 rows", sample.streamed(tiles, kRows, kRows).get(), expected.get(), kRows, kColumns, kColumns);
-  check_same("the product of 5 rows", sample.streamed(tiles, 5, 5).get(), expected.get(), 5, kColumns, kColumns);
+  const Buffer<float> many = sample.streamed(tiles, kRows, kRows), few = sample.streamed(tiles, 5, 5);
+  check_same("the product of 20 rows", many.get(), expected.get(), kRows, kColumns, kColumns);
+  check_same("the product of 5 rows", few.get(), expected.get(), 5, kColumns, kColumns);
   check_same("the blocked product", sample.multiplied(tiles).get(), expected.get(), kRows, 2 * kPanelRows, kColumns);
 }
 

@@ -1,4 +1,5 @@
-// Which AMX kernels run: those on the processor's tiles, once they have multiplied right, or for tests the emulated ones.
+// Which AMX kernels run: those on the processor's tiles, once they have multiplied right, or for tests the emulated
+// ones.
 #pragma once
 
 #include "kernels.h"
@@ -12,8 +13,8 @@ const Kernels& amx_kernels();
 // Throws the same if `tiles` multiply wrongly.
 void check_tiles(const Kernels& tiles);
 
-// For tests: with `on`, isa amx is in use on emulated tiles, on any machine with avx512; without, the isa from the start.
-// `wrong` makes the emulation multiply wrongly, which check_tiles must notice.
+// For tests: with `on`, isa amx is in use on emulated tiles, on any machine with avx512; without, the isa from the
+// start. `wrong` makes the emulation multiply wrongly, which check_tiles must notice.
 void emulate_amx(bool on, bool wrong = false);
 
 const Kernels& amx_hardware_kernels();  // linear_amx.cpp

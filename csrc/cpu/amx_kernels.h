@@ -1,13 +1,13 @@
 // The products' loops on AMX tiles, as templates over who carries out the tile instructions: the processor
-// (linear_amx.cpp) or plain code that can run anywhere (linear_emulated_avx512.cpp). Included only by these two, each in
-// its own anonymous namespace, as gemm_kernels.h is.
+// (linear_amx.cpp) or plain code for tests (linear_emulated_avx512.cpp). Included only by these two, each in its own
+// anonymous namespace, as gemm_kernels.h is.
 //
 // `Tiles` has: configure(config), release(), and for tile registers by number zero<t>(), load<t>(p, bytes),
 // load_once<t>(p, bytes), store<t>(p, bytes), multiply_add<sum, left, right>(); `bytes` from row to row.
 //
 // Only what tiles change is here: the left operand's blocks of 16 steps, and the products. Decoded weights are
-// [step][16·panels] as everywhere, since a tile can be loaded with any distance between its rows: 16 steps of a panel are
-// the tile of 16 pairs of k × 16 columns that TDPBF16PS takes. So decoding and finishing are AVX-512's.
+// [step][16·panels] as everywhere, since a tile can be loaded with any distance between its rows: 16 steps of a panel
+// are the tile of 16 pairs of k × 16 columns that TDPBF16PS takes. So decoding and finishing are AVX-512's.
 #pragma once
 
 #include <immintrin.h>
@@ -30,13 +30,13 @@ struct alignas(64) TileConfig {
 static_assert(sizeof(TileConfig) == 64);
 
 constexpr int kTileRows = 16;
-constexpr int kBlockSteps = kAmxShape.block;             // steps a tile
-constexpr int kBlockBytes = kBlockSteps * 4;             // a row of a tile
-constexpr int kStreamTiles = 16;                         // decoded at once by `stream`: 16 KB of the first-level cache
+constexpr int kBlockSteps = kAmxShape.block;  // steps a tile
+constexpr int kBlockBytes = kBlockSteps * 4;  // a row of a tile
+constexpr int kStreamTiles = 16;              // decoded at once by `stream`: 16 KB of the first-level cache
 static_assert(kBlockSteps == kTileK / 2 && kBlockBytes == 64);
 
-// Four tiles of sums: up to 16 rows × 4 panels, or 32 rows × 2. Each weight tile is then used for all rows, and at least
-// four products are under way, which hides most of a product's latency (52 cycles, one started every 16).
+// Four tiles of sums: up to 16 rows × 4 panels, or 32 rows × 2. Each weight tile is then used for all rows, and four
+// products are under way, which hides most of a product's latency (52 cycles, one started every 16).
 constexpr int sum_tile(int row_tile, int panel) { return row_tile * 2 + panel; }
 constexpr int left_tile(int row_tile) { return 4 + row_tile; }
 constexpr int weight_tile(int row_tiles, int panel) { return row_tiles == 2 ? 6 + panel : 5 + panel % 3; }
@@ -53,7 +53,7 @@ inline __attribute__((always_inline)) void each(const F& f) {
   each_of(f, std::make_integer_sequence<int, kCount>{});
 }
 
-// --- configuration ----------------------------------------------------------------------------------------------------
+// --- configuration ---------------------------------------------------------------------------------------------------
 //
 // A configuration belongs to a thread, and torch's threads also run other libraries' tile code: each task configures
 // what it needs and releases at its end. Configuring clears the tiles, so `multiply` does it only for a new row count.
@@ -83,32 +83,30 @@ void leave() {
   configured_rows<Tiles> = 0;
 }
 
-// --- packing ----------------------------------------------------------------------------------------------------------
+// --- packing ---------------------------------------------------------------------------------------------------------
 
 // Rows as they are, cut into blocks of 64 bytes: out[step / 16][row][step % 16].
 inline void pack_blocks(const PackArgs& p) {
   for (int r = 0; r < p.stride; ++r) {
-    for (int64_t step = 0; step < p.steps;) {
-      const int64_t at = p.first + step, lane = at % kBlockSteps;
-      const int64_t steps = least(kBlockSteps - lane, p.steps - step);
-      const int64_t left = r < p.rows ? p.count - 2 * step : 0;
+    const unsigned char* row = r < p.rows ? static_cast<const unsigned char*>(p.row[r]) : nullptr;
+    for (int64_t step = 0; step < p.steps; step += kBlockSteps) {
+      const int64_t left = row ? p.count - 2 * step : 0;
       const __mmask32 valid = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-      const void* from = valid ? static_cast<const unsigned char*>(p.row[r]) + step * 4 : nullptr;
-      const __m512i x = valid ? _mm512_maskz_loadu_epi16(valid, from) : _mm512_setzero_si512();
-      _mm512_mask_storeu_epi32(p.out + (at - lane) * p.stride + r * kBlockSteps + lane,
-                               static_cast<__mmask16>((1u << steps) - 1), x);
-      step += steps;
+      const __m512i x = valid ? _mm512_maskz_loadu_epi16(valid, row + step * 4) : _mm512_setzero_si512();
+      _mm512_storeu_si512(p.out + step * p.stride + r * kBlockSteps, x);
     }
   }
 }
 
-// --- products ---------------------------------------------------------------------------------------------------------
+// --- products --------------------------------------------------------------------------------------------------------
 
 // One block of steps. The left operand is read once a pass and comes from the second-level cache; it should not push
 // the decoded weights out of the first.
 template <class Tiles, int kRowTiles, int kPanels>
 inline __attribute__((always_inline)) void add_products(const uint32_t* a, const uint32_t* b) {
-  each<kRowTiles>([&](auto r) { Tiles::template load_once<left_tile(r)>(a + r * kTileRows * kBlockSteps, kBlockBytes); });
+  each<kRowTiles>([&](auto r) {
+    Tiles::template load_once<left_tile(r)>(a + r * kTileRows * kBlockSteps, kBlockBytes);
+  });
   each<kPanels>([&](auto p) {
     constexpr int kPanel = p, kWeight = weight_tile(kRowTiles, kPanel);
     Tiles::template load<kWeight>(b + p * kPanelRows, kPanels * kPanelRows * 4);
@@ -151,7 +149,7 @@ void multiply(const MultiplyArgs& m) {
   m.panels > 1 ? multiply_tiles<Tiles, 1, 2>(m) : multiply_tiles<Tiles, 1, 1>(m);
 }
 
-// --- few rows ---------------------------------------------------------------------------------------------------------
+// --- few rows --------------------------------------------------------------------------------------------------------
 
 // Asks for tiles [first, first + count) of each panel. Past a panel's end that is the next panel's beginning.
 template <int kPanels>

@@ -33,10 +33,10 @@ class Gathered {
         panel_bytes_(tiles_of(args.weight.k) * tile_bytes(args.weight.format)) {
     const int pair = plan.shape.pair;
     // All channels at once where that is not much over a chunk, else as many as fill one.
-    const int64_t most_steps = int64_t{kChunkSteps} * 3 / 2 * pair;
+    const int64_t chunk = plan.k_chunk / pair, most_steps = chunk * 3 / 2 * pair;
     const int64_t most = taps_ > 1 && channels_ * taps_ <= most_steps
                              ? std::max<int64_t>(channels_, 1)
-                             : std::max<int64_t>(kChunkSteps / taps_, 1) * pair;
+                             : std::max<int64_t>(chunk / taps_, 1) * pair;
     int64_t first = 0;
     for (int64_t c = 0; c < channels_ || c == 0; c += most) {
       const int64_t count = std::min(most, channels_ - c);

@@ -22,16 +22,15 @@ constexpr int kChunkSteps = 128;
 enum class DType : int { float32 = 0, bfloat16 = 1 };
 constexpr int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
 
-// `count` elements from each of `rows` pointers → steps [first, first + steps) of out[step][stride]; steps from
-// ceil(count/pair) on, and rows from `rows` up to `stride`, are zero. Where Shape::block is more than 1, out is
-// [step / block][stride][step % block]: as many dwords, and from any multiple of `block` on at the same place.
+// `count` elements from each of `rows` pointers → out[step][stride]; steps from ceil(count/pair) up to `steps`, and rows
+// from `rows` up to `stride`, are zero. Where Shape::block is more than 1, `steps` is a multiple of it and out is
+// [step / block][stride][step % block]: a range of whole blocks is where it would be in [step][stride].
 struct PackArgs {
   const void* const* row;
   int rows, stride;
   int64_t count, steps;
   DType type;
   uint32_t* out;
-  int64_t first = 0;
 };
 
 // `tiles` tiles of `panels` panels → out[step][16·panels].

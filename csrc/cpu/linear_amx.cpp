@@ -1,5 +1,5 @@
-// The products on the processor's own tiles. gcc 12 knows no tile registers, and its _tile_loadconfig crashed at -O3: each
-// instruction is one line of assembly here, that also keeps the compiler's reads and writes of memory on their side.
+// The products on the processor's own tiles. gcc 12 knows no tile registers, and its _tile_loadconfig crashed at -O3:
+// each instruction is one line of assembly here, and keeps the compiler's own reads and writes of memory on their side.
 #include "amx_kernels.h"
 
 namespace {

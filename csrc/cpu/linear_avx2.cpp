@@ -77,7 +77,7 @@ struct Avx2 {
         }
         transpose(r);
         for (int i = 0; i < 8 && step + i < p.steps; ++i) {
-          _mm256_maskstore_epi32(reinterpret_cast<int*>(p.out + (p.first + step + i) * p.stride + first), stored,
+          _mm256_maskstore_epi32(reinterpret_cast<int*>(p.out + (step + i) * p.stride + first), stored,
                                  _mm256_castps_si256(r[i]));
         }
       }

@@ -49,7 +49,7 @@ struct Avx512 {
                      ? _mm512_maskz_loadu_epi16(valid, static_cast<const unsigned char*>(p.row[first + i]) + step * 4)
                      : _mm512_setzero_si512();
         }
-        transpose_store(r, p.out + (p.first + step) * p.stride + first, p.stride, static_cast<int>(least(16, p.steps - step)),
+        transpose_store(r, p.out + step * p.stride + first, p.stride, static_cast<int>(least(16, p.steps - step)),
                         stored);
       }
     }

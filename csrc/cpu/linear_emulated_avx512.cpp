@@ -1,5 +1,5 @@
-// The products on emulated tiles, for tests on machines without AMX. As strict as the processor: what would be an invalid
-// instruction there (no configuration, operands whose sizes do not fit) throws here.
+// The products on emulated tiles, for tests on machines without AMX. As strict as the processor: what would be an
+// invalid instruction there (no configuration, operands whose sizes do not fit) throws here.
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -66,7 +66,8 @@ struct EmulatedTiles {
     const int count = rows(kTile);
     std::memset(state.tile[kTile], 0, sizeof state.tile[kTile]);
     for (int r = 0; r < count; ++r) {
-      std::memcpy(state.tile[kTile][r], static_cast<const unsigned char*>(p) + r * bytes, state.config.row_bytes[kTile]);
+      const unsigned char* from = static_cast<const unsigned char*>(p) + r * bytes;
+      std::memcpy(state.tile[kTile][r], from, state.config.row_bytes[kTile]);
     }
   }
   template <int kTile>
@@ -81,8 +82,8 @@ struct EmulatedTiles {
     }
   }
 
-  // TDPBF16PS of Intel's manual: for each element the even k and the odd k are two chains of fused multiply-adds from 0;
-  // their sum is added to the element. Every result is rounded to nearest even and flushed.
+  // TDPBF16PS of Intel's manual: for each element the even k and the odd k are two chains of fused multiply-adds from
+  // 0; their sum is added to the element. Every result is rounded to nearest even and flushed.
   template <int kSum, int kLeft, int kRight>
   static void multiply_add() {
     const TileConfig& config = state.config;

@@ -82,7 +82,7 @@ struct Portable {
           std::memcpy(&word, from + step * 2, 2);
           bits = uint32_t{word} << 16;
         }
-        p.out[(p.first + step) * p.stride + r] = bits;
+        p.out[step * p.stride + r] = bits;
       }
     }
   }

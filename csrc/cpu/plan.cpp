@@ -14,8 +14,8 @@ constexpr int64_t kThreadWork = 1 << 18;
 constexpr int64_t kMostRows = 256;
 // Packed rows of a block, in bytes: they are read again for every 64 columns, from the third-level cache.
 constexpr int64_t kMostPacked = 8 << 20;
-// On AMX a product is so fast that they must come from the second-level cache (2 MB), but for fewer than 64 rows decoding
-// takes longer than multiplying. 16 tiles of k of 32 decoded columns are 32 KB.
+// On AMX a product is so fast that they must come from the second-level cache (2 MB), but for fewer than 64 rows
+// decoding takes longer than multiplying. 16 tiles of k of 32 decoded columns are 32 KB.
 constexpr int64_t kMostPackedAmx = 1 << 20;
 constexpr int64_t kLeastRowsAmx = 64;
 constexpr int64_t kChunkAmx = 16 * kTileK;

@@ -156,7 +156,7 @@ void check_all() {
       for (const auto& [n, k] : std::initializer_list<std::pair<int64_t, int64_t>>{{1, 1}, {17, 33}, {70, 31}, {33, 300}}) {
         const Matrix w(format, n, k);
         check_prepack(w);
-        for (const int64_t m : {1, 3, 5, 26}) check_linear(w, m, ++turn % 2 ? DType::float32 : DType::bfloat16);
+        for (const int64_t m : {1, 3, 5, 26, 70}) check_linear(w, m, ++turn % 2 ? DType::float32 : DType::bfloat16);
         // 15 octaves and 8 more of the factors do not fit 24 bits of a sum over rows.
         if (magnitudes(format) < 8) check_linear_dx(w, 9, ++turn % 2 ? DType::float32 : DType::bfloat16);
       }

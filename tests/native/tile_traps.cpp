@@ -127,8 +127,8 @@ bool carry_out(const Instruction& i) {
     return true;
   }
   if (i.opcode == 0x4B && i.mod != 3 && i.prefix != none) return move(tiles[i.reg], i, i.prefix == xF3);
-  if (i.opcode == 0x5C && i.mod == 3 && i.prefix == xF3) return dot_products(tiles[i.reg], tiles[i.rm], tiles[i.vvvv & 7]);
-  return false;
+  if (i.opcode != 0x5C || i.mod != 3 || i.prefix != xF3) return false;
+  return dot_products(tiles[i.reg], tiles[i.rm], tiles[i.vvvv & 7]);
 }
 
 void on_invalid_instruction(int, siginfo_t*, void* context_pointer) {
