@@ -118,7 +118,7 @@ class Gathered {
           patch(corner[r], piece, copies.get() + r * row_bytes_);
         }
       }
-      kernels_.pack({row, rows, rows, piece.count * taps_, chunks_[c].steps, args_.type, out, chunks_[c].first});
+      kernels_.pack({row, rows, rows, piece.count * taps_, chunks_[c].steps, args_.type, out + chunks_[c].first * rows});
     }
   }
 
