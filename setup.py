@@ -28,6 +28,12 @@ ISA_FLAGS = {"avx2": _AVX2, "avx512": _AVX512, "amx": f"{_AVX512} -mamx-tile -ma
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -DNDEBUG"
 
 
+def isa_flags(source: Path) -> str:
+    """The flags of a file named ``*_avx2.cpp``, ``*_avx512.cpp`` or ``*_amx.cpp``; none for any other."""
+    stem, _, isa = source.stem.rpartition("_")
+    return ISA_FLAGS.get(isa, "") if stem else ""
+
+
 def torch_include() -> Path:
     """Where torch's headers are; found without importing torch, which takes seconds."""
     spec = importlib.util.find_spec("torch")
@@ -58,8 +64,7 @@ def ninja_file(include: Path, compiler: str, output: Path) -> str:
     ]
     objects = []
     for source in sorted([*csrc.glob("cpu/*.cpp"), *csrc.glob("register_cpu*.cpp")]):
-        isa = source.stem.rpartition("_")[2]
-        more = ISA_FLAGS.get(isa, "")
+        more = isa_flags(source)
         if more and not x86:
             continue
         if source.parent == csrc:
@@ -104,7 +109,9 @@ class build_ext(_build_ext):
                 shutil.copy(built / name, target / name)
 
     def _build(self, output: Path) -> None:
-        compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+        compiler = os.environ.get("CXX", "").strip() or next(
+            filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None
+        )
         if compiler is None or shutil.which(compiler.split()[0]) is None:
             raise RuntimeError(f"no C++ compiler was found ({compiler or 'c++, g++, clang++'}; CXX names one)")
         try:

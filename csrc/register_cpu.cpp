@@ -1,4 +1,4 @@
-// The operators inq_cpu::*, and the only file of the CPU library that knows torch: its stable ABI alone, so that one
+// The operators inq_cpu::*. Only the register_cpu*.cpp files and register.h know torch: its stable ABI alone, so that one
 // build serves every torch from 2.11 on. Everything here is checking, allocation and a call into cpu/.
 #include <optional>
 #include <string>
@@ -32,7 +32,7 @@ using inq::Format;
 std::string isa() { return name(current_isa()); }
 std::string detected() { return name(detected_isa()); }
 std::string missing() { return why_not_better(); }
-std::string use_isa(std::string text) { return name(set_isa(isa_from_name(text))); }
+std::string use_isa(std::string text) { return name(set_isa(isa_from_name(text, "set_isa"))); }
 
 // For tests alone: isa amx on emulated tiles (cpu/amx.h). Returns the isa in use.
 std::string emulate_amx_op(bool on, bool wrong) {

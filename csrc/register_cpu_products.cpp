@@ -127,9 +127,12 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   if (groups < 1 || x.size(1) % groups != 0) {
     fail("conv2d: groups", "a divisor of " + std::to_string(x.size(1)), std::to_string(groups));
   }
+  // Below 2^31 no product or sum of them can overflow.
   auto two = [](const char* name, const std::vector<int64_t>& values, int64_t least, int64_t (&to)[2]) {
-    if (values.size() != 2 || values[0] < least || values[1] < least) {
-      fail(std::string("conv2d: ") + name, "two of at least " + std::to_string(least), text_of(values));
+    auto outside = [&](int64_t value) { return value < least || value > INT32_MAX; };
+    if (values.size() != 2 || outside(values[0]) || outside(values[1])) {
+      fail(std::string("conv2d: ") + name, "two of at least " + std::to_string(least) + " and under 2^31",
+           text_of(values));
     }
     std::copy(values.begin(), values.end(), to);
   };
@@ -166,8 +169,11 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
 
 std::string plan_op(std::string op, int64_t m, int64_t n, int64_t k, std::string dtype, int64_t bits, std::string isa,
                     int64_t threads) {
+  check_at_least("plan: m", m, 0);
+  check_at_least("plan: n", n, 0);
+  check_at_least("plan: k", k, 0);
   return to_string(plan({op_from_name(op), m, n, k, dtype_from_name(dtype), format_of("plan", bits, false).bits,
-                         isa_from_name(isa), static_cast<int>(threads)}));
+                         isa_from_name(isa, "plan: isa"), static_cast<int>(threads)}));
 }
 
 }  // namespace

@@ -123,7 +123,7 @@ void check_count(const std::string& where, const std::vector<Tensor>& list, size
 float* state_of(const std::string& where, const Tensor& state, const Tensor& w) {
   check_memory(where, state);
   check_dtype(where, state, ScalarType::Float);
-  if (state.numel() != w.numel()) fail(where, "shape " + shape_of(w) + " of its parameter", shape_of(state));
+  if (sizes_of(state) != sizes_of(w)) fail(where, "shape " + shape_of(w) + " of its parameter", shape_of(state));
   return static_cast<float*>(state.mutable_data_ptr());
 }
 
@@ -147,7 +147,7 @@ std::vector<StepTensor> step_tensors(const std::string& op, const std::vector<Te
     if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where("params"), "float32 or bfloat16", type_of(w));
     check_memory(where("grads"), grad);
     check_dtype(where("grads"), grad, w.scalar_type());
-    if (grad.numel() != w.numel()) fail(where("grads"), "shape " + shape_of(w) + " of its parameter", shape_of(grad));
+    if (sizes_of(grad) != sizes_of(w)) fail(where("grads"), "shape " + shape_of(w) + " of its parameter", shape_of(grad));
     const bool masked = masks[i].numel() != 0;
     if (masked) check_bits(where("masks"), masks[i], w.numel());
     result.push_back({w.mutable_data_ptr(), grad.data_ptr(), bfloat16,

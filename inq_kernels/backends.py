@@ -136,6 +136,7 @@ def _attach(op: str) -> None:
     # unpack has no float tensor among its arguments; codes alone are moved in no dtype.
     dtype_at = next((i for i, argument in enumerate(arguments) if argument.name == "dtype"), None)
     bytes_only = op in ("prepack", "unprepack")
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info is not None]
 
     def call(*args):
         like = args[0]
@@ -144,11 +145,20 @@ def _attach(op: str) -> None:
                 return None
             like = next((t for t in like if t.dtype not in cpu.DTYPES), like[0])
         dtype = torch.float32 if bytes_only else like.dtype if dtype_at is None else args[dtype_at]
-        if choose(op, like, dtype, args[-1] if forced else "") == "cpu":
-            return on_cpu(*args)
-        return plain(*args)
+        if choose(op, like, dtype, args[-1] if forced else "") != "cpu":
+            return plain(*args)
+        result = on_cpu(*args)
+        for i in written:
+            _count_as_written(args[i])
+        return result
 
     library.implement(op, call)
+
+
+def _count_as_written(tensors: Tensor | list[Tensor]) -> None:
+    """What a torch operator does to the tensors that it changes: autograd notices if it needed their old values."""
+    tensors = [t for t in (tensors if isinstance(tensors, list) else [tensors]) if not t.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
 
 
 for _op in library.SCHEMAS:

@@ -74,6 +74,7 @@ class _PackedModule:
             known is not None
             and (known.weight is weight and known.weight_exp is weight_exp and known.weight_scale is weight_scale)
             and (known.format is self.format and known.shape is self.shape)
+            and known.layout == layout_of(weight)
         ):
             return known
         packed = PackedWeight(weight, weight_exp, weight_scale, self.format, self.shape, layout_of(weight))
@@ -164,26 +165,34 @@ class _PackedModule:
         return super().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        # Another device may have no kernel for this one's layout; the next call lays out again.
-        self._lay_out(STORAGE)
         # .half() and .to(dtype) are for activations and bias: the row scale stays float32 and keeps its bits.
         scale = self.weight_scale
         if scale is None:
-            return super()._apply(fn, recurse)
-        self.register_parameter("weight_scale", None)
-        try:
             super()._apply(fn, recurse)
-            moved = fn(scale.detach())
-            if moved.dtype != torch.float32:
-                moved = scale.detach().to(moved.device)
-            scale = nn.Parameter(moved, requires_grad=False)
-        finally:
-            # Also when there is no such device, or no memory on it: without it the outputs would be others.
-            self.register_parameter("weight_scale", scale)
+        else:
+            self.register_parameter("weight_scale", None)
+            try:
+                super()._apply(fn, recurse)
+                moved = fn(scale.detach())
+                if moved.dtype != torch.float32:
+                    moved = scale.detach().to(moved.device)
+                scale = nn.Parameter(moved, requires_grad=False)
+            finally:
+                # Also when there is no such device, or no memory on it: without it the outputs would be others.
+                self.register_parameter("weight_scale", scale)
+        # The layout of one device's kernels is nothing to another's.
+        if layout_of(self.weight) != backends.preferred_layout(self.weight.device.type):
+            self._lay_out(STORAGE)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        laid_out = layout_of(self.weight) != STORAGE
         self._lay_out(STORAGE)
+        self._load_stored(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if laid_out:
+            self.prepack()
+
+    def _load_stored(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         # torch would copy a float weight into uint8, value by value, wherever the shapes happen to agree.
         expected = {"weight": torch.uint8, "weight_exp": torch.int8, "weight_scale": torch.float32}
         found = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
@@ -320,8 +329,9 @@ def _conv_arguments(m: nn.Conv2d) -> tuple:
 def prepack(model: nn.Module) -> nn.Module:
     """Lay out the weights of all packed modules in ``model`` for the kernels of their device, in place.
 
-    A module does it at its first call; do it before ``torch.compile``, which cannot, or where the first call shall be
-    as fast as the others. ``state_dict`` and files have the storage layout all the same.
+    ``convert`` and ``load`` have done it, and a module does it at its first call; do it before ``torch.compile``, which
+    cannot, or where the first call shall be as fast as the others. A laid out module has a new ``weight`` Parameter:
+    packed modules that shared one have one each then. ``state_dict`` and files have the storage layout all the same.
 
     Args:
         model: any module; what is not packed is left alone.

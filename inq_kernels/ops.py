@@ -62,6 +62,12 @@ class PackedWeight:
         _expect("weight_exp", self.weight_exp, torch.int8, (n, 1))
         if self.weight_scale is not None:
             _expect("weight_scale", self.weight_scale, torch.float32, (n, 1))
+        # A part on the meta device would make an operator return memory that nobody wrote.
+        device = self.weight.device
+        for name in ("weight_exp", "weight_scale"):
+            part = getattr(self, name)
+            if part is not None and part.device != device:
+                raise ValueError(f"{name}: expected device {device} of the weight, got {part.device}")
 
     @property
     def k(self) -> int:
@@ -461,7 +467,8 @@ def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """y = (x · Wᵀ) · row scale + bias, W of equation (4); accumulated in float32 (float64 for float64), rounded once to
     x's dtype. Products are of x and W / 2^n1; the sum is multiplied by 2^n1 and then by the row scale, in float32, so a
-    sum or a product past 2^128 overflows even where a later factor would bring it back.
+    sum or a product past 2^128 overflows even where a later factor would bring it back. For bfloat16 x the processor's
+    own bfloat16 products (AVX-512 BF16, AMX) take subnormal x as 0, as they do in torch's dense product.
 
     Args:
         x: float [..., K], any strides, batch 0 included; under autocast its autocast dtype is used.
@@ -498,6 +505,8 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"inq.conv2d: {name}: expected one int ≥ {least} or two, got {value!r}")
+    if max(pair) >= 1 << 31:
+        raise ValueError(f"inq.conv2d: {name}: expected ints under 2^31, got {value!r}")
     return pair
 
 

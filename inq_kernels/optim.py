@@ -57,7 +57,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Args:
             param: one of the optimizer's parameters.
             mask: uint8 [ceil(numel/8)], bit i%8 of byte i//8 for flat index i (bits after the last weight do not
-                matter); it is not copied. None: all weights move.
+                matter); it is not copied if it is contiguous. None: all weights move.
 
         Raises:
             ValueError: ``param`` is not one of them, or the mask's size is another. TypeError: its dtype is.
@@ -73,14 +73,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
         size = [(param.numel() + 7) // 8]
         if list(mask.shape) != size:
             raise ValueError(f"{self._name()}.set_mask: mask: expected shape {size}, got {list(mask.shape)}")
-        self._masks[param] = mask
+        if mask.device.type == "meta":
+            raise ValueError(f"{self._name()}.set_mask: mask: expected one with values, got one on the meta device")
+        self._masks[param] = mask.contiguous()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all parameters that have a gradient; ``closure`` as in torch.optim. Returns the closure's value.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse or of another dtype than its parameter, or the state is another
+                optimizer's.
         """
         loss = None
         if closure is not None:
@@ -96,6 +99,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
                         f"{self._name()}: gradient of a parameter of shape {list(p.shape)}: expected a dense one, "
                         f"got {p.grad.layout}"
                     )
+                if p.grad.dtype != p.dtype:
+                    raise RuntimeError(
+                        f"{self._name()}: gradient of a parameter of shape {list(p.shape)}: expected {p.dtype}, "
+                        f"got {p.grad.dtype}"
+                    )
                 alike.setdefault((p.device, p.dtype, self._progress(p, group)), []).append(p)
             for (device, _, progress), params in alike.items():
                 none = torch.empty(0, dtype=torch.uint8, device=device)
@@ -104,7 +112,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch.optim.Optimizer's, but state stays float32: torch would round that of 16-bit parameters to 16 bits."""
+        """torch.optim.Optimizer's, but state stays float32: torch would round that of 16-bit parameters to 16 bits.
+
+        Raises:
+            ValueError: the groups lack one of this optimizer's hyperparameters, or have others: another's state.
+        """
+        for group in state_dict["param_groups"]:
+            if lacking := sorted(self.defaults.keys() - group.keys()):
+                raise ValueError(f"{self._name()}.load_state_dict: expected a hyperparameter {lacking[0]!r}, got none")
+            if group.get("amsgrad") or group.get("decoupled_weight_decay") is False:
+                raise ValueError(
+                    f"{self._name()}.load_state_dict: expected decoupled weight decay without amsgrad, got another"
+                )
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -187,15 +206,17 @@ class SGD(MaskedOptimizer):
 
     def _progress(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether this is the first step with a momentum."""
-        if not group["momentum"] or self.state[p].get("momentum_buffer") is not None:
-            return False
-        self.state[p]["momentum_buffer"] = self._new_state(p)
-        return True
+        return bool(group["momentum"]) and self.state[p].get("momentum_buffer") is None
 
     def _step(self, group, progress, params, grads, masks):
-        buffers = [self.state[p]["momentum_buffer"] for p in params] if group["momentum"] else []
+        buffers = []
+        if group["momentum"]:
+            buffers = [self._new_state(p) if progress else self.state[p]["momentum_buffer"] for p in params]
         numbers = (float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay"))
         _op.masked_sgd_(params, grads, buffers, masks, *numbers, group["nesterov"], group["maximize"], progress)
+        if progress:  # only now: a step that failed has not been the first
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
 
 
 class AdamW(MaskedOptimizer):
@@ -231,7 +252,13 @@ class AdamW(MaskedOptimizer):
     def _progress(self, p: Tensor, group: dict[str, Any]) -> int:
         """The number of this step, from 1."""
         state = self.state[p]
-        if not state:
+        missing = [name for name in ("step", *self._state_names) if name not in state]
+        if missing and len(missing) <= len(self._state_names):
+            raise RuntimeError(
+                f"{self._name()}: state of a parameter of shape {list(p.shape)}: expected step, exp_avg "
+                f"and exp_avg_sq, got no {missing[0]}: the state of another optimizer?"
+            )
+        if missing:
             # A tensor on the CPU, as torch.optim has it.
             state["step"] = torch.zeros(())
             for name in self._state_names:

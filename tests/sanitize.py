@@ -45,7 +45,7 @@ def ninja_file(settings, flags: str) -> str:
     tests = sorted(NATIVE.glob("test_*.cpp"))
     shared = []
     for source in [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), *sorted(NATIVE.glob("*.cpp"))]:
-        more = settings.ISA_FLAGS.get(source.stem.rpartition("_")[2], "")
+        more = settings.isa_flags(source)
         lines += [f"build {source.stem}.o: compile {source}", f"  more = {more}"]
         if source not in tests:
             shared.append(f"{source.stem}.o")

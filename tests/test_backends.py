@@ -17,7 +17,12 @@ def test_a_backend_that_is_there_is_taken(requested):
 def test_no_request_gets_one_that_is_there():
     nothing_else = {**dict.fromkeys(BACKENDS, "not built"), "reference": None}
     assert select("linear", "", nothing_else) == "reference"
-    assert HERE[select("linear", "", HERE)] is None
+    assert select("linear", "", HERE) == "cpu"
+    assert select("linear", "", HERE, "cuda") == select("linear", "", HERE, dtype=torch.float16) == "reference"
+    with pytest.raises(BackendError, match="it computes on the CPU, got tensors on cuda"):
+        select("linear", "cpu", HERE, "cuda")
+    with pytest.raises(BackendError, match="it computes in float32 and bfloat16, got torch.float16"):
+        select("linear", "cpu", HERE, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("requested", ["triton", "cuda"])

@@ -360,3 +360,11 @@ def test_a_row_scale_takes_no_gradient():
     packed.weight_scale.requires_grad_()
     with pytest.raises(ValueError, match="^inq.conv2d: weight_scale: expected requires_grad=False"):
         inq.conv2d(torch.ones(1, 3, 5, 5), packed)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("name", "value"), [("padding", 2**63 - 1), ("padding", 2**31), ("dilation", 2**62 + 1)])
+def test_numbers_that_would_overflow_are_refused(name, value, backend):
+    packed = random_packed(inq.Format(4), 4, 1, 1, 1)
+    with pytest.raises(ValueError, match=rf"inq.conv2d: {name}: expected ints under 2\^31, got"):
+        inq.conv2d(torch.randn(1, 4, 5, 5), packed, groups=4, backend=backend, **{name: (1, value)})

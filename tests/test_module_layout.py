@@ -78,8 +78,10 @@ def test_prepack_walks_a_model(x):
     model = nn.Sequential(nn.Linear(70, 20), nn.ReLU(), nn.Conv1d(1, 1, 1))
     inq.convert(model, FMT, skip="2")
     assert layout(model[0]) == "cpu16"
+    # What reads the weight directly finds the same layout after loading: a compiled model would not lay out again.
     model.load_state_dict(model.state_dict())
-    assert layout(model[0]) == "storage"
+    assert layout(model[0]) == "cpu16"
+    model[0]._lay_out("storage")
     assert inq.prepack(model) is model
     assert layout(model[0]) == "cpu16"
     with pytest.raises(TypeError, match=r"^inq.prepack: model: expected a torch.nn.Module, got PackedWeight$"):
@@ -129,13 +131,29 @@ def test_copies_and_pickles(layer, x):
 def test_moves_and_casts(layer, x):
     y = layer(x)
     layer.to(torch.bfloat16)
-    assert layout(layer) == "storage"
+    assert layout(layer) == "cpu16"
     assert layer.bias.dtype == torch.bfloat16
     assert layer(x).dtype == torch.float32
     layer.float()
     assert torch.allclose(layer(x), y, atol=0.01)
+    layer.share_memory()
+    layer(x)
+    assert layer.weight.is_shared()
     meta = layer.to("meta")
     assert tuple(meta.weight.shape) == (20, 45)
+
+
+def test_a_parameter_that_is_given_other_data(layer, x):
+    y, stored = layer(x), layer.state_dict()["weight"]
+    layer.weight.data = stored.clone()
+    assert layer.packed.layout == "storage"
+    assert same_bits(layer(x), y)
+
+
+def test_all_parts_are_on_one_device(layer):
+    packed = layer.packed
+    with pytest.raises(ValueError, match=r"^weight_exp: expected device cpu of the weight, got meta$"):
+        inq.PackedWeight(packed.weight, packed.weight_exp.to("meta"), None, FMT, packed.shape)
 
 
 def test_inference_mode_leaves_nothing_behind(layer, x):

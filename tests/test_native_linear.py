@@ -242,7 +242,10 @@ def test_errors_say_what_was_wrong():
         (lambda: ops.linear(x, weight, exponent, None, None, 5, False), r"weight: .*\[2, 2, 320\], got .*256"),
         (lambda: ops.linear(x, weight, exponent[:19], None, torch.zeros(3), 4, False), r"bias: expected \[19\], got"),
         (lambda: ops.linear(x, weight, exponent.int(), None, None, 4, False), "weight_exp: expected int8, got int32"),
-        (lambda: ops.linear(x, weight, exponent, torch.ones(3), None, 4, False), r"weight_scale: expected shape \[20, 1\], got"),
+        (
+            lambda: ops.linear(x, weight, exponent, torch.ones(3), None, 4, False),
+            r"weight_scale: expected shape \[20, 1\], got",
+        ),
         (lambda: ops.linear(x, weight, exponent, None, None, 6, False), "bits: expected 2 to 5, got 6"),
         (lambda: ops.prepack(packed.weight, 48, 4, False), r"prepack: weight: .*\[20, 24\], got .*\[20, 20\]"),
         (lambda: ops.unprepack(weight, 33, 40, 4, False), r"unprepack: weight: .*\[3, 2, 256\], got .*\[2, 2, 256\]"),
@@ -392,7 +395,9 @@ def test_conv2d_errors():
     cases = [
         ((x[0], (3, 3), one, zero, one, 2), r"x: expected \[B, C, H, W\], got \[4, 5, 5\]"),
         ((x, (3, 3), one, zero, one, 3), "groups: expected a divisor of 4, got 3"),
-        ((x, (3, 3), zero, zero, one, 2), r"stride: expected two of at least 1, got \[0, 0\]"),
+        ((x, (3, 3), zero, zero, one, 2), r"stride: expected two of at least 1 and under 2\^31, got \[0, 0\]"),
+        ((x, (3, 3), one, (0, 2**31), one, 2), "padding: expected two of at least 0 and under 2"),
+        ((x, (3, 3), one, zero, (2**62 + 1, 1), 2), "dilation: expected two of at least 1 and under 2"),
         ((x[:, :, :2], (3, 3), one, zero, one, 2), "x: expected an image at least as large as the kernel"),
         ((x, (4, 5), one, zero, one, 2), r"weight: expected shape \[1, 2, 256\], got \[1, 1, 256\]"),
     ]

@@ -341,7 +341,10 @@ def test_errors():
         (lambda: threshold(w, mask.int(), None, 1, False, 0), "mask: expected uint8, got int32"),
         (lambda: threshold(w.double(), mask, None, 1, False, 0), "w: expected float32 or bfloat16, got float64"),
         (lambda: threshold(w.T, mask, None, 1, False, 0), "w: expected a contiguous tensor"),
-        (lambda: leaf.exponents(w.half(), 5, False, False, True), "exponents: w: expected float32 or bfloat16, got float16"),
+        (
+            lambda: leaf.exponents(w.half(), 5, False, False, True),
+            "exponents: w: expected float32 or bfloat16, got float16",
+        ),
         (lambda: leaf.exponents(w[:0], 5, False, False, True), "exponents: w: expected rank ≥ 1 and at least one"),
         (lambda: leaf.exponents(w, 6, False, False, True), "exponents: bits: expected 2 to 5, got 6"),
         (lambda: quantize(w, mask, n1[:3], none, *tail), r"n1: expected shape \[4, 1\], got \[3, 1\]"),

@@ -315,3 +315,48 @@ def test_a_resumed_run_goes_on_bit_for_bit(make, dtype, tmp_path):
         go_on(*objects)
     for (name, value), other in zip(net.state_dict().items(), resumed[0].state_dict().values(), strict=True):
         assert same_bits(value, other), name
+
+
+@pytest.mark.parametrize("make", [inq.optim.SGD, inq.optim.AdamW])
+def test_autograd_notices_a_step_between_forward_and_backward(make):
+    w = torch.nn.Parameter(torch.ones(4))
+    optimizer = make([w], lr=0.5)
+    w.sum().backward()
+    out = (w * w).sum()
+    before = w._version
+    optimizer.step()
+    assert w._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_another_optimizers_state_is_refused():
+    w = torch.nn.Parameter(torch.ones(4))
+    other = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    w.sum().backward()
+    other.step()
+    optimizer = inq.optim.AdamW([w])
+    with pytest.raises(ValueError, match="load_state_dict: expected a hyperparameter 'betas', got none"):
+        optimizer.load_state_dict(other.state_dict())
+    coupled = torch.optim.Adam([w], weight_decay=0.1)
+    with pytest.raises(ValueError, match="expected decoupled weight decay without amsgrad, got another"):
+        optimizer.load_state_dict(coupled.state_dict())
+    optimizer.state[w]["exp_avg"] = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="expected step, exp_avg and exp_avg_sq, got no step"):
+        optimizer.step()
+
+
+def test_masks_and_gradients_that_do_not_fit():
+    w = torch.nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
+    optimizer = inq.optim.SGD([w], lr=1.0)
+    with pytest.raises(ValueError, match="set_mask: mask: expected one with values, got one on the meta device"):
+        optimizer.set_mask(w, torch.zeros(4, dtype=torch.uint8, device="meta"))
+    optimizer.set_mask(w, torch.tensor([255, 9, 0, 9, 0, 9, 0, 9], dtype=torch.uint8)[::2])
+    w.sum().backward()
+    optimizer.step()
+    assert w.tolist() == [1.0] * 8 + [0.0] * 24
+    w.grad = None
+    w.grad_dtype = torch.float32
+    w.grad = torch.ones(32)
+    with pytest.raises(RuntimeError, match="expected torch.bfloat16, got torch.float32"):
+        optimizer.step()

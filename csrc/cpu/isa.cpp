@@ -81,7 +81,7 @@ Isa checked(Isa isa, const char* where) {
 Isa initial() {
   const char* forced = std::getenv("INQ_CPU_ISA");
   if (forced == nullptr || *forced == '\0') return detected_isa();
-  return checked(isa_from_name(forced), "INQ_CPU_ISA");
+  return checked(isa_from_name(forced, "INQ_CPU_ISA"), "INQ_CPU_ISA");
 }
 
 std::atomic<Isa>& current() {
@@ -95,11 +95,11 @@ std::atomic<bool> emulated{false};
 
 const char* name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-Isa isa_from_name(const std::string& text) {
+Isa isa_from_name(const std::string& text, const char* where) {
   for (int i = 0; i < kIsaCount; ++i) {
     if (text == kNames[i]) return static_cast<Isa>(i);
   }
-  throw std::invalid_argument("INQ_CPU_ISA: expected portable, avx2, avx512 or amx, got \"" + text + "\"");
+  throw std::invalid_argument(std::string(where) + ": expected portable, avx2, avx512 or amx, got \"" + text + "\"");
 }
 
 Isa detected_isa() { return detection().isa; }

@@ -18,8 +18,8 @@ constexpr int kIsaCount = 4;
 
 const char* name(Isa isa);
 
-// The Isa of that name; std::invalid_argument for any other text.
-Isa isa_from_name(const std::string& text);
+// The Isa of that name; std::invalid_argument, which begins with `where`, for any other text.
+Isa isa_from_name(const std::string& text, const char* where);
 
 // The best that this machine, its operating system and this build have.
 Isa detected_isa();

@@ -15,7 +15,7 @@ void pack_stream(const LinearArgs& args, const Plan& plan, uint32_t* a) {
   const int64_t k = args.weight.k, row_bytes = k * size_of(args.type);
   const Kernels& kernels = kernels_of(plan);
   if (plan.stream_rows == 1 && size_of(args.type) * plan.shape.pair == 4) {
-    std::memcpy(a, args.x, static_cast<size_t>(row_bytes));
+    if (k > 0) std::memcpy(a, args.x, static_cast<size_t>(row_bytes));
     std::memset(reinterpret_cast<unsigned char*>(a) + row_bytes, 0,
                 static_cast<size_t>(tiles_of(k) * kTileK * size_of(args.type) - row_bytes));
     return;

@@ -53,7 +53,9 @@ std::vector<uint32_t> collect(const KeySource& source, uint32_t prefix, int shif
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * kBlock, end = std::min(begin + kBlock, source.w.numel);
       const int64_t found = select(source, begin, end, shift, prefix, keys);
-      std::copy(keys, keys + found, all.begin() + next.fetch_add(found, std::memory_order_relaxed));
+      const int64_t at = next.fetch_add(found, std::memory_order_relaxed);
+      // Somebody who writes to the weights meanwhile gets a wrong threshold, but nothing is written out of bounds.
+      if (at + found <= total) std::copy(keys, keys + found, all.begin() + at);
     }
   });
   return all;
@@ -62,7 +64,7 @@ std::vector<uint32_t> collect(const KeySource& source, uint32_t prefix, int shif
 // The digit of the `count`-th largest; `count` becomes how many of that digit are still to be selected.
 uint32_t digit_of(const std::vector<int64_t>& counts, int64_t& count) {
   uint32_t digit = static_cast<uint32_t>(counts.size()) - 1;
-  while (counts[digit] < count) count -= counts[digit--];
+  while (digit > 0 && counts[digit] < count) count -= counts[digit--];
   return digit;
 }
 

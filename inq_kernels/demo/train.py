@@ -257,7 +257,7 @@ def _quantize(row: Row, seed: int, trainer: _Trainer, places: Places) -> dict:
         "curve": curve,
         "layers": layers,
         "weights": sum(m.packed.k * m.shape[0] for m in packed),
-        "weight_bytes": sum(m.weight.numel() + m.weight_exp.numel() for m in packed),
+        "weight_bytes": sum(m.state_dict()["weight"].numel() + m.weight_exp.numel() for m in packed),
     }
 
 
