@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import machine
 from .case import DTYPES, Context, attempt, nbytes, runner
 from .timing import Runner
 from .weights import RandomWeights
 
 INT4_GROUP = 128
-# Above these they cost more than they tell: int4 is slower than dense from M = 64 on, fp32 and int8 compete with few.
-MAX_M = {"int4": 64, "int8": 256, "float32": 256}
+# Above these they cost more than they tell: int4 is slower than dense from M = 64 on, int8 and a dense product in
+# another dtype than x's compete with few.
+MAX_M = {"int4": 64, "int8": 256, "float32": 256, "bfloat16": 256}
 
 
 def linear_baselines(context: Context, w: RandomWeights, m: int, dtype: str, x: Tensor) -> dict[str, Runner | str]:
@@ -67,7 +67,7 @@ def _int8(context: Context, w: RandomWeights, x: Tensor) -> Runner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, and still what there is
             q = torch.quantize_per_tensor(dense, float(dense.abs().max()) / 127, 0, torch.qint8)
-            return [torch.ops.quantized.linear_prepack(q, None) for _ in range(machine.copies(w.n * w.k))]
+            return [torch.ops.quantized.linear_prepack(q, None) for _ in range(context.rotation(w.n * w.k))]
 
     weights = context.get("int8", pack)
     mine = x.float()

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class Request:
     """Which cases are wanted. Empty tuples stand for the grid's own; ``isa`` is "native" or what the machine is held
-    down to, where only products on the main shape are repeated."""
+    down to, where only products are repeated."""
 
     quick: bool = False
     isa: str = "native"
@@ -75,9 +75,11 @@ class Context:
         self.backend = backend
         self._group: Hashable = None
         self._kept: dict[Hashable, object] = {}
+        self.inside_cache = False  # whether copies since ``enter`` fit into the cache together
 
     def enter(self, group: Hashable) -> None:
         """Forget the data of another group."""
+        self.inside_cache = False
         if group != self._group or group is None:
             self._kept.clear()
         self._group = group
@@ -88,14 +90,17 @@ class Context:
             self._kept[key] = make()
         return self._kept[key]
 
+    def rotation(self, size: int) -> int:
+        """How many copies of ``size`` bytes to go round: they exceed the caches, unless it would take too many."""
+        count = machine.copies(size)
+        self.inside_cache |= count * size <= machine.last_level_cache()
+        return count
+
     def copies(self, key: Hashable, make: Callable[[], Tensor]) -> list[Tensor]:
-        """A tensor and as many clones of it as exceed the caches together."""
-
-        def build() -> list[Tensor]:
-            first = make()
-            return [first, *(first.clone() for _ in range(machine.copies(nbytes(first)) - 1))]
-
-        return self.get(key, build)
+        """A tensor and as many clones of it as ``rotation`` says."""
+        first = self.get((key, "first"), make)
+        count = self.rotation(nbytes(first))
+        return self.get(key, lambda: [first, *(first.clone() for _ in range(count - 1))])
 
 
 def attempt(build: Callable[[], Runner]) -> Runner | str:

@@ -6,11 +6,13 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..backends import BACKENDS
@@ -34,6 +36,8 @@ def _positive(kind: type) -> Callable[[str], float]:
         value = kind(text)
         if not value > 0:
             raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's messages name it
@@ -91,10 +95,14 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         if args.compare:
-            print(compare.compare(*map(report.read, args.compare)))
+            files = [report.read(path) for path in args.compare]
+            with _whole(*args.compare):
+                print(compare.compare(*files))
             return 0
         if args.bars not in (None, True):
-            return _bars(report.read(args.bars))
+            results = report.read(args.bars)
+            with _whole(args.bars):
+                return _bars(results)
         if args.section:
             isa, path = args.section
             Path(path).write_text(json.dumps(_section(args, isa)))
@@ -103,6 +111,16 @@ def run(args: argparse.Namespace) -> int:
     except (BenchError, OSError, ValueError) as error:
         print(f"inq bench: {error}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _whole(*paths: Path) -> Iterator[None]:
+    """Sections and rows are read as they are used: what is missing there, or of another type, is the file's mistake."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
+        names = " or ".join(map(str, paths))
+        raise BenchError(f"{names}: expected rows of inq bench, got others: {type(error).__name__}: {error}") from error
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -192,8 +210,11 @@ def _bars(results: dict) -> int:
     def number(value: float | None, unit: str) -> str:
         return "-" if value is None else f"{value:.3g} {unit}".strip()
 
-    cells = [(b["name"], number(b["limit"], b["unit"]), number(b["value"], b["unit"]), b["status"]) for b in found]
-    print(render(("bar", "limit", "worst", "status"), cells))
+    cells = [
+        (b["name"], number(b["limit"], b["unit"]), number(b["value"], b["unit"]), str(b["rows"]), b["status"])
+        for b in found
+    ]
+    print(render(("bar", "limit", "worst", "rows", "status"), cells))
     counts = {word: sum(b["status"].startswith(word) for b in found) for word in ("pass", "fail", "open")}
     print(", ".join(f"{count} {word}" for word, count in counts.items()))
     return 1 if counts["fail"] else 0

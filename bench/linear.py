@@ -14,15 +14,20 @@ from .weights import bits_in_use, rotated
 def _grid(request: Request) -> Iterator[tuple[int, int, int, str, int]]:
     """(K, N, bits, dtype, M) of ``linear``."""
     held_down = request.isa != "native"
-    wanted = request.shapes or (shapes.SHAPES[:1] if request.quick or held_down else shapes.SHAPES)
+    wanted = request.shapes or (shapes.SHAPES[:1] if request.quick else shapes.SHAPES)
     for k, n in wanted:
-        for bits in request.bits or (4, 5):
+        # Held down, the other shapes are sampled.
+        few = held_down and not request.shapes and (k, n) != shapes.MAIN
+        for bits in request.bits or ((4,) if few else (4, 5)):
             # Without AVX-512 there is no bfloat16 arithmetic: float32 is the dtype to compare there.
             for dtype in request.dtypes or (("float32",) if request.isa == "avx2" else ("bfloat16",)):
-                grid = shapes.MS_QUICK if request.quick else shapes.MS_MAIN if (k, n) == shapes.MAIN else shapes.MS
+                grid = shapes.MS_MAIN if (k, n) == shapes.MAIN else shapes.MS_FEW if few else shapes.MS
+                grid = shapes.MS_QUICK if request.quick else grid
+                # Held down to AVX2, torch's bfloat16 product is slower than that of float32.
+                most = shapes.MAX_FLOPS["float32" if request.isa == "avx2" else dtype]
+                if (k, n) == shapes.MAIN and (request.isa, dtype) == ("avx2", "float32"):
+                    most = shapes.MAX_FLOPS_AVX2_MAIN
                 for m in request.ms or grid:
-                    # Held down to AVX2, torch's bfloat16 product is slower than that of float32.
-                    most = shapes.MAX_FLOPS["float32" if request.isa == "avx2" else dtype]
                     if request.ms or 2.0 * m * n * k <= most:
                         yield k, n, bits, dtype, m
 

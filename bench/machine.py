@@ -20,6 +20,7 @@ from .. import cpu
 
 _PACKAGE = Path(__file__).resolve().parent
 _FALLBACK_CACHE = 64 << 20
+MAX_COPIES = 64
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512_fp16")
 _FLAGS += ("avx_vnni", "amx_tile", "amx_bf16", "amx_int8")
 # What holds our kernels and torch's (ATen, oneDNN, MKL, FBGEMM) down to one set of instructions, on both sides alike.
@@ -56,8 +57,8 @@ def last_level_cache() -> int:
 
 
 def copies(size: int) -> int:
-    """How many copies of ``size`` bytes are, together, more than four times the largest cache."""
-    return 4 * last_level_cache() // max(size, 1) + 1
+    """How many copies of ``size`` bytes are, together, more than four times the largest cache; at most 64."""
+    return min(4 * last_level_cache() // max(size, 1) + 1, MAX_COPIES)
 
 
 def isa() -> str:
@@ -115,9 +116,15 @@ def software() -> dict:
         "commit": commit,
         "python": platform.python_version(),
         **versions,
-        "mkl": torch.backends.mkl.is_available(),
-        "onednn": torch.backends.mkldnn.is_available(),
+        **_torch_built_with(torch.__config__.show()),
     }
+
+
+def _torch_built_with(text: str) -> dict[str, str | None]:
+    """The lines of ``torch.__config__.show()`` that name torch's compiler, MKL and oneDNN with their versions."""
+    lines = {"torch_compiler": "(?:GCC|clang|MSVC)", "mkl": ".*Math Kernel Library", "onednn": ".*(?:MKL-DNN|oneDNN)"}
+    found = {name: re.search(rf"^ *- ({begin}\b.*)$", text, re.MULTILINE) for name, begin in lines.items()}
+    return {name: match and match[1] for name, match in found.items()}
 
 
 def slug(description: dict) -> str:

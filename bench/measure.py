@@ -80,7 +80,7 @@ def run_case(case: Case, context: Context, clock: Clock, seconds: float, limits:
     try:
         context.enter(case.group)
         work = case.build(context)
-        row["facts"] = work.facts
+        row["facts"] = work.facts | ({"rotation": "inside the cache"} if context.inside_cache else {})
         row["error"] = work.check()
         if row["error"] is None:
             row |= _measure(work, clock, seconds)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import machine, shapes
+from .. import optim, reference
+from . import shapes
 from .case import Case, Context, Op, Request, Work, attempt, nbytes
 from .timing import Runner
 
@@ -50,12 +49,8 @@ def _optimizer_step(op: str, state: State, make: Callable) -> Callable[[], objec
     return make(params, **_TORCH[op][1]).step
 
 
-def _candidate(op: str, state: State) -> tuple[str, Callable[[], object]]:
-    """What users call: ``inq_kernels.optim``'s step where this version has it, else the operator."""
-    try:
-        optim = importlib.import_module("..optim", __package__)
-    except ImportError:
-        return "operator", _step(op, state, getattr(torch.ops.inq, f"{op}_"))
+def _candidate(op: str, state: State) -> Callable[[], object]:
+    """What users call: the step of ``inq_kernels.optim``."""
     cls = optim.AdamW if op == "masked_adamw" else optim.SGD
 
     def make(params: list[Tensor], **options):
@@ -64,7 +59,7 @@ def _candidate(op: str, state: State) -> tuple[str, Callable[[], object]]:
             optimizer.set_mask(p, mask)
         return optimizer
 
-    return "optimizer", _optimizer_step(op, state, make)
+    return _optimizer_step(op, state, make)
 
 
 def _cases(op: str):
@@ -87,13 +82,13 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...]) -> W
     first = State(layers, buffers)
     numel = sum(p.numel() for p in first.params)
     moved = numel * 4 * accesses + nbytes(*first.masks)
-    count = machine.copies(4 * numel * (2 + buffers))
+    count = context.rotation(4 * numel * (2 + buffers))
     states = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
     made = [_candidate(op, state) for state in states]
 
     def check() -> str | None:
         mine, theirs = copy.deepcopy(first), copy.deepcopy(first)
-        _candidate(op, mine)[1]()
+        _candidate(op, mine)()
         _step(op, theirs, getattr(reference, f"{op}_"))()
         for i, (a, b, before, mask) in enumerate(
             zip(mine.params, theirs.params, first.params, first.masks, strict=True)
@@ -117,8 +112,7 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...]) -> W
         "torch foreach, no mask": torch_step(foreach=True),
         "plain torch": attempt(lambda: baseline(lambda s: _step(op, s, getattr(reference, f"{op}_")))),
     }
-    facts = {"candidate": made[0][0], "frozen": 0.5}
-    return Work(Runner([call for _, call in made], moved), baselines, check, facts=facts)
+    return Work(Runner(made, moved), baselines, check, facts={"frozen": 0.5})
 
 
 OPS = tuple(Op(op, (f"{op}_",), _cases(op)) for op in _TORCH)

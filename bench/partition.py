@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from math import prod
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..format import Format, frozen_count
+from ..format import MSE_OCTAVES, Format, frozen_count
 from . import machine, shapes
 from .case import Case, Context, Op, Request, Work
 from .timing import Runner
@@ -119,17 +120,48 @@ def _wrong(w: Tensor, original: Tensor, mask: Tensor, count: int, fmt: Format) -
     return None
 
 
+def _exponent(flat: Tensor, fmt: Format) -> int:
+    """n1 of a tensor by ``fmt.exponent``, as one would write it with torch.
+
+    For ``mse``, counts and sums of |w| in bins of half an octave (all that is rounded to a level is in whole bins),
+    then Σ(level² − 2·level·|w|) of each candidate. Sums are float64's, where the definition's are exact.
+    """
+    lo, hi = reference.exponent_limits(flat.dtype)
+    m, e = math.frexp(max(map(abs, torch.stack(flat.aminmax()).tolist())))
+    top = min(max(e if m >= 0.75 else e - 1, lo), hi)
+    if fmt.exponent == "max":
+        return top
+    candidates = range(top, max(top - MSE_OCTAVES, lo) - 1, -1)
+    # Below the smallest level of the last candidate, and 0: bin 0, which no candidate asks for.
+    first = candidates[-1] - fmt.magnitudes
+    bins = 2 * (e - first + 1)
+    counts, sums = torch.zeros(bins, dtype=torch.int64), torch.zeros(bins, dtype=torch.float64)
+    for part in flat.split(_CHUNK):
+        size = part.abs()
+        m, e = torch.frexp(size)
+        where = torch.where(m > 0, (e - first) * 2 + (m >= 0.75), 0).clamp_(min=0)
+        counts += torch.bincount(where, minlength=bins)
+        sums += torch.bincount(where, size.double(), minlength=bins)
+    octave, half = torch.arange(bins) // 2 + first, torch.arange(bins) % 2
+    scores = []
+    for n1 in candidates:
+        n2 = fmt.n2(n1)
+        level = torch.where((octave == n2) & (half == 0), n2, (octave - 1 + half).clamp(max=n1))
+        value = torch.where(level >= max(n2, lo), torch.exp2(level.double()), 0)
+        scores.append(float((counts * value**2 - 2 * sums * value).sum()))
+    return candidates[scores.index(min(scores))]
+
+
 def _with_topk(w: Tensor, frozen: Tensor, count: int, fmt: Format) -> None:
     """The same operation as one would write it with torch: the largest by topk, rounded in place, the mask in bools."""
-    n1 = reference.exponents(w, fmt)[:, :1]
     flat = w.view(-1)
+    top = _exponent(flat, fmt)
     size = torch.where(frozen, -1.0, flat.abs())
     index = torch.topk(size, count, sorted=False).indices
     frozen[index] = True
-    top = n1.int()[0, 0]  # granularity "tensor"
     m, e = torch.frexp(flat[index])
-    level = torch.minimum(torch.where(m.abs() >= 0.75, e, e - 1), top)
-    bottom = fmt.n2(int(top))
+    level = torch.where(m.abs() >= 0.75, e, e - 1).clamp(max=top)
+    bottom = fmt.n2(top)
     value = torch.ldexp(torch.sign(m), level.clamp(min=bottom))
     flat[index] = torch.where(m.abs() * torch.exp2(e.float()) >= 2.0 ** (bottom - 1), value, 0.0)
 

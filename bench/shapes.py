@@ -7,10 +7,13 @@ MAIN = (14336, 4096)
 SHAPES = (MAIN, (4096, 4096), (4096, 6144), (4096, 28672), (8192, 8192), (8192, 10240), (28672, 8192), (8192, 57344))
 MS_MAIN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+MS_FEW = (1, 16, 256)
 MS_QUICK = (1, 4, 16, 64, 256)
 # A single product beyond this many operations (about half a second of the dense one on two cores with AMX, or on
 # 32 bits) is not in a grid; --m asks for it by name.
 MAX_FLOPS = {"bfloat16": 5e11, "float32": 1.3e11, "float16": 1.3e11}
+# What AVX2 is compared by, up to M = 4096: seconds a call, so few pairs.
+MAX_FLOPS_AVX2_MAIN = 5e11
 
 # ResNet-50's convolutions, each once: (in channels, out channels, kernel, stride, input height = width).
 RESNET50 = (

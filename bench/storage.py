@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import ops, reference
+from .. import layouts, ops, reference
 from ..format import Format
-from ..layouts import CPU16
 from . import shapes
-from .case import DTYPES, Case, Context, Op, Request, Work, attempt, nbytes, runner
+from .case import DTYPES, Case, Context, Op, Request, Work, attempt, nbytes, runner, some
 from .timing import Runner
 from .weights import RandomWeights
 
@@ -73,18 +72,23 @@ def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
 
 def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse: bool = False) -> Work:
     packed = w.packed()
-    ready = ops.prepack(packed, CPU16)
+    ready = ops.prepack(packed, layouts.CPU16)
     moved = nbytes(packed.weight, ready.weight)
-    # Both directions are run for the check: there and back must be the same bytes.
     there = [(each, w.k, bits, w.fmt.levels, ready.layout) for each in context.copies("codes", lambda: packed.weight)]
     copies = context.copies("ready", lambda: ready.weight)
     back = [(each, w.n, w.k, bits, w.fmt.levels, ready.layout) for each in copies]
     forward, backward = runner(torch.ops.inq.prepack, there, moved), runner(torch.ops.inq.unprepack, back, moved)
 
     def check() -> str | None:
-        if not torch.equal(forward.run(), ready.weight):
-            return "other bytes than those of inq_kernels.ops.prepack"
-        return None if torch.equal(backward.run(), packed.weight) else "prepack and unprepack are not inverse"
+        # Some panels of 16 rows against the definition; then all of it there and back against the storage bytes.
+        made, panels = forward.run(), some(ready.weight.shape[0], 16)
+        rows = (panels[:, None] * 16 + torch.arange(16)).view(-1)
+        expected = layouts.prepack(packed.weight[rows[rows < w.n]], w.k, w.fmt, ready.layout)
+        if not torch.equal(made[panels], expected):
+            return "other bytes than those of inq_kernels.layouts.prepack"
+        if not torch.equal(made, ready.weight):  # which is what unprepack is given
+            return "two calls of prepack differ"
+        return None if torch.equal(backward.run(), packed.weight) else "other bytes than the storage layout had"
 
     facts = {"layout": ready.layout}
     return Work(backward if inverse else forward, {COPY: _copy(context, moved)}, check, facts=facts)
