@@ -42,7 +42,7 @@ class Gathered {
       const int64_t count = std::min(most, channels_ - c);
       const int64_t tile = c * taps_ / kTileK, tiles = ceil_div((c + count) * taps_, kTileK) - tile;
       const int64_t steps = round_up(ceil_div(count * taps_, pair), plan.shape.block);
-      chunks_.push_back({first, steps, tiles * kTileK / pair});
+      chunks_.push_back({first, steps, tiles * kTileK / pair + (taps_ > 1 ? steps : 0)});
       pieces_.push_back({c, count, tile, tiles, order(c * taps_ - tile * kTileK, count)});
       first += steps;
     }
@@ -55,12 +55,12 @@ class Gathered {
       const Piece& piece = pieces_[chunk];
       const DecodeArgs natural{&book_, weights(chunk, panel), panel_bytes_, piece.tiles, panels, out};
       if (taps_ == 1) return kernels_.decode(natural);
+      // First behind the place where they belong.
       const int columns = panels * kPanelRows;
-      const Buffer<uint32_t> decoded(chunks_[chunk].decoded * columns);
       DecodeArgs aside = natural;
-      aside.out = decoded.get();
+      aside.out = out + chunks_[chunk].steps * columns;
       kernels_.decode(aside);
-      kernels_.regroup({decoded.get(), piece.at.data(), chunks_[chunk].steps, columns, out});
+      kernels_.regroup({aside.out, piece.at.data(), chunks_[chunk].steps, columns, out});
     };
     auto fetch = [&](size_t chunk, int64_t panel, int panels, int64_t part, int64_t parts) {
       const int64_t lines = pieces_[chunk].tiles * tile_bytes(args_.weight.format) / kCacheLine, all = lines * panels;
@@ -106,16 +106,17 @@ class Gathered {
     constexpr int kMostRows = 32;  // of any Shape's micro-tile
     Corner corner[kMostRows];
     for (int r = 0; r < rows; ++r) corner[r] = corner_of(args_, first + r);
-    const Buffer<unsigned char> copies(rows * row_bytes_);
+    thread_local std::vector<unsigned char> copies;  // a few KB a thread
+    if (copies.size() < static_cast<size_t>(rows * row_bytes_)) copies.resize(static_cast<size_t>(rows * row_bytes_));
     for (size_t c = 0; c < pieces_.size(); ++c) {
       const Piece& piece = pieces_[c];
       const void* row[kMostRows];
       for (int r = 0; r < rows; ++r) {
-        row[r] = copies.get() + r * row_bytes_;
+        row[r] = copies.data() + r * row_bytes_;
         if (taps_ == 1 && inside(corner[r])) {
           row[r] = pixel(corner[r], 0, 0) + piece.channel * size_of(args_.type);
         } else {
-          patch(corner[r], piece, copies.get() + r * row_bytes_);
+          patch(corner[r], piece, copies.data() + r * row_bytes_);
         }
       }
       kernels_.pack({row, rows, rows, piece.count * taps_, chunks_[c].steps, args_.type, out + chunks_[c].first * rows});
@@ -228,13 +229,20 @@ void conv2d_lanes(const Conv2dArgs& args, const Plan& plan, const float* power, 
     }
   }
 
-  parallel_tasks(args.batch * panels * line_blocks, plan.threads, [&](int64_t task) {
+  struct Scratch {
+    Buffer<float> copy, sums;
+  };
+  auto make = [&] {
+    const int64_t most = (std::min(lines, args.out_size[0]) - 1) * args.stride[0] + reach;
+    return Scratch{Buffer<float>(most * line_floats), Buffer<float>(args.out_size[1] * kPanelRows)};
+  };
+  parallel_tasks(args.batch * panels * line_blocks, plan.threads, make, [&](int64_t task, const Scratch& own) {
+    const auto& [copy, sums] = own;
     const int64_t block = task % line_blocks, panel = task / line_blocks % panels, image = task / line_blocks / panels;
     const int64_t first = block * lines, count = std::min(lines, args.out_size[0] - first);
     const int64_t top = first * args.stride[0] - args.padding[0], copied = (count - 1) * args.stride[0] + reach;
     const int64_t n = panel * kPanelRows;
     const int valid = static_cast<int>(std::min<int64_t>(kPanelRows, args.weight.n - n));
-    const Buffer<float> copy(copied * line_floats);
     std::memset(copy.get(), 0, static_cast<size_t>(copied * line_floats) * sizeof(float));
     int64_t channel[kPanelRows];  // that each lane reads first
     for (int lane = 0; lane < valid; ++lane) channel[lane] = (n + lane) / group_rows * group_channels;
@@ -248,7 +256,6 @@ void conv2d_lanes(const Conv2dArgs& args, const Plan& plan, const float* power, 
                          group_channels, to);
       }
     }
-    const Buffer<float> sums(args.out_size[1] * kPanelRows);
     for (int64_t line = 0; line < count; ++line) {
       kernels.direct({copy.get() + line * args.stride[0] * line_floats,
                       reinterpret_cast<const float*>(decoded.get() + panel * tiles * kTileK * kPanelRows), offset.data(), k,

@@ -11,18 +11,27 @@
 
 namespace inq::cpu {
 
-// task(i) for i in [0, count), on up to `threads` threads that each take the next one: a thread that another process
-// holds up delays one task, not its whole share. Which thread runs a task changes no result.
-template <class F>
-void parallel_tasks(int64_t count, int threads, const F& task) {
-  if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
+// task(i, scratch) for i in [0, count), on up to `threads` threads that each take the next one: a thread that another
+// process holds up delays one task, not its whole share. Which thread runs a task changes no result. Each thread makes
+// its scratch once: malloc gives large blocks back to the system, and a task would pay for their pages again.
+template <class Make, class F>
+void parallel_tasks(int64_t count, int threads, const Make& make, const F& task) {
+  if (count <= 0) return;
+  if (threads <= 1 || count == 1) {
+    auto scratch = make();
+    for (int64_t i = 0; i < count; ++i) task(i, scratch);
     return;
   }
   std::atomic<int64_t> next{0};
   parallel_for(0, std::min<int64_t>(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(i);
+    auto scratch = make();
+    for (int64_t i = next++; i < count; i = next++) task(i, scratch);
   });
+}
+
+template <class F>
+void parallel_tasks(int64_t count, int threads, const F& task) {
+  parallel_tasks(count, threads, [] { return 0; }, [&](int64_t i, int) { task(i); });
 }
 
 // A piece of the sums: steps [first, first + steps) of the packed left operand against as many rows of decoded weights,
@@ -51,29 +60,45 @@ class PanelProduct {
 
   void run() const {
     const int64_t m_blocks = ceil_div(m_, plan_.m_block), n_blocks = ceil_div(panels_, plan_.shape.panels);
+    const int64_t most_rows = std::min(plan_.m_block, m_);
     if (plan_.by_rows) {
-      parallel_tasks(m_blocks, plan_.threads, [&](int64_t i) {
+      struct ByRows {
+        Buffer<uint32_t> left;
+        Scratch scratch;
+      };
+      auto make = [&] { return ByRows{Buffer<uint32_t>(most_rows * steps_), scratch()}; };
+      parallel_tasks(m_blocks, plan_.threads, make, [&](int64_t i, const ByRows& own) {
         const Rows rows = block(i);
-        const Buffer<uint32_t> left(rows.count * steps_);
-        pack_tiles(rows, 0, rows.tiles, left.get());
-        columns(rows, left.get(), 0, n_blocks);
+        pack_tiles(rows, 0, rows.tiles, own.left.get());
+        columns(rows, own.left.get(), 0, n_blocks, own.scratch);
       });
       return;
     }
-    const Buffer<uint32_t> left(std::min(plan_.m_block, m_) * steps_);
+    const Buffer<uint32_t> left(most_rows * steps_);
     for (int64_t i = 0; i < m_blocks; ++i) {
       const Rows rows = block(i);
       parallel_for(0, rows.tiles, ceil_div(rows.tiles, plan_.threads),
                    [&](int64_t first, int64_t last) { pack_tiles(rows, first, last, left.get()); });
-      // A few blocks of columns a task: they share the task's scratch memory, and the next one's weights are asked for.
+      // A few blocks of columns a task: the next one's weights are asked for in time.
       const int64_t share = std::max<int64_t>(n_blocks / (plan_.threads * 8), 1);
-      parallel_tasks(ceil_div(n_blocks, share), plan_.threads, [&](int64_t task) {
-        columns(rows, left.get(), task * share, std::min((task + 1) * share, n_blocks));
+      auto make = [&] { return scratch(); };
+      parallel_tasks(ceil_div(n_blocks, share), plan_.threads, make, [&](int64_t task, const Scratch& own) {
+        columns(rows, left.get(), task * share, std::min((task + 1) * share, n_blocks), own);
       });
     }
   }
 
  private:
+  struct Scratch {
+    Buffer<uint32_t> right;  // decoded weights of a chunk
+    Buffer<float> sums;      // of a block of rows and columns
+  };
+
+  Scratch scratch() const {
+    const int64_t columns = int64_t{kPanelRows} * plan_.shape.panels;
+    return {Buffer<uint32_t>(decoded_ * columns), Buffer<float>(std::min(plan_.m_block, m_) * columns)};
+  }
+
   // A block of rows as micro-tiles of nearly equal height: eight rows are 4 + 4, not 6 + 2.
   struct Rows {
     int64_t first, count, tiles;
@@ -98,10 +123,9 @@ class PanelProduct {
     }
   };
 
-  void columns(const Rows& rows, const uint32_t* left, int64_t first, int64_t last) const {
+  void columns(const Rows& rows, const uint32_t* left, int64_t first, int64_t last, const Scratch& own) const {
     const Leave leave{kernels_};
-    const Buffer<uint32_t> right(decoded_ * kPanelRows * plan_.shape.panels);
-    const Buffer<float> sums(rows.count * kPanelRows * plan_.shape.panels);
+    const auto& [right, sums] = own;
     for (int64_t block = first; block < last; ++block) {
       const int64_t panel = block * plan_.shape.panels;
       const int wide = width(panel);

@@ -38,8 +38,9 @@ void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
                                   tiles ? kLeastRowsAmx / p.shape.rows : 1, kMostRows / p.shape.rows);
   auto rows_in = [&](int64_t blocks) { return round_up(ceil_div(m, blocks), p.shape.rows); };
   int64_t blocks = ceil_div(m, most * p.shape.rows);
-  // By rows where their blocks keep every thread busy; each thread then reads all weights for rows of its own.
-  p.by_rows = blocks >= 4 * p.threads || (blocks >= p.threads && blocks % p.threads == 0);
+  // By rows where their blocks keep every thread busy: each thread reads all weights for rows of its own, and none waits
+  // for another between blocks.
+  p.by_rows = blocks >= 2 * p.threads || (blocks >= p.threads && blocks % p.threads == 0);
   if (!p.by_rows && n_blocks < 4 * p.threads && n_blocks % p.threads != 0) {
     // Too few columns to share out: more and smaller blocks of rows.
     blocks = std::min(round_up(blocks, p.threads), ceil_div(m, p.shape.rows));
