@@ -16,7 +16,7 @@ from torch import Tensor
 from . import layouts, reference
 from .format import Format
 from .layouts import CPU16, STORAGE
-from .library import conv_output_size
+from .library import FAKES
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_ENVIRONMENT = "INQ_CPU_ISA"
@@ -189,12 +189,6 @@ def _step(leaf, lists, masks, numbers) -> None:
 # --- shapes for tracing -----------------------------------------------------------------------------------------------
 
 
-def _fake_conv2d(x, weight, exp, scale, bias, kernel_size, stride, padding, dilation, *_):
-    size = conv_output_size(x.shape[-2:], kernel_size, stride, padding, dilation)
-    like = reference.conv_memory_format(x)
-    return x.new_empty((x.shape[0], exp.shape[0], *size)).to(memory_format=like)
-
-
 def _fake_prepack(weight, k, bits, dense):
     return weight.new_empty(layouts.shape(CPU16, weight.shape[0], k, _format(bits, dense)))
 
@@ -208,22 +202,13 @@ def _format(bits: int, dense: bool) -> Format:
 
 
 _FAKES = {
-    "linear": lambda x, weight, exp, *_: x.new_empty((*x.shape[:-1], exp.shape[0])),
-    "linear_dx": lambda grad, weight, exp, scale, k, *_: grad.new_empty((*grad.shape[:-1], k)),
-    "conv2d": _fake_conv2d,
-    "pack": lambda w, n1, bits, dense: w.new_empty(
-        (w.shape[0], (w.numel() // w.shape[0] + 7) // 8 * bits), dtype=torch.uint8
-    ),
-    "unpack": lambda weight, exp, scale, k, bits, dense, dtype: weight.new_empty((exp.shape[0], k), dtype=dtype),
-    "exponents": lambda w, *_: w.new_empty((w.shape[0], 1), dtype=torch.int8),
-    "partition_threshold": lambda w, *_: w.new_empty((2,), dtype=torch.int64),
-    "exponents_and_threshold": lambda w, *_: (
-        w.new_empty((w.shape[0], 1), dtype=torch.int8),
-        w.new_empty((2,), dtype=torch.int64),
-    ),
-    "quantize_with_mask_": lambda *_: None,
-    "masked_sgd_": lambda *_: None,
-    "masked_adamw_": lambda *_: None,
+    **{
+        name: FAKES[name]
+        for name in (
+            *("linear", "linear_dx", "conv2d", "pack", "unpack", "exponents", "partition_threshold"),
+            *("exponents_and_threshold", "quantize_with_mask_", "masked_sgd_", "masked_adamw_"),
+        )
+    },
     "prepack": _fake_prepack,
     "unprepack": _fake_unprepack,
 }

@@ -59,14 +59,11 @@ def _threshold(w, *_):
     return w.new_empty((2,), dtype=torch.int64)
 
 
-def _linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
+def _linear(x, weight, weight_exp, *_):
     return x.new_empty((*x.shape[:-1], weight_exp.shape[0]))
 
 
-def _conv2d(
-    x, weight, weight_exp, weight_scale, bias, kernel_size, stride, padding, dilation, groups, bits, levels, layout,
-    backend,
-):  # fmt: skip
+def _conv2d(x, weight, weight_exp, weight_scale, bias, kernel_size, stride, padding, dilation, *_):
     size = conv_output_size(x.shape[-2:], kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[0], weight_exp.shape[0], *size)).to(memory_format=conv_memory_format(x))
 
@@ -85,7 +82,8 @@ def _unprepack(weight, n, k, bits, levels, layout):
     return weight.new_empty(layouts.shape(layouts.STORAGE, n, k, fmt))
 
 
-_FAKES: dict[str, Callable] = {
+# Backends' leaf operators with the same leading arguments share them.
+FAKES: dict[str, Callable] = {
     "exponents": _exponents,
     "partition_threshold": _threshold,
     "exponents_and_threshold": lambda w, *_: (_exponents(w), _threshold(w)),
@@ -115,4 +113,4 @@ def implement(name: str, function: Callable[..., Tensor | None]) -> None:
 _lib = torch.library.Library("inq", "DEF")
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema)
-    torch.library.register_fake(f"inq::{_name}", _FAKES[_name], lib=_lib)
+    torch.library.register_fake(f"inq::{_name}", FAKES[_name], lib=_lib)
