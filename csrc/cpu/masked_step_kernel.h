@@ -7,8 +7,6 @@
 
 namespace inq::cpu::INQ_ISA {
 
-constexpr int kWeightsAWord = 64;
-
 // Weights of one 64-bit word of the mask.
 constexpr int64_t kStepWord = 64;
 
