@@ -89,12 +89,13 @@ def _linear_bars() -> Iterator[Bar]:
                 name = f"linear {isa} {bits}-bit M=1, worst other shape: torch int4"
                 yield Bar(name, INT4 * factor * OTHER_SHAPES, pick, f"{isa}, other shapes")
     for isa, dtype, beyond in (("avx512", bf16, AVX512), ("avx2", "float32", {})):
-        other_m = partial(_not_among, beyond)
-        pick = _where(isa, "linear", _ratio(f"dense {dtype}"), shape=_other, dtype=dtype, m=other_m)
-        name = f"linear {isa}, worst other shape and M: dense {dtype}"
-        yield Bar(name, NOWHERE_BELOW * OTHER_SHAPES, pick, f"{isa}, other shapes")
-        pick = _where(isa, "linear", _ratio(f"dense {dtype}"), shape=_MAIN, dtype=dtype, m=other_m)
-        yield Bar(f"linear {isa}, worst of the other M: dense {dtype}", NOWHERE_BELOW, pick, f"{isa}, {_MAIN}")
+        for bits, factor in ((4, 1.0), (5, FIVE_BITS)):
+            where = {"dtype": dtype, "m": partial(_not_among, beyond), "bits": bits}
+            limit, name = NOWHERE_BELOW * factor, f"linear {isa} {bits}-bit, worst"
+            pick = _where(isa, "linear", _ratio(f"dense {dtype}"), shape=_other, **where)
+            yield Bar(f"{name} other shape and M: dense {dtype}", limit * OTHER_SHAPES, pick, f"{isa}, other shapes")
+            pick = _where(isa, "linear", _ratio(f"dense {dtype}"), shape=_MAIN, **where)
+            yield Bar(f"{name} of the other M: dense {dtype}", limit, pick, f"{isa}, {_MAIN}")
     for bits, limit in BITS_IN_USE.items():
         pick = _where(None, "linear", lambda row: row["facts"].get("bits_per_weight"), bits=bits)
         yield Bar(f"linear {bits}-bit: memory in use", limit, pick, "a compiled backend", at_least=False, unit="bits")
@@ -114,7 +115,8 @@ def _other_bars() -> Iterator[Bar]:
         pick = _where(None, op, lambda row: _inverse(_baseline(row, "torch fused, no mask")), shape="ResNet-50")
         yield Bar(f"{op}: time, of torch's fused step without a mask", 1.05, pick, "a full run", at_least=False)
     for op in ("pack", "unpack"):
-        pick = _where(None, op, _ratio(COPY), shape=_MAIN, dtype="float32")
+        # Into memory that exists, as a copy goes; new memory has a row of its own, beside a clone.
+        pick = _where(None, op, _ratio(COPY), shape=_MAIN, dtype="float32", out=lambda out: out != "new")
         yield Bar(f"{op}: of the copy bandwidth", 0.5, pick, "a full run", unit="")
     for grad, limit in ((False, 5), (True, 10)):
         pick = _where(None, "overhead", _over_compiled, grad=grad)

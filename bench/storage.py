@@ -25,12 +25,15 @@ def _cases(op: str):
         for k, n in request.shapes or (_SHAPE_QUICK if request.quick else _SHAPE,):
             for bits in request.bits or (4, 5):
                 for dtype in request.dtypes or ("float32",) if "prepack" not in op else ("uint8",):
-                    params = {"shape": f"{k}x{n}", "k": k, "n": n, "bits": bits, "dtype": dtype}
+                    for out in ("existing", "new") if op == "unpack" else ("",):
+                        params = {"shape": f"{k}x{n}", "k": k, "n": n, "bits": bits, "dtype": dtype}
+                        params |= {"out": out} if out else {}
 
-                    def build(context: Context, k=k, n=n, bits=bits, dtype=dtype) -> Work:
-                        return _WORK[op](context, RandomWeights(n, k, Format(bits)), bits, dtype)
+                        def build(context: Context, k=k, n=n, bits=bits, dtype=dtype, out=out) -> Work:
+                            weights = RandomWeights(n, k, Format(bits))
+                            return _WORK[op](context, weights, bits, dtype, **({"out": out} if out else {}))
 
-                    yield Case(op, params, build)
+                        yield Case(op, params, build)
 
     return cases
 
@@ -54,20 +57,33 @@ def _pack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
     return Work(candidate, {COPY: _copy(context, moved), "plain torch": plain}, check)
 
 
-def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str) -> Work:
+def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str, out: str) -> Work:
+    """Into memory that exists, beside a copy into such; or into new memory, whose pages take longer than decoding."""
     packed = w.packed()
     codes = context.copies("codes", lambda: packed.weight)
     dense = w.dense(DTYPES[dtype])
     moved = nbytes(packed.weight, w.n1, dense)
-    tail = (w.k, bits, w.fmt.levels, DTYPES[dtype])
-    candidate = runner(torch.ops.inq.unpack, [(each, w.n1, None, *tail) for each in codes], moved)
+    tail = (w.k, bits, w.fmt.levels)
+    if out == "existing":
+        made = context.copies("values", lambda: torch.zeros_like(dense))
+        arguments = [(made[i % len(made)], each, w.n1, None, *tail) for i, each in enumerate(codes)]
+        candidate = runner(_unpack_into, arguments, moved)
+        copy = _copy(context, moved)
+    else:
+        candidate = runner(torch.ops.inq.unpack, [(each, w.n1, None, *tail, DTYPES[dtype]) for each in codes], moved)
+        copy = runner(torch.clone, [(torch.ones(moved // 2, dtype=torch.uint8),)], moved)
 
     def check() -> str | None:
         return None if torch.equal(candidate.run(), dense) else "other values than the codes mean"
 
-    arguments = [(each, w.n1, None, w.k, w.fmt, DTYPES[dtype]) for each in codes]
-    plain = attempt(lambda: runner(reference.unpack, arguments, moved))
-    return Work(candidate, {COPY: _copy(context, moved), "plain torch": plain}, check)
+    plain = [(each, w.n1, None, w.k, w.fmt, DTYPES[dtype]) for each in codes]
+    baselines = {COPY: copy, "plain torch": attempt(lambda: runner(reference.unpack, plain, moved))}
+    return Work(candidate, baselines, check)
+
+
+def _unpack_into(out: torch.Tensor, *arguments) -> torch.Tensor:
+    torch.ops.inq.unpack_(out, *arguments)
+    return out
 
 
 def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse: bool = False) -> Work:
@@ -100,4 +116,4 @@ _WORK = {
     "prepack": _prepack,
     "unprepack": lambda *arguments: _prepack(*arguments, inverse=True),
 }
-OPS = tuple(Op(op, (op,), _cases(op)) for op in _WORK)
+OPS = tuple(Op(op, ("unpack", "unpack_") if op == "unpack" else (op,), _cases(op)) for op in _WORK)

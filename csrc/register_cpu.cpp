@@ -84,20 +84,36 @@ Tensor pack_op(Tensor w, Tensor n1, int64_t bits, bool dense) {
   return out;
 }
 
+// Checked arguments; `out` is where their n·k values go.
+UnpackParams unpack_params(const std::string& op, const Tensor& weight, const Tensor& weight_exp,
+                           const OptionalTensor& weight_scale, int64_t k, int64_t bits, bool dense, ScalarType dtype) {
+  const Format f = format_of(op, bits, dense);
+  const DType type = dtype_of(op + ": dtype", dtype);
+  check_at_least(op + ": k", k, 0);
+  if (weight_exp.dim() != 2) fail(op + ": weight_exp", "[N, 1]", shape_of(weight_exp));
+  const int64_t n = weight_exp.size(0);
+  check(op + ": weight", weight, ScalarType::Byte, {n, inq::row_bytes(f, k)});
+  check(op + ": weight_exp", weight_exp, ScalarType::Char, {n, 1});
+  if (weight_scale) check(op + ": weight_scale", *weight_scale, ScalarType::Float, {n, 1});
+  return {data_of<uint8_t>(weight), data_of<int8_t>(weight_exp), data_or_null<float>(weight_scale), nullptr, n, k, f, type};
+}
+
 Tensor unpack_op(Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, int64_t k, int64_t bits, bool dense,
                  ScalarType dtype) {
-  const Format f = format_of("unpack", bits, dense);
-  const DType type = dtype_of("unpack: dtype", dtype);
-  check_at_least("unpack: k", k, 0);
-  if (weight_exp.dim() != 2) fail("unpack: weight_exp", "[N, 1]", shape_of(weight_exp));
-  const int64_t n = weight_exp.size(0);
-  check("unpack: weight", weight, ScalarType::Byte, {n, inq::row_bytes(f, k)});
-  check("unpack: weight_exp", weight_exp, ScalarType::Char, {n, 1});
-  if (weight_scale) check("unpack: weight_scale", *weight_scale, ScalarType::Float, {n, 1});
-  Tensor out = new_tensor({n, k}, dtype);
-  unpack({data_of<uint8_t>(weight), data_of<int8_t>(weight_exp), data_or_null<float>(weight_scale), out.data_ptr(), n, k,
-          f, type});
+  UnpackParams p = unpack_params("unpack", weight, weight_exp, weight_scale, k, bits, dense, dtype);
+  Tensor out = new_tensor({p.n, k}, dtype);
+  p.out = out.mutable_data_ptr();
+  unpack(p);
   return out;
+}
+
+void unpack_into(Tensor out, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, int64_t k, int64_t bits,
+                 bool dense) {
+  UnpackParams p = unpack_params("unpack_", weight, weight_exp, weight_scale, k, bits, dense, out.scalar_type());
+  check_memory("unpack_: out", out);
+  if (out.numel() != p.n * k) fail("unpack_: out", std::to_string(p.n * k) + " elements", shape_of(out));
+  p.out = out.mutable_data_ptr();
+  unpack(p);
 }
 
 }  // namespace
@@ -114,6 +130,8 @@ STABLE_TORCH_LIBRARY(inq_cpu, m) {
   m.def("pack(Tensor w, Tensor n1, int bits, bool dense) -> Tensor");
   m.def("unpack(Tensor weight, Tensor weight_exp, Tensor? weight_scale, SymInt k, int bits, bool dense, "
         "ScalarType dtype) -> Tensor");
+  m.def("unpack_(Tensor(a!) out, Tensor weight, Tensor weight_exp, Tensor? weight_scale, SymInt k, int bits, "
+        "bool dense) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {
@@ -130,4 +148,5 @@ STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack_op));
   m.impl("unpack", TORCH_BOX(&unpack_op));
+  m.impl("unpack_", TORCH_BOX(&unpack_into));
 }

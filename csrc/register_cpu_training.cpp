@@ -17,15 +17,15 @@ using namespace inq;
 using namespace inq::cpu;
 using namespace inq::registration;
 
-// One bit a weight.
-void check_bits(const std::string& where, const Tensor& t, int64_t numel) {
-  check_memory(where, t);
-  check_dtype(where, t, ScalarType::Byte);
+// One bit a weight. `where()` is asked for its text only where something is wrong.
+template <class Where>
+void check_bits(const Where& where, const Tensor& t, int64_t numel) {
   const int64_t bytes = (numel + 7) / 8;
-  if (t.dim() != 1 || t.numel() != bytes) {
-    fail(where, "shape [" + std::to_string(bytes) + "], a bit for each of " + std::to_string(numel) + " weights",
-         shape_of(t));
-  }
+  if (t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Byte && t.dim() == 1 && t.numel() == bytes) return;
+  check_memory(where(), t);
+  check_dtype(where(), t, ScalarType::Byte);
+  fail(where(), "shape [" + std::to_string(bytes) + "], a bit for each of " + std::to_string(numel) + " weights",
+       shape_of(t));
 }
 
 Weights weights(const std::string& where, const Tensor& w) {
@@ -41,8 +41,8 @@ const uint8_t* bits_of(const Tensor& t) { return data_of<uint8_t>(t); }
 KeySource key_source(const std::string& op, const Tensor& w, const Tensor& mask, const std::optional<Tensor>& keep,
                      bool random, int64_t seed) {
   const Weights values = weights(op + ": w", w);
-  check_bits(op + ": mask", mask, values.numel);
-  if (keep) check_bits(op + ": keep", *keep, values.numel);
+  check_bits([&] { return op + ": mask"; }, mask, values.numel);
+  if (keep) check_bits([&] { return op + ": keep"; }, *keep, values.numel);
   return {values, random, static_cast<uint64_t>(seed), bits_of(mask), keep ? bits_of(*keep) : nullptr};
 }
 
@@ -120,11 +120,20 @@ void check_count(const std::string& where, const std::vector<Tensor>& list, size
   if (list.size() != expected) fail(where, std::to_string(expected) + " tensors", std::to_string(list.size()));
 }
 
-float* state_of(const std::string& where, const Tensor& state, const Tensor& w) {
-  check_memory(where, state);
-  check_dtype(where, state, ScalarType::Float);
-  if (sizes_of(state) != sizes_of(w)) fail(where, "shape " + shape_of(w) + " of its parameter", shape_of(state));
-  return static_cast<float*>(state.mutable_data_ptr());
+bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+// A tensor beside its parameter `w`: contiguous on the CPU, of this dtype and w's shape. What is right, and all is right
+// at every step of a training run, costs no text.
+const Tensor& beside(const std::string& op, const char* name, size_t i, const Tensor& t, const Tensor& w,
+                     ScalarType dtype) {
+  if (t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && same_shape(t, w)) return t;
+  const std::string where = op + ": " + name + "[" + std::to_string(i) + "]";
+  check_memory(where, t);
+  check_dtype(where, t, dtype);
+  fail(where, "shape " + shape_of(w) + " of its parameter", shape_of(t));
 }
 
 // `first` and `second` are empty lists where a step has no such state.
@@ -140,19 +149,19 @@ std::vector<StepTensor> step_tensors(const std::string& op, const std::vector<Te
   result.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& w = params[i];
-    const Tensor& grad = grads[i];
-    auto where = [&](const char* name) { return op + ": " + name + "[" + std::to_string(i) + "]"; };
-    check_memory(where("params"), w);
-    const bool bfloat16 = w.scalar_type() == ScalarType::BFloat16;
-    if (!bfloat16 && w.scalar_type() != ScalarType::Float) fail(where("params"), "float32 or bfloat16", type_of(w));
-    check_memory(where("grads"), grad);
-    check_dtype(where("grads"), grad, w.scalar_type());
-    if (sizes_of(grad) != sizes_of(w)) fail(where("grads"), "shape " + shape_of(w) + " of its parameter", shape_of(grad));
+    const ScalarType dtype = w.scalar_type();
+    if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Float) {
+      fail(op + ": params[" + std::to_string(i) + "]", "float32 or bfloat16", type_of(w));
+    }
+    beside(op, "params", i, w, w, dtype);
+    auto state = [&](const char* name, const std::vector<Tensor>& list) {
+      return list.empty() ? nullptr
+                          : static_cast<float*>(beside(op, name, i, list[i], w, ScalarType::Float).mutable_data_ptr());
+    };
     const bool masked = masks[i].numel() != 0;
-    if (masked) check_bits(where("masks"), masks[i], w.numel());
-    result.push_back({w.mutable_data_ptr(), grad.data_ptr(), bfloat16,
-                      first.empty() ? nullptr : state_of(where(first_name), first[i], w),
-                      second.empty() ? nullptr : state_of(where(second_name), second[i], w),
+    if (masked) check_bits([&] { return op + ": masks[" + std::to_string(i) + "]"; }, masks[i], w.numel());
+    result.push_back({w.mutable_data_ptr(), beside(op, "grads", i, grads[i], w, dtype).data_ptr(),
+                      dtype == ScalarType::BFloat16, state(first_name, first), state(second_name, second),
                       masked ? bits_of(masks[i]) : nullptr, w.numel()});
   }
   return result;

@@ -131,6 +131,13 @@ def unpack(weight, weight_exp, weight_scale, k, bits, levels, dtype):
     return _leaf.unpack(weight.contiguous(), weight_exp, weight_scale, k, bits, levels == "dense", dtype)
 
 
+def unpack_(out, weight, weight_exp, weight_scale, k, bits, levels):
+    flat = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    _leaf.unpack_(flat, weight.contiguous(), weight_exp, weight_scale, k, bits, levels == "dense")
+    if flat is not out:
+        out.copy_(flat)
+
+
 def prepack(weight, k, bits, levels, layout):
     if layout == CPU16:
         return _leaf.prepack(weight.contiguous(), k, bits, levels == "dense")
@@ -205,7 +212,7 @@ _FAKES = {
     **{
         name: FAKES[name]
         for name in (
-            *("linear", "linear_dx", "conv2d", "pack", "unpack", "exponents", "partition_threshold"),
+            *("linear", "linear_dx", "conv2d", "pack", "unpack", "unpack_", "exponents", "partition_threshold"),
             *("exponents_and_threshold", "quantize_with_mask_", "masked_sgd_", "masked_adamw_"),
         )
     },

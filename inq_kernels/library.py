@@ -30,6 +30,7 @@ SCHEMAS = {
     f"{_FORMAT}, bool random, int seed) -> ()",
     "pack": f"(Tensor w, Tensor n1, {_FORMAT}) -> Tensor",
     "unpack": f"({_PACKED}, SymInt k, {_FORMAT}, ScalarType dtype) -> Tensor",
+    "unpack_": f"(Tensor(a!) out, {_PACKED}, SymInt k, {_FORMAT}) -> ()",
     "prepack": f"(Tensor weight, SymInt k, {_FORMAT}, str layout) -> Tensor",
     "unprepack": f"(Tensor weight, SymInt n, SymInt k, {_FORMAT}, str layout) -> Tensor",
     "linear": f"(Tensor x, {_PACKED}, Tensor? bias, {_TAIL}) -> Tensor",
@@ -92,6 +93,7 @@ FAKES: dict[str, Callable] = {
         (w.shape[0], (w.numel() // w.shape[0] + 7) // 8 * bits), dtype=torch.uint8
     ),
     "unpack": lambda weight, exp, scale, k, bits, levels, dtype: weight.new_empty((exp.shape[0], k), dtype=dtype),
+    "unpack_": lambda *_: None,
     "prepack": _prepack,
     "unprepack": _unprepack,
     "linear": _linear,

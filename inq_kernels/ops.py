@@ -315,24 +315,33 @@ def prepack(packed: PackedWeight, layout: str | None = None) -> PackedWeight:
     return dataclasses.replace(packed, weight=weight, layout=layout)
 
 
-def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+def unpack(packed: PackedWeight, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
     """The weights again: ±2^k of each code, times the row scale where there is one.
 
     Args:
         packed: what ``pack`` returned.
-        dtype: of the result: float64, float32, bfloat16 or float16.
+        dtype: of the result: float64, float32, bfloat16 or float16. None: that of ``out``, or float32.
+        out: of ``packed.shape``, on the same device, written and returned instead of a new tensor. New memory costs
+            more time than decoding into it.
 
     Returns:
-        A new tensor of ``packed.shape`` and ``dtype``; zeros are +0.
+        A tensor of ``packed.shape`` and ``dtype``; zeros are +0.
 
     Raises:
-        TypeError: ``dtype`` is not one of the four float dtypes. ValueError: it is float16 and too narrow.
+        TypeError: ``dtype`` is not one of the four float dtypes, or not that of ``out``. ValueError: it is float16 and
+            too narrow, or ``out`` has another shape or device, or shares memory with itself. Then nothing is written.
     """
     _check_packed("inq.unpack: packed", packed)
+    if out is not None:
+        _check_out(packed, dtype, out)
+    dtype = dtype or (torch.float32 if out is None else out.dtype)
     if dtype not in FLOATS:
         raise TypeError(f"inq.unpack: dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
     fmt, k = packed.format, packed.k
     weight = prepack(packed, STORAGE).weight
+    if out is not None and dtype != torch.float16:
+        _op.unpack_(out, weight, packed.weight_exp, packed.weight_scale, k, fmt.bits, fmt.levels)
+        return out
     flat = _op.unpack(weight, packed.weight_exp, packed.weight_scale, k, fmt.bits, fmt.levels, dtype)
     # float16 alone is too narrow for some levels; a row scale rounds in any dtype, but must not overflow.
     if dtype == torch.float16:
@@ -344,7 +353,22 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
                 f"which cannot hold {bad} of {flat.numel()} (exponents {int(packed.weight_exp.min())} to "
                 f"{int(packed.weight_exp.max())})"
             )
-    return flat.reshape(packed.shape)
+    return flat.reshape(packed.shape) if out is None else out.copy_(flat.reshape(packed.shape))
+
+
+def _check_out(packed: PackedWeight, dtype: torch.dtype | None, out: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"inq.unpack: out: expected a torch.Tensor, got {type(out).__name__}")
+    if dtype is not None and dtype != out.dtype:
+        raise TypeError(f"inq.unpack: out: expected dtype {dtype}, got {out.dtype}")
+    if tuple(out.shape) != tuple(packed.shape):
+        raise ValueError(f"inq.unpack: out: expected shape {list(packed.shape)}, got {list(out.shape)}")
+    if out.device != packed.weight.device:
+        raise ValueError(f"inq.unpack: out: expected device {packed.weight.device}, got {out.device}")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError("inq.unpack: out: expected memory of its own for every element, got an expanded tensor")
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise ValueError("inq.unpack: out: expected a tensor that needs no gradient, or torch.no_grad()")
 
 
 # --- products ---------------------------------------------------------------------------------------------------------

@@ -7,13 +7,12 @@ back: a weight whose bit is set in its parameter's mask keeps its bits, and so d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
 
@@ -32,13 +31,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
     _state_names: tuple[str, ...] = ()
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]):
-        self._masks: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+        self._masks: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """torch.optim.Optimizer's; a copy or an unpickled optimizer starts without masks."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_masks", WeakIdKeyDictionary())
+        self.__dict__.setdefault("_masks", {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch.optim.Optimizer's. TypeError for parameters that are not of the four float dtypes."""
@@ -270,8 +269,7 @@ class AdamW(MaskedOptimizer):
         beta1, beta2 = group["betas"]
         numbers = (float(x) for x in (group["lr"], beta1, beta2, group["weight_decay"], group["eps"]))
         _op.masked_adamw_(params, grads, first, second, masks, *numbers, progress, group["maximize"])
-        for p in params:
-            self.state[p]["step"] += 1
+        torch._foreach_add_([self.state[p]["step"] for p in params], 1)
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

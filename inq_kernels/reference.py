@@ -318,6 +318,11 @@ def unpack(
     return (value + 0.0).to(dtype)
 
 
+def unpack_(out: Tensor, weight: Tensor, weight_exp: Tensor, weight_scale: Tensor | None, k: int, fmt: Format) -> None:
+    """``unpack`` into ``out``, of as many elements, in its dtype."""
+    out.copy_(unpack(weight, weight_exp, weight_scale, k, fmt, out.dtype).reshape(out.shape))
+
+
 def invalid_codes(weight: Tensor, weight_exp: Tensor, k: int, fmt: Format) -> int:
     """How many codes (padding included) are not canonical: a reserved code, padding that is not zero, or a level
     under the least exponent, which no quantizer writes."""

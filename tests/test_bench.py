@@ -548,7 +548,8 @@ def test_bars():
     )
     # What torch's int4 could not do decides nothing.
     assert status(synthetic(), "linear amx 4-bit M=1: torch int4") == ("open", None)
-    assert status(synthetic(isa="avx512", m=8, ratio=0.9), "linear avx512, worst of the other M")[0] == "fail"
+    assert status(synthetic(isa="avx512", m=8, ratio=0.9), "linear avx512 4-bit, worst of the other M")[0] == "fail"
+    assert status(synthetic(isa="avx512", m=8, bits=5, ratio=0.82), "linear avx512 5-bit, worst of the")[0] == "pass"
     int4 = {"shape": "8192x8192", "baselines": [{"name": "int4 g128", "ratio": 1.4}]}
     for bits, expected in ((4, "fail"), (5, "pass")):
         name = f"linear amx {bits}-bit M=1, worst other shape: torch int4"
@@ -556,7 +557,7 @@ def test_bars():
     for ratio_, expected in ((0.8, "fail"), (0.81, "pass")):
         avx2 = synthetic(isa="avx2", shape="8192x8192", m=16, baselines=[{"name": "dense float32", "ratio": ratio_}])
         avx2["sections"][0]["rows"][0]["params"]["dtype"] = "float32"
-        assert status(avx2, "linear avx2, worst other shape") == (expected, ratio_)
+        assert status(avx2, "linear avx2 4-bit, worst other shape") == (expected, ratio_)
 
 
 def test_the_worst_row_counts():

@@ -246,6 +246,45 @@ def test_parts_that_do_not_belong_together(change, error, text):
         inq.PackedWeight(**{**parts, **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", [inq.Format(4), inq.Format(5, "dense")])
+def test_unpack_into_memory_that_exists(fmt, dtype):
+    packed = random_packed(fmt, 5, 37)
+    expected = inq.unpack(packed, dtype)
+    for out in (torch.full((5, 37), torch.nan, dtype=dtype), torch.full((37, 5), torch.nan, dtype=dtype).t()):
+        before = out._version
+        assert inq.unpack(packed, out=out) is out
+        assert same_bits(out, expected)
+        assert out._version > before  # autograd must notice
+    # Only what belongs to it is written.
+    guarded = torch.full((7, 37), torch.nan, dtype=dtype)
+    inq.unpack(packed, dtype, out=guarded[1:6])
+    assert same_bits(guarded[1:6], expected)
+    assert guarded[0].isnan().all()
+    assert guarded[6].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "text"),
+    [
+        ([0.0], TypeError, "out: expected a torch.Tensor, got list"),
+        (torch.zeros(2, 4), ValueError, r"out: expected shape \[2, 3\], got \[2, 4\]"),
+        (torch.zeros(2, 3, dtype=torch.int32), TypeError, "got torch.int32"),
+        (torch.zeros(2, 3, device="meta"), ValueError, "out: expected device cpu, got meta"),
+        (torch.zeros(1, 3).expand(2, 3), ValueError, "expanded"),
+        (torch.zeros(2, 3, requires_grad=True), ValueError, "needs no gradient"),
+    ],
+)
+def test_unpack_refuses_an_out_that_does_not_fit(out, error, text):
+    packed = random_packed(inq.Format(4), 2, 3)
+    with pytest.raises(error, match=text):
+        inq.unpack(packed, out=out)
+    if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+        assert not out.any()
+    with pytest.raises(TypeError, match="expected dtype torch.float32, got torch.bfloat16"):
+        inq.unpack(packed, torch.float32, out=torch.zeros(2, 3, dtype=torch.bfloat16))
+
+
 def test_unpack_to_a_float_dtype_only():
     with pytest.raises(TypeError, match=r"inq.unpack: dtype: .*got torch.int32"):
         inq.unpack(random_packed(inq.Format(4), 2, 3), torch.int32)
@@ -262,6 +301,8 @@ def test_opcheck(shape):
         torch.library.opcheck(ops.unprepack.default, (packed.weight, shape[0], packed.k, *f, "storage"))
         for scale, dtype in [(packed.weight_scale, torch.float32), (None, torch.bfloat16), (None, torch.float64)]:
             torch.library.opcheck(ops.unpack.default, (packed.weight, packed.weight_exp, scale, packed.k, *f, dtype))
+            out = torch.zeros(packed.shape, dtype=dtype)
+            torch.library.opcheck(ops.unpack_.default, (out, packed.weight, packed.weight_exp, scale, packed.k, *f))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

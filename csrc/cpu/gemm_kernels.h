@@ -188,7 +188,10 @@ void multiply_tile(const MultiplyArgs& m) {
   }
   const uint32_t* a = m.a;
   const uint32_t* b = m.b;
-  for (int64_t step = 0; step < m.steps; ++step, a += kRows, b += kColumns) {
+  const uint32_t* next = m.next;
+  for (int64_t step = 0; step < m.steps; ++step, a += kRows, b += kColumns, next += kRows) {
+    // It comes from the third-level cache, and the hardware's prefetcher notices only after some misses.
+    __builtin_prefetch(next, 0, 3);
     typename S::Vec weight[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) weight[v] = S::load(b + v * S::kShape.lanes);

@@ -42,7 +42,7 @@ AdamwNumbers adamw_numbers(double lr, double beta1, double beta2, double weight_
   const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
   auto f = [](double x) { return static_cast<float>(x); };
   return {f(1 - beta1),       f(beta1),         f(beta2), f(1 - beta2), f(1 - lr * weight_decay),
-          f(lr / correction1), f(std::sqrt(correction2)), f(eps),   maximize};
+          f(lr / correction1), f(1 / std::sqrt(correction2)), f(eps), maximize};
 }
 
 void masked_sgd(const std::vector<StepTensor>& tensors, const SgdNumbers& numbers) {

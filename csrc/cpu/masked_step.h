@@ -28,7 +28,7 @@ struct AdamwNumbers {
   float beta1_left, beta1, beta2, beta2_left;  // beta1_left: 1 − beta1
   float decay;                                 // 1 − lr·weight_decay
   float step_size;                             // lr / (1 − beta1^step)
-  float correction2;                           // sqrt(1 − beta2^step)
+  float inverse_correction2;                   // 1 / sqrt(1 − beta2^step)
   float eps;
   bool maximize;
 };

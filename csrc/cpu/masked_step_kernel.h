@@ -42,7 +42,7 @@ struct Adamw {
   static constexpr bool kHasSecond = true;
   static constexpr bool has_first = true, reads_first = true;
   bool maximize, near_one;
-  F beta1, beta1_left, beta2, beta2_left, decay, step, correction2, eps;
+  F beta1, beta1_left, beta2, beta2_left, decay, step, inverse_correction2, eps;
 
   Adamw(const StepTensor&, const AdamwNumbers& n)
       : maximize(n.maximize),
@@ -53,7 +53,7 @@ struct Adamw {
         beta2_left(set(n.beta2_left)),
         decay(set(n.decay)),
         step(set(-n.step_size)),
-        correction2(set(n.correction2)),
+        inverse_correction2(set(n.inverse_correction2)),
         eps(set(n.eps)) {}
 
   inline __attribute__((always_inline)) void operator()(F& w, F g, F& m, F& v) const {
@@ -62,7 +62,8 @@ struct Adamw {
     const F way = minus(d, m);
     m = near_one ? minus(d, times(way, beta1)) : plus(m, times(beta1_left, way));
     v = plus(times(v, beta2), times(times(beta2_left, d), d));
-    const F denominator = plus(over(root(v), correction2), eps);
+    // One division: two would take longer than the memory does.
+    const F denominator = plus(times(root(v), inverse_correction2), eps);
     w = plus(times(w, decay), over(times(step, m), denominator));
   }
 };

@@ -126,6 +126,9 @@ class PanelProduct {
   void columns(const Rows& rows, const uint32_t* left, int64_t first, int64_t last, const Scratch& own) const {
     const Leave leave{kernels_};
     const auto& [right, sums] = own;
+    auto left_at = [&](int64_t tile, size_t c) {
+      return left + rows.row(tile) * steps_ + chunks_[c].first * rows.height(tile);
+    };
     for (int64_t block = first; block < last; ++block) {
       const int64_t panel = block * plan_.shape.panels;
       const int wide = width(panel);
@@ -136,8 +139,8 @@ class PanelProduct {
         for (int64_t i = 0; i < rows.tiles; ++i) {
           if (!final || block + 1 < last) fetch_(final ? 0 : c + 1, next_panel, width(next_panel), i, rows.tiles);
           float* tile = sums.get() + rows.row(i) * wide * kPanelRows;
-          kernels_.multiply({left + rows.row(i) * steps_ + chunks_[c].first * rows.height(i), right.get(),
-                             chunks_[c].steps, tile, rows.height(i), wide, c > 0});
+          kernels_.multiply({left_at(i, c), right.get(), chunks_[c].steps, tile, rows.height(i), wide, c > 0,
+                             i + 1 < rows.tiles ? left_at(i + 1, c) : left_at(0, final ? 0 : c + 1)});
           if (final) finish_(rows.first + rows.row(i), rows.height(i), panel, wide, tile);
         }
       }

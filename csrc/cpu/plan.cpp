@@ -10,10 +10,13 @@ namespace {
 
 // Multiplications that are worth waking another thread for: some 5 µs of work.
 constexpr int64_t kThreadWork = 1 << 18;
-// Rows of a block: decoding a weight costs about as much as five rows' use of it, so 256 rows leave 2 %.
-constexpr int64_t kMostRows = 256;
-// Packed rows of a block, in bytes: they are read again for every 64 columns, from the third-level cache.
-constexpr int64_t kMostPacked = 8 << 20;
+// Rows of a block: decoding a weight costs about as much as five rows' use of it, so 256 rows leave 2 %, 512 1 %.
+// Packed rows of a block, in bytes: they are read again for every 64 columns, from the third-level cache, which other
+// processes share. All threads on one block of rows need less of it than each on its own, and it may be larger then.
+constexpr int64_t kMostRows = 256, kMostPacked = 5 << 20;
+constexpr int64_t kMostRowsShared = 512, kMostPackedShared = 15 << 20;
+// Blocks of columns a thread that make its waiting for the others at the end of a block of rows small.
+constexpr int64_t kColumnsToShare = 16;
 // On AMX a product is so fast that they must come from the second-level cache (2 MB), but for fewer than 64 rows
 // decoding takes longer than multiplying. 16 tiles of k of 32 decoded columns are 32 KB.
 constexpr int64_t kMostPackedAmx = 1 << 20;
@@ -34,10 +37,16 @@ void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
   const bool tiles = p.isa == Isa::amx;
   p.k_chunk = tiles ? kChunkAmx : int64_t{kChunkSteps} * p.shape.pair;
   const int64_t row_bytes = ceil_div(std::max<int64_t>(k, 1), p.shape.pair) * 4;
-  const int64_t most = std::clamp((tiles ? kMostPackedAmx : kMostPacked) / row_bytes / p.shape.rows,
-                                  tiles ? kLeastRowsAmx / p.shape.rows : 1, kMostRows / p.shape.rows);
+  const bool shared = !tiles && n_blocks >= kColumnsToShare * p.threads;
+  const int64_t most_packed = tiles ? kMostPackedAmx : shared ? kMostPackedShared : kMostPacked;
+  const int64_t most = std::clamp(most_packed / row_bytes / p.shape.rows, tiles ? kLeastRowsAmx / p.shape.rows : 1,
+                                  (shared ? kMostRowsShared : kMostRows) / p.shape.rows);
   auto rows_in = [&](int64_t blocks) { return round_up(ceil_div(m, blocks), p.shape.rows); };
   int64_t blocks = ceil_div(m, most * p.shape.rows);
+  if (shared) {
+    p.m_block = rows_in(blocks);
+    return;
+  }
   // By rows where their blocks keep every thread busy: each thread reads all weights for rows of its own, and none waits
   // for another between blocks.
   p.by_rows = blocks >= 2 * p.threads || (blocks >= p.threads && blocks % p.threads == 0);
