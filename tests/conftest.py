@@ -1,5 +1,12 @@
-"""One thread: on a shared machine, two threads that wait for each other take ten times longer for small tensors."""
+"""One thread: on a shared machine, two threads that wait for each other take ten times longer for small tensors.
+
+Triton's kernels are interpreted on the CPU where there is no GPU. Triton reads the variable when kernels are defined.
+"""
+
+import os
 
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
