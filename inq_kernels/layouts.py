@@ -1,6 +1,7 @@
 """How packed weights lie in memory: the storage layout of files, and the layouts that kernels read.
 
-A layout is known by its name, and a tensor's by its rank: ``"storage"`` is uint8 [N, ceil(K/8)·bits] (reference.py).
+A layout is known by its name, and a tensor's by its shape: ``"storage"`` is uint8 [N, ceil(K/8)·bits] (reference.py),
+the others have three dimensions, the last of which tells them apart. slices.py has those of GPUs.
 
 ``"cpu16"``, which the CPU kernels read, is uint8 [ceil(N/16), ceil(K/32), 256], at 5 bits 320: tiles of 16 rows × 32 k.
 A tile is four units of 8 k; a unit is 16 little-endian 32-bit words, one for each row, and a word has eight nibbles:
@@ -17,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import reference, slices
 from .format import Format
 
 STORAGE = "storage"
 CPU16 = "cpu16"
-LAYOUTS = (STORAGE, CPU16)
+LAYOUTS = (STORAGE, CPU16, *slices.LAYOUTS)
 
 # Rows and k of a tile.
 _N, _K = 16, 32
 
 
 def layout_of(weight: Tensor) -> str:
-    """The layout of a module's ``weight``: they differ in rank, so that nothing beside the tensor can disagree."""
-    return STORAGE if weight.dim() == 2 else CPU16
+    """The layout of a module's ``weight``: they differ in shape, so that nothing beside the tensor can disagree."""
+    return STORAGE if weight.dim() == 2 else slices.layout_of(weight.shape[-1]) or CPU16
 
 
 def shape(layout: str, n: int, k: int, fmt: Format) -> tuple[int, ...]:
@@ -43,6 +44,8 @@ def shape(layout: str, n: int, k: int, fmt: Format) -> tuple[int, ...]:
         return n, fmt.row_bytes(k)
     if layout == CPU16:
         return -(-n // _N), -(-k // _K), 256 if fmt.bits < 5 else 320
+    if layout in slices.LAYOUTS:
+        return slices.shape(layout, n, k, fmt)
     raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
 
 
@@ -51,6 +54,8 @@ def prepack(weight: Tensor, k: int, fmt: Format, layout: str) -> Tensor:
     tiles = shape(layout, weight.shape[0], k, fmt)
     if layout == STORAGE:
         return weight.clone()
+    if layout in slices.LAYOUTS:
+        return slices.prepack(reference.unpack_codes(weight, fmt.bits, k), fmt, layout)
     codes = reference.unpack_codes(weight, fmt.bits, k).to(torch.int64)
     codes = F.pad(codes, (0, -k % _K, 0, -codes.shape[0] % _N))
     # [panel, row, tile, r, half]: k = 32·tile + 2r + half, r = 4·unit + j
@@ -59,10 +64,10 @@ def prepack(weight: Tensor, k: int, fmt: Format, layout: str) -> Tensor:
     nibble = field if fmt.bits == 5 else sign << 3 | field
     j, half = _axes(weight)
     body = (nibble.view(*codes.shape[:3], 4, 4, 2) << (4 * j[:4, None] + 16 * half)).sum((4, 5))
-    parts = [_to_bytes(body.permute(0, 2, 3, 1)).flatten(2)]
+    parts = [slices.to_bytes(body.permute(0, 2, 3, 1), 4).flatten(2)]
     if fmt.bits == 5:
         plane = (sign << (15 - j[:, None] + 16 * half)).sum((3, 4))
-        parts.append(_to_bytes(plane.permute(0, 2, 1)).flatten(2))
+        parts.append(slices.to_bytes(plane.permute(0, 2, 1), 4).flatten(2))
     return torch.cat(parts, dim=2)
 
 
@@ -71,11 +76,13 @@ def unprepack(weight: Tensor, n: int, k: int, fmt: Format, layout: str) -> Tenso
     tiles = shape(layout, n, k, fmt)
     if layout == STORAGE:
         return weight.clone()
+    if layout in slices.LAYOUTS:
+        return reference.pack_codes(slices.unprepack(weight, n, k, fmt, layout), fmt.bits)
     j, half = _axes(weight)
-    body = _from_bytes(weight[..., :256].reshape(*tiles[:2], 4, _N, 4)).permute(0, 3, 1, 2)
+    body = slices.from_bytes(weight[..., :256].reshape(*tiles[:2], 4, _N, 4)).permute(0, 3, 1, 2)
     nibble = (body[..., None, None] >> (4 * j[:4, None] + 16 * half) & 15).reshape(tiles[0], _N, tiles[1], 16, 2)
     if fmt.bits == 5:
-        plane = _from_bytes(weight[..., 256:].reshape(*tiles[:2], _N, 4)).permute(0, 2, 1)
+        plane = slices.from_bytes(weight[..., 256:].reshape(*tiles[:2], _N, 4)).permute(0, 2, 1)
         codes = nibble | (plane[..., None, None] >> (15 - j[:, None] + 16 * half) & 1) << 4
     else:
         codes = (nibble >> 3) << (fmt.bits - 1) | nibble & 7
@@ -85,12 +92,3 @@ def unprepack(weight: Tensor, n: int, k: int, fmt: Format, layout: str) -> Tenso
 
 def _axes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(16, device=weight.device), torch.arange(2, device=weight.device)
-
-
-def _to_bytes(words: Tensor) -> Tensor:
-    shifts = torch.arange(0, 32, 8, device=words.device)
-    return (words[..., None] >> shifts & 0xFF).to(torch.uint8)
-
-
-def _from_bytes(words: Tensor) -> Tensor:
-    return (words.to(torch.int64) << torch.arange(0, 32, 8, device=words.device)).sum(-1)

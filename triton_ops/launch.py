@@ -1,8 +1,12 @@
-"""What every launcher here needs: whether kernels are interpreted, and the shapes of grids."""
+"""What every launcher here needs: whether kernels are interpreted, the shapes of grids, and the device to launch on."""
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
 import triton
+from torch import Tensor
 
 # Triton reads TRITON_INTERPRET when a kernel is defined; kernels here are defined right after this.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -16,3 +20,8 @@ def cdiv(a: int, b: int) -> int:
 def round_up(a: int, b: int) -> int:
     """The smallest multiple of b that is at least a."""
     return cdiv(a, b) * b
+
+
+def on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device and stream: those of the tensor's device, for the with block."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,210 @@
+"""``linear``: y = (x · decode(W)ᵀ) · row factors + bias, from the words of inq_kernels.slices.
+
+The weights are the left operand of tl.dot and the rows of x its columns, so that few rows waste little of a tensor
+core's tile, and decoded weights go into it from registers (HGMMA's register operand on Hopper). A step of the loop loads
+a [BN, BK] tile of words once and uses it for S products, each with the x of another slice of K: no join, no shuffle, no
+second load. Where there are fewer tiles than processors, programs share out K and a second kernel adds their sums in
+ascending order: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..format import Format
+from . import operands, tiles
+from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled
+from .dense import dense, product
+from .launch import INTERPRETED, cdiv, on_device_of
+
+
+@triton.jit
+def finish(
+    acc,
+    weight_exp,
+    weight_scale,
+    bias,
+    rows_exp,
+    n,
+    m,
+    N,
+    M,
+    EXPONENT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+):
+    """Sums [BN, BM] of decoded weights times the row factors, plus bias, in float32."""
+    e = tl.load(weight_exp + n, mask=n < N, other=0).to(tl.int32) + EXPONENT
+    if HAS_ROWS:
+        t = tl.load(rows_exp + m, mask=m < M, other=0).to(tl.int32)
+        y = scaled(acc, e[:, None] - t[None, :])
+    else:
+        y = scaled(acc, e[:, None])
+    if HAS_SCALE:
+        y = y * tl.load(weight_scale + n, mask=n < N, other=0)[:, None]
+    if HAS_BIAS:
+        y = y + tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
+    return y
+
+
+@triton.jit
+def linear_kernel(
+    x, weight, weight_exp, weight_scale, bias, rows_exp, out, M, N, K, words, stride_m, steps,
+    EXPONENT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    CODES: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr, FIELD: tl.constexpr, BASE: tl.constexpr,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr, LIFT: tl.constexpr,
+    DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WHOLE_K: tl.constexpr,
+    WHOLE_WORDS: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A [BN, BM] tile of yᵀ; with SPLIT, sums over ``steps`` tiles of words to out[split, m, n], float32.
+
+    weight: words [N, words]; x [M, K], rows stride_m apart; out [M, N]. WHOLE_K: K is CODES·words, so no mask along it;
+    WHOLE_WORDS: words is a multiple of BK.
+    """
+    pid = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BM)
+    # Programs of one block of weights run next to each other and share it in the second-level cache.
+    n = (pid // m_tiles) * BN + tl.arange(0, BN)
+    m = (pid % m_tiles) * BM + tl.arange(0, BM)
+    i = tl.arange(0, BK)
+    # Rows past the end repeat the first ones: what they give is not stored.
+    weights = weight + (n % N).to(tl.int64)[:, None] * words + i[None, :]
+    rows = x + (m % M).to(tl.int64)[None, :] * stride_m
+    first = tl.program_id(1) * steps if SPLIT else 0
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for step in tl.range(first, tl.minimum(first + steps, tl.cdiv(words, BK)), num_stages=STAGES):
+        at = step * BK + i
+        if WHOLE_WORDS:
+            q = tl.load(weights + step * BK)
+        else:
+            q = tl.load(weights + step * BK, mask=(at < words)[None, :], other=0)
+        a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
+        # Sums of e4m3 products keep 14 bits in the tensor core: they begin anew for every step and are added here.
+        part = tl.zeros((BN, BM), dtype=tl.float32) if PROMOTE else acc
+        for j in tl.static_range(CODES):
+            k = at + j * words
+            pointers = rows + k[:, None]
+            if WHOLE_K and WHOLE_WORDS:
+                xs = tl.load(pointers)
+            else:
+                xs = tl.load(pointers, mask=((k < K) & (at < words))[:, None], other=0)
+            w = a if j == 0 else b if j == 1 else c if j == 2 else d
+            left, right = as_operand(w, DOT, LIFT, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
+            part = tl.dot(left, right, part, input_precision="ieee")
+        acc = acc + part if PROMOTE else part
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    place = m.to(tl.int64)[None, :] * N + n[:, None]
+    if SPLIT:
+        tl.store(out + tl.program_id(1).to(tl.int64) * M * N + place, acc, mask=inside)
+    else:
+        y = finish(acc, weight_exp, weight_scale, bias, rows_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, HAS_ROWS)
+        tl.store(out + place, rounded(y, out.dtype.element_ty, INTERPRETED), mask=inside)
+
+
+@triton.jit
+def reduce_kernel(
+    parts, weight_exp, weight_scale, bias, rows_exp, out, M, N, splits, EXPONENT: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A [BN, BM] tile of yᵀ from parts [splits, M, N], added in ascending order, and the epilogue."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    place = m.to(tl.int64)[None, :] * N + n[:, None]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for split in range(splits):
+        acc += tl.load(parts + split.to(tl.int64) * M * N + place, mask=inside, other=0)
+    y = finish(acc, weight_exp, weight_scale, bias, rows_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, HAS_ROWS)
+    tl.store(out + place, rounded(y, out.dtype.element_ty, INTERPRETED), mask=inside)
+
+
+# The tile of reduce_kernel: memory bound, a few KB a program.
+_REDUCE_M, _REDUCE_N = 4, 256
+# Small fp16 numbers of dense levels, 2^-14 and up, come into e4m3's range by this.
+_LIFT = 256
+
+
+def lift(decode: Decoder, dot: str) -> int:
+    """By what decoded numbers are multiplied before they become operands."""
+    return _LIFT if dot == "e4m3" and decode.codec.base == -14 else 1
+
+
+def constants(decode: Decoder, dot: str, tile: tiles.Tile, k: int, words: int) -> dict[str, Any]:
+    """linear_kernel's constants for a decoder, a type of products and a tile."""
+    lifted = lift(decode, dot)
+    return decode.constants | {
+        "EXPONENT": decode.exponent - (lifted.bit_length() - 1),
+        "LIFT": lifted,
+        "DOT": dot,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "WHOLE_K": decode.codec.codes * words == k,
+        "WHOLE_WORDS": words % tile.bk == 0,
+        "PROMOTE": dot == "e4m3",
+        "STAGES": tile.stages,
+        "INTERPRETED": INTERPRETED,
+    }
+
+
+def multiply(
+    x: Tensor,
+    rows_exp: Tensor | None,
+    weight: Tensor,
+    weight_exp: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    fmt: Format,
+    layout: str,
+    dot: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[M, N] of ``dtype`` from x [M, K], whose rows are to be multiplied by 2^−rows_exp where that is given."""
+    (m, k), n = x.shape, weight_exp.shape[0]
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    if m == 0 or n == 0:
+        return out
+    made, q = decoder(layout, fmt), operands.words(weight, layout)
+    words = q.shape[1]
+    choice = tiles.select("linear", dot, m, n, words, operands.processors(x.device), tiles.current())
+    flags = {"HAS_SCALE": weight_scale is not None, "HAS_BIAS": bias is not None, "HAS_ROWS": rows_exp is not None}
+    # Arguments that are not there are never read: any pointer does.
+    epilogue = (weight_exp, *(weight_exp if t is None else t for t in (weight_scale, bias, rows_exp)))
+    splits, exponent = choice.splits, made.exponent
+    if choice.kernel == "dense":
+        w, exponent = dense(weight, k, fmt, layout, x.dtype)
+        parts = product(x, w)
+    else:
+        tile = choice.tile
+        fixed = constants(made, dot, tile, k, words)
+        exponent = fixed["EXPONENT"]
+        parts = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else out
+        steps = choice.steps if splits > 1 else cdiv(words, tile.bk)
+        with on_device_of(x):
+            linear_kernel[cdiv(n, tile.bn) * cdiv(m, tile.bm), splits](
+                x, q, *epilogue, parts, m, n, k, words, x.stride(0), steps, **fixed, **flags, SPLIT=splits > 1,
+                num_warps=tile.warps,
+            )  # fmt: skip
+    if parts is not out:
+        with on_device_of(x):
+            reduce_kernel[cdiv(n, _REDUCE_N), cdiv(m, _REDUCE_M)](
+                parts, *epilogue, out, m, n, splits, EXPONENT=exponent, **flags, BM=_REDUCE_M, BN=_REDUCE_N,
+                INTERPRETED=INTERPRETED,
+            )  # fmt: skip
+    return out
+
+
+def linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
+    fmt, n, k = Format(bits, levels), weight_exp.shape[0], x.shape[-1]
+    weight, layout = operands.ready(weight, n, k, fmt, layout, x.dtype)
+    bias = None if bias is None else bias.contiguous()
+    y = multiply(operands.rows(x), None, weight, weight_exp, weight_scale, bias, fmt, layout, DOT[x.dtype], x.dtype)
+    return y.view(*x.shape[:-1], n)

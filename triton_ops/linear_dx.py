@@ -1,0 +1,105 @@
+"""``linear_dx``: the gradient in x, (grad · row factors) · decode(W), from the words that ``linear`` reads.
+
+The row factors belong to what is summed over here, so they go into the gradient before the product: exact, being powers
+of two, unless there is a row scale. A tile of words gives a tile of columns in each slice of K: S accumulators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..format import Format
+from . import operands, tiles
+from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled
+from .launch import INTERPRETED, cdiv, on_device_of
+
+
+@triton.jit
+def linear_dx_kernel(
+    grad, weight, weight_exp, weight_scale, out, M, N, K, words, stride_m, EXPONENT: tl.constexpr,
+    HAS_SCALE: tl.constexpr, CODES: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr, FIELD: tl.constexpr,
+    BASE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """[BK, BM] tiles of dxᵀ, one in each slice of K. grad [M, N], rows stride_m apart; out [M, K]."""
+    pid = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BM)
+    i = (pid // m_tiles) * BK + tl.arange(0, BK)
+    m = (pid % m_tiles) * BM + tl.arange(0, BM)
+    j = tl.arange(0, BN)
+    gradients = grad + (m % M).to(tl.int64)[None, :] * stride_m
+    sum_a = tl.zeros((BK, BM), dtype=tl.float32)
+    sum_b = tl.zeros((BK, BM), dtype=tl.float32)
+    sum_c = tl.zeros((BK, BM), dtype=tl.float32)
+    sum_d = tl.zeros((BK, BM), dtype=tl.float32)
+    for step in tl.range(0, tl.cdiv(N, BN), num_stages=STAGES):
+        n = step * BN + j
+        here = n < N
+        q = tl.load(
+            weight + n.to(tl.int64)[:, None] * words + i[None, :], mask=here[:, None] & (i < words)[None, :], other=0
+        )
+        a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
+        g = tl.load(gradients + n[:, None], mask=here[:, None], other=0).to(tl.float32)
+        e = tl.load(weight_exp + n, mask=here, other=0).to(tl.int32) + EXPONENT
+        g = scaled(g, e[:, None])
+        if HAS_SCALE:
+            g = g * tl.load(weight_scale + n, mask=here, other=0)[:, None]
+        if INTERPRETED and DOT == "bf16":
+            g = rounded(g, tl.bfloat16, INTERPRETED)
+        g = as_operand(g, DOT, 1, INTERPRETED)
+        sum_a = tl.dot(tl.trans(as_operand(a, DOT, 1, INTERPRETED)), g, sum_a, input_precision=PRECISION)
+        sum_b = tl.dot(tl.trans(as_operand(b, DOT, 1, INTERPRETED)), g, sum_b, input_precision=PRECISION)
+        if CODES > 2:
+            sum_c = tl.dot(tl.trans(as_operand(c, DOT, 1, INTERPRETED)), g, sum_c, input_precision=PRECISION)
+        if CODES > 3:
+            sum_d = tl.dot(tl.trans(as_operand(d, DOT, 1, INTERPRETED)), g, sum_d, input_precision=PRECISION)
+    for s in tl.static_range(CODES):
+        acc = sum_a if s == 0 else sum_b if s == 1 else sum_c if s == 2 else sum_d
+        k = s * words + i
+        inside = ((i < words) & (k < K))[:, None] & (m < M)[None, :]
+        place = m.to(tl.int64)[None, :] * K + k[:, None]
+        tl.store(out + place, rounded(acc, out.dtype.element_ty, INTERPRETED), mask=inside)
+
+
+# float16 gradients times 2^n1 leave float16's range, and not that of TF32, which holds their 11 bits: exact operands.
+PRODUCTS = {torch.float32: ("fp32", "ieee"), torch.float16: ("fp32", "tf32"), torch.bfloat16: ("bf16", "ieee")}
+
+
+def constants(made: Decoder, dtype: torch.dtype, tile: tiles.Tile) -> dict[str, Any]:
+    """linear_dx_kernel's constants."""
+    dot, precision = PRODUCTS[dtype]
+    return made.constants | {
+        "EXPONENT": made.exponent,
+        "DOT": dot,
+        "PRECISION": precision,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "STAGES": tile.stages,
+        "INTERPRETED": INTERPRETED,
+    }
+
+
+def linear_dx(grad, weight, weight_exp, weight_scale, k, bits, levels, layout, backend):
+    fmt, n = Format(bits, levels), weight_exp.shape[0]
+    weight, layout = operands.ready(weight, n, k, fmt, layout, grad.dtype)
+    g = operands.rows(grad)
+    m = g.shape[0]
+    out = torch.empty(m, k, dtype=grad.dtype, device=grad.device)
+    if m and k:
+        made, q = decoder(layout, fmt), operands.words(weight, layout)
+        words = q.shape[1]
+        choice = tiles.select("linear_dx", DOT[grad.dtype], m, n, words, operands.processors(g.device), tiles.current())
+        tile = choice.tile
+        with on_device_of(g):
+            linear_dx_kernel[(cdiv(words, tile.bk) * cdiv(m, tile.bm),)](
+                g, q, weight_exp, weight_exp if weight_scale is None else weight_scale, out, m, n, k, words,
+                g.stride(0), HAS_SCALE=weight_scale is not None, **constants(made, grad.dtype, tile),
+                num_warps=tile.warps,
+            )  # fmt: skip
+    return out.view(*grad.shape[:-1], k)

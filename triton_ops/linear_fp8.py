@@ -1,0 +1,88 @@
+"""``linear_fp8``: rows of x rounded to e4m3 with a power-of-two scale each, times weights that e4m3 holds exactly.
+
+On GPUs without e4m3 products (before sm_89) the same numbers are multiplied as float16: the same sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import slices
+from ..format import Format
+from . import operands
+from .codec import power_of_two
+from .launch import INTERPRETED, on_device_of
+from .linear import multiply
+
+# Elements of a row at a time; a row is read twice, the second time from the cache.
+_BLOCK = 1024
+# sm_89, Ada, is the first with e4m3 tensor cores.
+_FIRST_E4M3 = 89
+
+
+@triton.jit
+def quantize_rows_kernel(x, values, exponents, K, stride_m, BLOCK: tl.constexpr):
+    """reference.quantize_rows_e4m3, one row a program: values uint8 [M, K], the bits of e4m3, and exponents int32 [M].
+
+    In integers, to nearest even: the same in the interpreter and on every GPU.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, K, BLOCK):
+        v = tl.load(x + m * stride_m + start + i, mask=start + i < K, other=0).to(tl.float32)
+        largest = tl.maximum(largest, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    bits = tl.max(largest, axis=0)
+    # max = f·2^e, 1 ≤ f < 2. 448 = 1.75·2^8 is the largest finite e4m3 value, so t = 8 − e, one less for f > 1.75.
+    t = 8 - ((bits >> 23) - 127) - tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
+    t = tl.minimum(tl.maximum(t, -126), 126)
+    finite = bits < 0x7F800000
+    t = tl.where(finite & (bits > 0), t, 0)
+    tl.store(exponents + m, t)
+    for start in range(0, K, BLOCK):
+        inside = start + i < K
+        v = tl.load(x + m * stride_m + start + i, mask=inside, other=0).to(tl.float32) * power_of_two(t)
+        sign = (v.to(tl.int32, bitcast=True) >> 31) & 1
+        size = tl.abs(v)
+        raw = size.to(tl.int32, bitcast=True)
+        # From 2^-6 on: three bits of mantissa remain of 23, and the exponent's bias 127 becomes 7.
+        normal = ((raw + 0x7FFFF + ((raw >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+        # Below: multiples of 2^-9. Adding 2^14 rounds to them, and their number is in the low bits.
+        tiny = (size + 16384.0).to(tl.int32, bitcast=True) & 0xFF
+        code = tl.where(size < 0.015625, tiny, normal) | (sign << 7)
+        code = tl.where(finite, code, 0x7F)
+        tl.store(values + m * K + start + i, code.to(tl.uint8), mask=inside)
+
+
+def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x [M, K], last stride 1, as e4m3: (float8_e4m3fn [M, K], int32 exponents t [M]); x ≈ values · 2^−t."""
+    m, k = x.shape
+    values = torch.empty(m, k, dtype=torch.uint8, device=x.device)
+    exponents = torch.empty(m, dtype=torch.int32, device=x.device)
+    if m:
+        with on_device_of(x):
+            quantize_rows_kernel[(m,)](x, values, exponents, k, x.stride(0), BLOCK=_BLOCK)
+    return values.view(torch.float8_e4m3fn), exponents
+
+
+def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
+    fmt, n, k = Format(bits, levels), weight_exp.shape[0], x.shape[-1]
+    if layout not in slices.LAYOUTS and slices.has(slices.E4M3, fmt):
+        weight, layout = operands.ready_as(weight, n, k, fmt, layout, slices.E4M3), slices.E4M3
+    else:
+        weight, layout = operands.ready(weight, n, k, fmt, layout, x.dtype)
+    x8, t = quantize_rows_e4m3(operands.rows(x))
+    dot = "e4m3"
+    if INTERPRETED:
+        x8 = x8.float()
+    elif operands.capability(x.device) < _FIRST_E4M3:
+        x8, dot = x8.to(torch.float16), "fp16"
+        if layout == slices.E4M3:
+            weight = operands.ready_as(weight, n, k, fmt, layout, slices.FP16)
+            layout = slices.FP16
+    bias = None if bias is None else bias.contiguous()
+    y = multiply(x8, t, weight, weight_exp, weight_scale, bias, fmt, layout, dot, x.dtype)
+    return y.view(*x.shape[:-1], n)

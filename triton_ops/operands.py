@@ -1,0 +1,53 @@
+"""Operands as kernels read them: weights in one of the layouts of slices.py, rows of x with their strides."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import layouts, slices
+from ..format import Format
+
+
+def ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, dtype: torch.dtype) -> tuple[Tensor, str]:
+    """``weight`` in a layout that kernels read, and its name. A module has done this once; here it is for this call."""
+    wanted = layout if layout in slices.LAYOUTS else slices.best(dtype, fmt)
+    return ready_as(weight, n, k, fmt, layout, wanted), wanted
+
+
+def ready_as(weight: Tensor, n: int, k: int, fmt: Format, layout: str, wanted: str) -> Tensor:
+    """``weight``, which is in ``layout``, in the layout ``wanted``."""
+    if layout == wanted:
+        return weight.contiguous()
+    if layout != layouts.STORAGE:
+        weight = layouts.unprepack(weight, n, k, fmt, layout)
+    return layouts.prepack(weight, k, fmt, wanted)
+
+
+def words(weight: Tensor, layout: str) -> Tensor:
+    """The words of a weight [N, …] as integers [N, words]."""
+    dtype = torch.int8 if layout == slices.E4M3 else torch.int16
+    return weight.reshape(weight.shape[0], -1).view(dtype)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] whose last stride is 1: a view where it can be one."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU. The interpreter has one at a time, but runs the code for many."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """90 for sm_90. The interpreter takes everything for Hopper."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

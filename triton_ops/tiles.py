@@ -1,0 +1,159 @@
+"""Which kernel and which tile runs a product: pure functions of a description, the same on every machine.
+
+Tables by capability, kind of product and rows of x. A tuned file (JSON, one for each GPU, ``save`` and ``load``) takes
+the place of single entries; nothing is tuned by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT = "INQ_TRITON_TILES"
+# sm_80, A100; sm_86 and sm_89, consumer Ampere and Ada; sm_90, Hopper; sm_100 and sm_120, Blackwell.
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+# Rows of x up to which a column of the table is used; beyond the last, the last.
+ROWS = (16, 32, 64, 128)
+# Decoding once and calling the library is 2.7 % of a product of 8192 rows, 20 % of one of 1024 (KERNELS.md).
+DENSE_ROWS = 2048
+# Bytes in flight decide the speed of few rows; programs beyond two for each processor add only their start.
+_WAVES = 2
+# A split must leave a program enough steps for its loads to overlap.
+_LEAST_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of a product: BN outputs (weights' rows) × BM rows of x, BK words of each slice a step."""
+
+    bn: int
+    bm: int
+    bk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``kernel`` is "tile" (decoded in the loop) or "dense" (decoded once, multiplied by the library)."""
+
+    kernel: str
+    tile: Tile | None
+    splits: int = 1
+    steps: int = 0  # tiles of words a program, where splits > 1
+
+
+# Shared memory a block: 163 KB on sm_80, 227 on sm_90 and sm_100, 99 on the others. A step of 128×64 16-bit words is
+# 16 KB, and x takes S·BM·BK·2 bytes: three stages of (16, 128, 64) are 72 KB.
+_16 = {
+    16: Tile(128, 16, 64, 4, 3),
+    32: Tile(128, 32, 64, 4, 3),
+    64: Tile(128, 64, 32, 4, 3),
+    128: Tile(128, 128, 32, 8, 2),
+}
+_FP8 = {
+    16: Tile(128, 16, 64, 4, 4),
+    32: Tile(128, 32, 64, 4, 4),
+    64: Tile(128, 64, 64, 4, 3),
+    128: Tile(128, 128, 64, 8, 3),
+}
+# No tensor cores: IEEE float32 products.
+_FP32 = {rows: Tile(64, min(rows, 64), 16, 4, 2) for rows in ROWS}
+# The gradient: BN rows of weights are summed over a step, BK words give BK columns in each slice, so S accumulators.
+_DX = {rows: Tile(32, min(rows, 64), 32, 4, 2) for rows in ROWS}
+DEFAULTS: dict[str, dict[int, Tile]] = {
+    "linear fp16": _16,
+    "linear bf16": _16,
+    "linear e4m3": _FP8,
+    "linear fp32": _FP32,
+    "linear_dx fp16": _DX,
+    "linear_dx bf16": _DX,
+    "linear_dx fp32": {rows: Tile(32, 16, 16, 4, 2) for rows in ROWS},
+}
+
+
+def rows_class(m: int) -> int:
+    """The column of the table for ``m`` rows."""
+    return next((rows for rows in ROWS if m <= rows), ROWS[-1])
+
+
+def select(
+    op: str, dot: str, m: int, n: int, words: int, processors: int, table: Mapping[str, Mapping[int, Tile]] = DEFAULTS
+) -> Choice:
+    """The kernel of a product.
+
+    Args:
+        op: "linear" or "linear_dx".
+        dot: the type of its products: "fp16", "bf16", "fp32" or "e4m3".
+        m: rows of x.
+        n: rows of the weight.
+        words: of a slice (slices.words_of_slice).
+        processors: multiprocessors of the GPU.
+        table: of tiles; ``load`` reads one.
+    """
+    if op == "linear" and dot in ("fp16", "bf16") and m >= DENSE_ROWS:
+        return Choice("dense", None)
+    tile = table[f"{op} {dot}"][rows_class(m)]
+    if op != "linear":
+        return Choice("tile", tile)
+    programs, steps = -(-n // tile.bn) * -(-m // tile.bm), -(-words // tile.bk)
+    splits = max(min(_WAVES * processors // programs, steps // _LEAST_STEPS), 1)
+    each = -(-steps // splits)
+    return Choice("tile", tile, -(-steps // each), each)
+
+
+def save(path: Path | str, device: str, table: Mapping[str, Mapping[int, Tile]]) -> None:
+    """Write ``table`` as JSON. ``device``: the GPU's name, for people."""
+    entries = {key: {str(m): dataclasses.asdict(t) for m, t in row.items()} for key, row in table.items()}
+    Path(path).write_text(json.dumps({"device": device, "tiles": entries}, indent=1) + "\n")
+
+
+def load(path: Path | str) -> dict[str, dict[int, Tile]]:
+    """The table of a file that ``save`` wrote, or that a person did; entries that it lacks are the defaults.
+
+    Raises:
+        ValueError: it is no such file, or an entry is unknown or not a tile that kernels can have.
+    """
+    try:
+        given = json.loads(Path(path).read_text())["tiles"]
+        table = {key: dict(row) for key, row in DEFAULTS.items()}
+        for key, row in given.items():
+            if key not in table:
+                raise ValueError(f"tiles: expected one of {list(table)}, got {key!r}")
+            for m, fields in row.items():
+                table[key][_known_rows(m)] = _tile(f"{key}, {m} rows", fields)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{ENVIRONMENT}: expected a file of tiles, got {path}: {type(error).__name__}: {error}"
+        ) from error
+    return table
+
+
+def _known_rows(text: str) -> int:
+    if text not in map(str, ROWS):
+        raise ValueError(f"rows: expected one of {ROWS}, got {text!r}")
+    return int(text)
+
+
+def _tile(name: str, fields: Mapping[str, object]) -> Tile:
+    expected = [field.name for field in dataclasses.fields(Tile)]
+    if sorted(fields) != sorted(expected):
+        raise ValueError(f"{name}: expected {expected}, got {sorted(fields)}")
+    limits = {"bn": (16, 256), "bm": (16, 256), "bk": (16, 256), "warps": (1, 16), "stages": (1, 8)}
+    for field, (least, most) in limits.items():
+        value = fields[field]
+        power = field != "stages"
+        if type(value) is not int or not least <= value <= most or (power and value & (value - 1)):
+            kind = "a power of two" if power else "a number"
+            raise ValueError(f"{name}: {field}: expected {kind} from {least} to {most}, got {value!r}")
+    return Tile(**fields)  # type: ignore[arg-type]
+
+
+def current() -> dict[str, dict[int, Tile]]:
+    """The table in use: that of the file that INQ_TRITON_TILES names, or the defaults."""
+    path = os.environ.get(ENVIRONMENT)
+    return load(path) if path else DEFAULTS
