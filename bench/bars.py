@@ -17,6 +17,7 @@ AVX512 = {1: 3.5, 2: 3.0, 4: 1.9}
 NOWHERE_BELOW = 0.95
 INT4 = 1.9  # AMX, M = 1: at least this many times faster than torch's int4, 4 bits
 FIVE_BITS = OTHER_SHAPES = 0.85
+_MASKED = {"shape": "ResNet-50", "call": "operator"}
 BITS_IN_USE = {4: 4.1, 5: 5.4}
 
 Pick = Callable[[dict, dict], "float | None"]
@@ -112,8 +113,8 @@ def _other_bars() -> Iterator[Bar]:
             pick = _where(None, "partition", _memory_share, **where)
             yield Bar(f"{name}: extra memory, of the weights", 1 / 16, pick, needs, at_least=False, unit="")
     for op in ("masked_adamw", "masked_sgd"):
-        pick = _where(None, op, lambda row: _inverse(_baseline(row, "torch fused, no mask")), shape="ResNet-50")
-        yield Bar(f"{op}: time, of torch's fused step without a mask", 1.05, pick, "a full run", at_least=False)
+        pick = _where(None, op, lambda row: _inverse(_baseline(row, "torch fused, no mask")), **_MASKED)
+        yield Bar(f"{op}_: time, of torch's fused operator without a mask", 1.05, pick, "a full run", at_least=False)
     for op in ("pack", "unpack"):
         # Into memory that exists, as a copy goes; new memory has a row of its own, beside a clone.
         pick = _where(None, op, _ratio(COPY), shape=_MAIN, dtype="float32", out=lambda out: out != "new")

@@ -1,4 +1,8 @@
-"""``masked_adamw_`` and ``masked_sgd_``: a step on ResNet-50's weights, half of them frozen, beside torch's without."""
+"""``masked_adamw_`` and ``masked_sgd_``: a step on ResNet-50's weights, half of them frozen, beside torch's without.
+
+Two rows each: the operator beside torch's fused operator, and the step of ``inq_kernels.optim`` beside that of
+``torch.optim``, with the Python around both.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,27 @@ class State:
         self.masks = [reference.pack_bits(each) for each in half]
 
 
-def _step(op: str, state: State, function: Callable) -> Callable[[], None]:
-    """``function`` with the arguments of ``torch.ops.inq.masked_*_`` on this state, as a first step."""
+def _step(op: str, state: State, function: Callable, is_first: bool = True) -> Callable[[], None]:
+    """``function`` with the arguments of ``torch.ops.inq.masked_*_`` on this state."""
     lists = (state.params, state.grads, *state.buffers, state.masks)
     if op == "masked_adamw":
         (beta1, beta2), c = _ADAMW["betas"], _ADAMW
         return lambda: function(*lists, c["lr"], beta1, beta2, c["weight_decay"], c["eps"], 1, False)
     c = _SGD
-    return lambda: function(*lists, c["lr"], c["momentum"], 0.0, c["weight_decay"], False, False, True)
+    return lambda: function(*lists, c["lr"], c["momentum"], 0.0, c["weight_decay"], False, False, is_first)
+
+
+def _torch_step(op: str, state: State) -> Callable[[], None]:
+    """torch's fused operator on this state, without a mask."""
+    c = _SGD if op == "masked_sgd" else _ADAMW
+    common = {"lr": c["lr"], "weight_decay": c["weight_decay"], "maximize": False}
+    if op == "masked_sgd":
+        common |= {"momentum": c["momentum"], "dampening": 0.0, "nesterov": False, "is_first_step": False}
+        return lambda: torch._fused_sgd_(state.params, state.grads, state.buffers[0], **common)
+    beta1, beta2 = c["betas"]
+    steps = [torch.ones(()) for _ in state.params]
+    common |= {"beta1": beta1, "beta2": beta2, "eps": c["eps"], "amsgrad": False}
+    return lambda: torch._fused_adamw_(state.params, state.grads, *state.buffers, [], steps, **common)
 
 
 def _optimizer_step(op: str, state: State, make: Callable) -> Callable[[], object]:
@@ -70,13 +87,14 @@ def _cases(op: str):
         for name, layers in (
             named if request.quick or request.shapes else {"ResNet-50": shapes.RESNET50_WEIGHTS}
         ).items():
-            params = {"shape": name, "weights": sum(map(prod, layers)), "dtype": "float32"}
-            yield Case(op, params, lambda context, layers=layers: _masked(context, op, layers))
+            for call in ("operator", "optimizer"):
+                params = {"shape": name, "weights": sum(map(prod, layers)), "dtype": "float32", "call": call}
+                yield Case(op, params, lambda context, layers=layers, call=call: _masked(context, op, layers, call))
 
     return cases
 
 
-def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...]) -> Work:
+def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...], call: str) -> Work:
     torch_class, options, accesses = _TORCH[op]
     buffers = accesses // 2 - 1
     first = State(layers, buffers)
@@ -84,11 +102,13 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...]) -> W
     moved = numel * 4 * accesses + nbytes(*first.masks)
     count = context.rotation(4 * numel * (2 + buffers))
     states = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
-    made = [_candidate(op, state) for state in states]
+    operator = getattr(torch.ops.inq, f"{op}_")
+    as_operator = call == "operator"
+    made = [_step(op, s, operator, is_first=False) if as_operator else _candidate(op, s) for s in states]
 
     def check() -> str | None:
         mine, theirs = copy.deepcopy(first), copy.deepcopy(first)
-        _candidate(op, mine)()
+        (_step(op, mine, operator) if as_operator else _candidate(op, mine))()
         _step(op, theirs, getattr(reference, f"{op}_"))()
         for i, (a, b, before, mask) in enumerate(
             zip(mine.params, theirs.params, first.params, first.masks, strict=True)
@@ -107,6 +127,9 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...]) -> W
     def torch_step(**how):
         return attempt(lambda: baseline(lambda s: _optimizer_step(op, s, lambda p, **o: torch_class(p, **o, **how))))
 
+    if as_operator:
+        fused = attempt(lambda: baseline(lambda s: _torch_step(op, s)))
+        return Work(Runner(made, moved), {"torch fused, no mask": fused}, check, facts={"frozen": 0.5})
     baselines = {
         "torch fused, no mask": torch_step(fused=True),
         "torch foreach, no mask": torch_step(foreach=True),

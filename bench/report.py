@@ -22,7 +22,7 @@ def label(row: dict) -> str:
     words = [row["op"], str(p["shape"])]
     words += [f"m={p['m']}"] if "m" in p else []
     words += [f"{p['bits']}-bit"] if "bits" in p else []
-    words += [str(p[name]) for name in ("exponent", "dtype") if name in p]
+    words += [str(p[name]) for name in ("exponent", "dtype", "call") if name in p]
     words += [f"into {p['out']} memory"] if "out" in p else []
     return " ".join(words + (["with grad"] if p.get("grad") else []))
 

@@ -4,22 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import os
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from . import cpu, layouts, library, reference
+from . import cpu, layouts, library, reference, slices
 from .format import Format
 from .layouts import CPU16, STORAGE
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "INQ_BACKEND"
+INTERPRETER = "TRITON_INTERPRET"
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A100; tensor cores with bfloat16.
+_LEAST_CAPABILITY = (8, 0)
 
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and is not there."""
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU: TRITON_INTERPRET, as Triton reads it."""
+    return os.environ.get(INTERPRETER, "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_unavailable() -> str | None:
+    """None if Triton's kernels can run, on a GPU or interpreted, else why not. Loads nothing where they cannot."""
+    if not interpreting():
+        if torch.version.hip is not None:
+            return "its kernels decode in PTX, which AMD GPUs do not run"
+        if not torch.cuda.is_available():
+            return f"there is no CUDA device, and {INTERPRETER}=1, which runs kernels on the CPU, is not set"
+        if (found := torch.cuda.get_device_capability()) < _LEAST_CAPABILITY:
+            return f"it needs compute capability 8.0 or more, and the device has {found[0]}.{found[1]}"
+    try:
+        _triton_operators()
+    except ImportError as error:
+        return f"Triton does not load (pip install 'inq_kernels[triton]'): {error}"
+    return None
+
+
+@functools.cache
+def _triton_operators() -> dict[str, Callable]:
+    return importlib.import_module("inq_kernels.triton_ops.operators").OPERATORS
 
 
 @functools.cache
@@ -27,7 +58,7 @@ def _availability() -> dict[str, str | None]:
     return {
         "reference": None,
         "cpu": cpu.unavailable(),
-        "triton": "this version has no Triton kernels",
+        "triton": _triton_unavailable(),
         "cuda": "this version has no CUDA library",
     }
 
@@ -43,6 +74,7 @@ def select(
     available: Mapping[str, str | None],
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    interpreted: bool = False,
 ) -> str:
     """The backend that runs ``op``: a pure function of its arguments.
 
@@ -52,6 +84,7 @@ def select(
         available: as from ``availability()``.
         device: the type of the tensors' device.
         dtype: of the activations, or of the weights where there are none.
+        interpreted: whether Triton's kernels run on the CPU, which is for tests: never chosen, but on request.
 
     Raises:
         ValueError: no backend has that name. BackendError: it has, but cannot run here.
@@ -63,8 +96,13 @@ def select(
         why_not["cpu"] = f"it computes on the CPU, got tensors on {device}"
     if why_not["cpu"] is None and dtype not in cpu.DTYPES:
         why_not["cpu"] = f"it computes in float32 and bfloat16, got {dtype}"
+    if why_not["triton"] is None and device != "cuda" and not (device == "cpu" and interpreted):
+        why_not["triton"] = f"it computes on CUDA devices, or on the CPU with {INTERPRETER}=1; got tensors on {device}"
+    if why_not["triton"] is None and dtype not in TRITON_DTYPES:
+        why_not["triton"] = f"it computes in float32, bfloat16 and float16, got {dtype}"
     if not requested:
-        return "cpu" if why_not["cpu"] is None else "reference"
+        best = "triton" if device == "cuda" else "cpu"
+        return best if why_not[best] is None else "reference"
     if why_not[requested] is not None:
         raise BackendError(f"inq.{op}: backend {requested!r} was asked for and cannot run: {why_not[requested]}")
     return requested
@@ -74,7 +112,7 @@ def select(
 def _select_here(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
     # A reference that is asked for loads nothing.
     available = dict.fromkeys(BACKENDS) if requested == "reference" else _availability()
-    return select(op, requested, available, device, dtype)
+    return select(op, requested, available, device, dtype, interpreting())
 
 
 def choose(op: str, like: Tensor, dtype: torch.dtype, backend: str = "") -> str:
@@ -82,11 +120,23 @@ def choose(op: str, like: Tensor, dtype: torch.dtype, backend: str = "") -> str:
     return _select_here(op, backend or os.environ.get(ENVIRONMENT, ""), like.device.type, dtype)
 
 
-def preferred_layout(device: str) -> str:
-    """The layout that products on ``device`` (a type: "cpu", "cuda") are fastest from."""
-    requested = os.environ.get(ENVIRONMENT, "")
-    on_cpu = device == "cpu" and requested in ("", "cpu") and _availability()["cpu"] is None
-    return CPU16 if on_cpu else STORAGE
+def preferred_layout(device: str, dtype: torch.dtype, fmt: Format, backend: str = "") -> str:
+    """The layout that products on ``device`` (a type: "cpu", "cuda") with activations of ``dtype`` are fastest from.
+
+    A backend that was asked for and cannot run gets the storage layout: the product says so.
+    """
+    try:
+        backend = _select_here("linear", backend or os.environ.get(ENVIRONMENT, ""), device, dtype)
+    except (BackendError, ValueError):
+        return STORAGE
+    return {"cpu": CPU16, "triton": slices.best(dtype, fmt)}.get(backend, STORAGE)
+
+
+def layouts_on(device: str) -> tuple[str, ...]:
+    """The layouts that some backend's products on ``device`` read as they are."""
+    own = (CPU16,) if device == "cpu" and _availability()["cpu"] is None else ()
+    gpu = slices.LAYOUTS if device == "cuda" or interpreting() else ()
+    return (STORAGE, *own, *gpu)
 
 
 # --- torch.ops.inq.* --------------------------------------------------------------------------------------------------
@@ -130,7 +180,7 @@ def _reference(op: str) -> Callable:
 
 def _attach(op: str) -> None:
     """Implement ``torch.ops.inq.<op>``: choose a backend and call it."""
-    on_cpu, plain = getattr(cpu, op, None), _reference(op)
+    plain = _reference(op)
     arguments = getattr(torch.ops.inq, op).default._schema.arguments
     forced = arguments[-1].name == "backend"
     # unpack has no float tensor among its arguments; codes alone are moved in no dtype.
@@ -143,11 +193,13 @@ def _attach(op: str) -> None:
         if isinstance(like, list):
             if not like:
                 return None
-            like = next((t for t in like if t.dtype not in cpu.DTYPES), like[0])
+            # The one that the fewest backends compute with.
+            like = max(like, key=lambda t: (t.dtype == torch.float64, t.dtype not in cpu.DTYPES))
         dtype = torch.float32 if bytes_only else like.dtype if dtype_at is None else args[dtype_at]
-        if choose(op, like, dtype, args[-1] if forced else "") != "cpu":
+        backend = choose(op, like, dtype, args[-1] if forced else "")
+        if backend == "reference":
             return plain(*args)
-        result = on_cpu(*args)
+        result = (getattr(cpu, op) if backend == "cpu" else _triton_operators()[op])(*args)
         for i in written:
             _count_as_written(args[i])
         return result

@@ -93,24 +93,23 @@ class _PackedModule:
             if type(new) is Tensor:
                 self.weight = nn.Parameter(new, requires_grad=False)
 
-    def prepack(self) -> None:
+    def prepack(self, dtype: torch.dtype | None = None) -> None:
         """Hold the weight in the layout that products on its device are fastest from; the first call does it, too.
 
         ``state_dict`` and files have the storage layout all the same.
+
+        Args:
+            dtype: of the activations; None: of the bias, or float32 without one.
         """
-        layout = backends.preferred_layout(self.weight.device.type)
-        if layout != STORAGE and self.backend in (None, "cpu"):
+        dtype = self._float_dtype(dtype)
+        layout = backends.preferred_layout(self.weight.device.type, dtype, self.format, self.backend or "")
+        if layout != STORAGE:
             self._lay_out(layout)
 
     def _ready(self, x: Tensor) -> PackedWeight:
         """The weight for a product with ``x``, laid out at the first."""
-        if (
-            self.weight.dim() == 2  # the storage layout
-            and x.device.type == "cpu"
-            and x.dtype in backends.cpu.DTYPES
-            and not torch.compiler.is_compiling()
-        ):
-            self.prepack()
+        if self.weight.dim() == 2 and not torch.compiler.is_compiling():  # the storage layout
+            self.prepack(x.dtype)
         return self.packed
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -181,7 +180,7 @@ class _PackedModule:
                 # Also when there is no such device, or no memory on it: without it the outputs would be others.
                 self.register_parameter("weight_scale", scale)
         # The layout of one device's kernels is nothing to another's.
-        if layout_of(self.weight) != backends.preferred_layout(self.weight.device.type):
+        if layout_of(self.weight) not in backends.layouts_on(self.weight.device.type):
             self._lay_out(STORAGE)
         return self
 

@@ -294,16 +294,18 @@ def prepack(packed: PackedWeight, layout: str | None = None) -> PackedWeight:
 
     Args:
         packed: in any layout.
-        layout: "storage", "cpu16", or None for what products on the weight's device are fastest from.
+        layout: "storage", "cpu16", "slices_fp16", "slices_bf16", "slices_e4m3" (see layouts.py and slices.py), or None
+            for what products on the weight's device with float32 activations are fastest from.
 
     Returns:
         ``packed`` itself if it is in that layout, else one with a new ``weight``; exponents and scale are shared.
 
     Raises:
-        ValueError: there is no such layout.
+        ValueError: there is no such layout, or it does not hold this format.
     """
     _check_packed("inq_kernels.ops.prepack: packed", packed)
-    layout = layout or _backends.preferred_layout(packed.weight.device.type)
+    if layout is None:
+        layout = _backends.preferred_layout(packed.weight.device.type, torch.float32, packed.format)
     if layout == packed.layout:
         return packed
     tail = (packed.k, packed.format.bits, packed.format.levels)

@@ -1,16 +1,16 @@
-"""The layouts that GPU kernels decode with shifts and ANDs alone: which bits of a word hold which code (KERNELS.md, A–I).
+"""The layouts that GPU kernels decode with shifts and ANDs alone: which bits of a word hold which code.
 
-A row of K weights is cut into S slices of Kq = ceil(K/S) rounded up to 32; word i of the row holds the codes of weights
-i, i + Kq, …, i + (S−1)·Kq. Code j of a word q is the finished number ``(XOR of q << s for s in shifts[j]) & mask``:
-sign and exponent lie where the float type has them, the mantissa is 0, and a zero is +0. There is no subtraction and no
-table; the row's exponent is a factor of the epilogue. Each shift moves bits within a 16-bit (or 8-bit) word, so that two
-(four) words are decoded in one 32-bit register whatever their neighbours are.
+KERNELS.md's A to I. A row of K weights is cut into S slices of Kq = ceil(K/S) rounded up to 32; word i of the row holds
+the codes of weights i, i + Kq, …, i + (S−1)·Kq. Code j of a word q is the finished number ``(XOR of q << s for s in
+shifts[j]) & mask``: sign and exponent lie where the float type has them, the mantissa is 0, and a zero is +0. There is
+no subtraction and no table; the row's exponent is a factor of the epilogue. Shifts move bits within a 16-bit (or 8-bit)
+word, so that two (four) words are decoded in one 32-bit register whatever their neighbours are.
 
-The codes of a word are linear functions of its bits over GF(2). Whoever packs solves for the word once: it is the XOR of
-one table entry for each code.
+The codes of a word are linear functions of its bits over GF(2). Whoever packs solves for the word once: it is the XOR
+of one table entry for each code.
 
-``"slices_fp16"`` is uint8 [N, Kq, 2], ``"slices_bf16"`` [N, Kq/2, 4], ``"slices_e4m3"`` [N, Kq, 1]: little-endian words.
-Words are full of codes at 4 bits; at 5 they hold three (5.33 bits a weight); 2- and 3-bit weights occupy 4 bits.
+``"slices_fp16"`` is uint8 [N, Kq, 2], ``"slices_bf16"`` [N, Kq/2, 4], ``"slices_e4m3"`` [N, Kq, 1]: little-endian
+words. Words are full of codes at 4 bits; at 5 they hold three (5.33 bits a weight); 2- and 3-bit weights occupy 4.
 
 Plain torch, as the definition; triton_ops/storage.py does the same.
 """
@@ -54,6 +54,11 @@ class Codec:
     field: int
     base: int
     unit: int
+
+    def __post_init__(self) -> None:
+        lowest = (self.mask & -self.mask).bit_length() - 1
+        if max(s for shifts in self.shifts for s in shifts) > lowest:
+            raise ValueError(f"codec {self.name}: shifts: expected at most {lowest}, or bits of the next word are kept")
 
     @property
     def codes(self) -> int:
@@ -112,16 +117,16 @@ def _right_inverse(rows: list[int]) -> list[int]:
     return [sum(1 << pivots[r] for r in range(len(work)) if work[r][1] >> i & 1) for i in range(len(work))]
 
 
-# Left shifts of the fewest instructions, found by search; KERNELS.md's letters. C and F differ from its forms, which
-# move bits from one 16-bit lane into the other.
+# Left shifts of the fewest instructions, found by search; KERNELS.md's letters. B, C and I are not its forms, in which
+# bits of one 16-bit lane count in the other: those pair words as they lie in memory, and Triton may pair others.
 _CODECS = {
     # 4 bits, four magnitudes or fewer: a flag in the exponent's top bit, then two bits.
     ("paper4", FP16): Codec("A", 16, ((0,), (2,), (8,), (10,)), 0xCC00, 16, 1, 10),
-    ("paper4", BF16): Codec("B", 16, ((0,), (2,), (4,), (6, 14)), 0xC180, 128, 1, 7),
+    ("paper4", BF16): Codec("B", 16, ((1,), (3,), (0, 5), (4, 7)), 0xC180, 128, 1, 7),
     # 4 bits, seven magnitudes: the three low bits of the exponent, 0 means 0.
     ("dense4", FP16): Codec("C", 16, ((0,), (7,), (1, 5), (2, 10)), 0x9C00, 1, -14, 10),
     # 5 bits, eight magnitudes: flag and three bits.
-    ("paper5", FP16): Codec("I", 16, ((0,), (6,), (8, 11)), 0xDC00, 16, 1, 10),
+    ("paper5", FP16): Codec("I", 16, ((0,), (10,), (2, 5)), 0xDC00, 16, 1, 10),
     ("paper5", BF16): Codec("G", 16, ((0,), (4,), (2, 7)), 0xC380, 128, 1, 7),
     # 5 bits, fifteen magnitudes: the four low bits of the exponent.
     ("dense5", FP16): Codec("F", 16, ((0,), (6,), (1, 10)), 0xBC00, 1, -14, 10),
@@ -139,7 +144,7 @@ def kind(fmt: Format) -> str:
 
 
 def has(layout: str, fmt: Format) -> bool:
-    """Whether weights of ``fmt`` can be in ``layout``: bfloat16 has no place for "dense" levels, e4m3 none at 5 bits."""
+    """Whether ``layout`` holds ``fmt``: bfloat16 has no place for "dense" levels, e4m3 none at 5 bits."""
     return (kind(fmt), layout) in _CODECS
 
 

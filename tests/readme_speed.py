@@ -37,10 +37,10 @@ def _products(section: dict, dtype: str) -> str:
 
 _OTHERS = (
     ("partition", "torch topk", ("shape", "exponent")),
-    ("masked_adamw", "torch fused, no mask", ("shape",)),
-    ("masked_sgd", "torch fused, no mask", ("shape",)),
+    ("masked_adamw", "torch fused, no mask", ("shape", "call")),
+    ("masked_sgd", "torch fused, no mask", ("shape", "call")),
     ("pack", "copy", ("bits", "dtype")),
-    ("unpack", "copy", ("bits", "dtype")),
+    ("unpack", "copy", ("bits", "dtype", "out")),
 )
 
 

@@ -41,9 +41,9 @@ def rows_of(results):
     return [row for section in results["sections"] for row in section["rows"]]
 
 
-def work_of(op, backend="reference", **wanted):
+def work_of(op, number=0, backend="reference", **wanted):
     request = case.Request(**{"shapes": () if "conv" in op else ((64, 40),), "quick": True, **wanted})
-    return next(OPS[op].cases(request)).build(case.Context(backend))
+    return list(OPS[op].cases(request))[number].build(case.Context(backend))
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -296,14 +296,19 @@ def test_topk_does_the_same(rule):
 
 
 @pytest.mark.parametrize("op", ["masked_adamw", "masked_sgd"])
-def test_the_check_of_a_step(op, monkeypatch):
-    assert work_of(op).check() is None
+@pytest.mark.parametrize("call", [0, 1], ids=["operator", "optimizer"])
+def test_the_check_of_a_step(op, call, monkeypatch):
+    assert work_of(op, call).check() is None
 
-    def unmasked(op, state):
+    def unmasked(op, state, *rest, **more):
         return optim._optimizer_step(op, state, optim._TORCH[op][0])
 
     monkeypatch.setattr(optim, "_candidate", unmasked)
-    assert "frozen weights moved" in work_of(op).check()
+    if call == 0:
+        step = optim._step
+        fake = lambda op, state, f, **more: unmasked(op, state) if more else step(op, state, f)  # noqa: E731
+        monkeypatch.setattr(optim, "_step", fake)
+    assert "frozen weights moved" in work_of(op, call).check()
 
 
 @pytest.fixture
@@ -584,7 +589,14 @@ def test_bars_of_the_other_operators():
     facts["peak_extra_bytes"] = "cannot be measured"
     assert status(results, "partition VGG-16, max: extra memory") == ("open", None)
     fused = [{"name": "torch fused, no mask", "ratio": 0.94}]
-    assert status(other("masked_adamw", fused, params={"shape": "ResNet-50"}), "masked_adamw")[0] == "fail"
+    assert (
+        status(other("masked_adamw", fused, params={"shape": "ResNet-50", "call": "operator"}), "masked_adamw_:")[0]
+        == "fail"
+    )
+    assert (
+        status(other("masked_adamw", fused, params={"shape": "ResNet-50", "call": "optimizer"}), "masked_adamw_:")[0]
+        == "open"
+    )
     compiled = [{"name": "compiled operator", "ratio": 0.5, "median_us": 4.0}]
     row = {"params": {"grad": False}, "time": {"median_us": 99.0}}  # of the pairs with all baselines: not judged
     assert status(other("overhead", compiled, **row), "a call over the compiled operator, without") == ("pass", 4.0)

@@ -6,21 +6,30 @@ import pytest
 import torch
 from support import FORMATS, generator
 
-from inq_kernels import layouts, reference
+from inq_kernels import layouts, reference, slices
 from inq_kernels.format import Format
 
 SHAPES = [(1, 1), (3, 7), (16, 32), (17, 33), (40, 100), (5, 257)]
+
+
+def holds(layout, fmt):
+    return layout not in slices.LAYOUTS or slices.has(layout, fmt)
 
 
 def random_codes(fmt, n, k):
     return torch.randint(0, 1 << fmt.bits, (n, k), dtype=torch.uint8, generator=generator(n * k))
 
 
+HELD = [(layout, fmt) for layout in layouts.LAYOUTS for fmt in FORMATS if holds(layout, fmt)]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize(("layout", "fmt"), HELD, ids=str)
 def test_unprepack_undoes_prepack(layout, fmt, shape):
-    stored = reference.pack_codes(random_codes(fmt, *shape), fmt.bits)
+    codes = random_codes(fmt, *shape)
+    if layout in slices.LAYOUTS:  # which have no place for a code that names no value
+        codes[torch.tensor([level is None for level in fmt.code_levels])[codes.long()]] = 0
+    stored = reference.pack_codes(codes, fmt.bits)
     laid_out = layouts.prepack(stored, shape[1], fmt, layout)
     assert tuple(laid_out.shape) == layouts.shape(layout, *shape, fmt)
     assert layouts.layout_of(laid_out) == layout
@@ -53,5 +62,5 @@ def test_bits_a_weight():
 
 
 def test_an_unknown_layout():
-    with pytest.raises(ValueError, match=r"^layout: expected one of \('storage', 'cpu16'\), got 'tiles'$"):
+    with pytest.raises(ValueError, match=r"^layout: expected one of \('storage', 'cpu16', .*\), got 'tiles'$"):
         layouts.shape("tiles", 1, 1, Format(4))

@@ -1,4 +1,4 @@
-"""Decoding in kernels: the words of inq_kernels.slices as finished numbers, one AND and a few shifts for each code.
+"""Decoding in kernels: the words of inq_kernels.slices as finished numbers, an AND and a few shifts for each code.
 
 Compiled, a tile of words goes through inline assembly: two 16-bit words (four 8-bit ones) in each 32-bit register, whose
 halves Triton's own ``(q << s) & mask`` would unpack (2.5 instructions a weight instead of 0.9; KERNELS.md). The
@@ -178,6 +178,14 @@ def scaled(x, e):
 
 
 @triton.jit
+def widened(x, INTERPRETED: tl.constexpr):
+    """As float32, exactly. The interpreter's own conversion of bfloat16 is wrong for subnormal numbers."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def as_operand(a, DOT: tl.constexpr, LIFT: tl.constexpr, INTERPRETED: tl.constexpr):
     """A tile as an operand of tl.dot: of DOT's type; float32 where interpreted, whose bfloat16 products are wrong.
 
@@ -186,13 +194,12 @@ def as_operand(a, DOT: tl.constexpr, LIFT: tl.constexpr, INTERPRETED: tl.constex
     if LIFT != 1:
         a = a * LIFT
     if INTERPRETED or DOT == "fp32":
-        return a.to(tl.float32)
-    elif DOT == "fp16":
+        return widened(a, INTERPRETED)
+    if DOT == "fp16":
         return a.to(tl.float16)
-    elif DOT == "bf16":
+    if DOT == "bf16":
         return a.to(tl.bfloat16)
-    else:
-        return a.to(tl.float8e4nv)
+    return a.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -203,5 +210,4 @@ def rounded(y, like: tl.constexpr, INTERPRETED: tl.constexpr):
         up = bits + 0x7FFF + ((bits >> 16) & 1)
         quiet = tl.where(y == y, up, 0x7FC00000)
         return (quiet >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return y.to(like)
+    return y.to(like)

@@ -1,4 +1,4 @@
-"""Many rows: decode once to 16 bits and call torch's product, whose cost hides that of decoding (KERNELS.md, Regimes)."""
+"""Many rows: decode once to 16 bits and call torch's product, whose cost hides that of decoding (KERNELS.md)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dense_kernel(
 
 
 def dense(weight: Tensor, k: int, fmt: Format, layout: str, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """(w, e): weights [N, K] of a 16-bit ``dtype`` in units that it holds exactly; times 2^(n1 + e) they are the weights."""
+    """(w, e): numbers [N, K] of a 16-bit ``dtype`` that it holds exactly; times 2^(n1 + e) they are the weights."""
     made, q = decoder(layout, fmt), operands.words(weight, layout)
     n, words = q.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.device)

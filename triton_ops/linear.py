@@ -1,10 +1,10 @@
 """``linear``: y = (x · decode(W)ᵀ) · row factors + bias, from the words of inq_kernels.slices.
 
 The weights are the left operand of tl.dot and the rows of x its columns, so that few rows waste little of a tensor
-core's tile, and decoded weights go into it from registers (HGMMA's register operand on Hopper). A step of the loop loads
-a [BN, BK] tile of words once and uses it for S products, each with the x of another slice of K: no join, no shuffle, no
-second load. Where there are fewer tiles than processors, programs share out K and a second kernel adds their sums in
-ascending order: the same bits in every run.
+core's tile, and decoded weights go into it from registers (HGMMA's register operand on Hopper). A step of the loop
+loads a [BN, BK] tile of words once and uses it for S products, each with the x of another slice of K: no join, no
+shuffle, no second load. Where there are fewer tiles than processors, programs share out K and a second kernel adds
+their sums in ascending order: the same bits in every run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..format import Format
 from . import operands, tiles
-from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled
+from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .dense import dense, product
 from .launch import INTERPRETED, cdiv, on_device_of
 
@@ -38,6 +38,7 @@ def finish(
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Sums [BN, BM] of decoded weights times the row factors, plus bias, in float32."""
     e = tl.load(weight_exp + n, mask=n < N, other=0).to(tl.int32) + EXPONENT
@@ -49,7 +50,7 @@ def finish(
     if HAS_SCALE:
         y = y * tl.load(weight_scale + n, mask=n < N, other=0)[:, None]
     if HAS_BIAS:
-        y = y + tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
+        y = y + widened(tl.load(bias + n, mask=n < N, other=0), INTERPRETED)[:, None]
     return y
 
 
@@ -104,7 +105,22 @@ def linear_kernel(
     if SPLIT:
         tl.store(out + tl.program_id(1).to(tl.int64) * M * N + place, acc, mask=inside)
     else:
-        y = finish(acc, weight_exp, weight_scale, bias, rows_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, HAS_ROWS)
+        y = finish(
+            acc,
+            weight_exp,
+            weight_scale,
+            bias,
+            rows_exp,
+            n,
+            m,
+            N,
+            M,
+            EXPONENT,
+            HAS_SCALE,
+            HAS_BIAS,
+            HAS_ROWS,
+            INTERPRETED,
+        )
         tl.store(out + place, rounded(y, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
@@ -119,10 +135,13 @@ def reduce_kernel(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
+    plane = tl.full((), 1, tl.int64) * M * N
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for split in range(splits):
-        acc += tl.load(parts + split.to(tl.int64) * M * N + place, mask=inside, other=0)
-    y = finish(acc, weight_exp, weight_scale, bias, rows_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, HAS_ROWS)
+        acc += tl.load(parts + plane * split + place, mask=inside, other=0)
+    y = finish(
+        acc, weight_exp, weight_scale, bias, rows_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, HAS_ROWS, INTERPRETED
+    )
     tl.store(out + place, rounded(y, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..format import Format
 from . import operands, tiles
-from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled
+from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .launch import INTERPRETED, cdiv, on_device_of
 
 
@@ -44,7 +44,7 @@ def linear_dx_kernel(
             weight + n.to(tl.int64)[:, None] * words + i[None, :], mask=here[:, None] & (i < words)[None, :], other=0
         )
         a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
-        g = tl.load(gradients + n[:, None], mask=here[:, None], other=0).to(tl.float32)
+        g = widened(tl.load(gradients + n[:, None], mask=here[:, None], other=0), INTERPRETED)
         e = tl.load(weight_exp + n, mask=here, other=0).to(tl.int32) + EXPONENT
         g = scaled(g, e[:, None])
         if HAS_SCALE:

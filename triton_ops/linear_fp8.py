@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import slices
 from ..format import Format
 from . import operands
-from .codec import power_of_two
+from .codec import power_of_two, widened
 from .launch import INTERPRETED, on_device_of
 from .linear import multiply
 
@@ -24,7 +24,7 @@ _FIRST_E4M3 = 89
 
 
 @triton.jit
-def quantize_rows_kernel(x, values, exponents, K, stride_m, BLOCK: tl.constexpr):
+def quantize_rows_kernel(x, values, exponents, K, stride_m, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
     """reference.quantize_rows_e4m3, one row a program: values uint8 [M, K], the bits of e4m3, and exponents int32 [M].
 
     In integers, to nearest even: the same in the interpreter and on every GPU.
@@ -33,7 +33,7 @@ def quantize_rows_kernel(x, values, exponents, K, stride_m, BLOCK: tl.constexpr)
     i = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, K, BLOCK):
-        v = tl.load(x + m * stride_m + start + i, mask=start + i < K, other=0).to(tl.float32)
+        v = widened(tl.load(x + m * stride_m + start + i, mask=start + i < K, other=0), INTERPRETED)
         largest = tl.maximum(largest, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     bits = tl.max(largest, axis=0)
     # max = f·2^e, 1 ≤ f < 2. 448 = 1.75·2^8 is the largest finite e4m3 value, so t = 8 − e, one less for f > 1.75.
@@ -44,7 +44,7 @@ def quantize_rows_kernel(x, values, exponents, K, stride_m, BLOCK: tl.constexpr)
     tl.store(exponents + m, t)
     for start in range(0, K, BLOCK):
         inside = start + i < K
-        v = tl.load(x + m * stride_m + start + i, mask=inside, other=0).to(tl.float32) * power_of_two(t)
+        v = widened(tl.load(x + m * stride_m + start + i, mask=inside, other=0), INTERPRETED) * power_of_two(t)
         sign = (v.to(tl.int32, bitcast=True) >> 31) & 1
         size = tl.abs(v)
         raw = size.to(tl.int32, bitcast=True)
@@ -64,7 +64,7 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     exponents = torch.empty(m, dtype=torch.int32, device=x.device)
     if m:
         with on_device_of(x):
-            quantize_rows_kernel[(m,)](x, values, exponents, k, x.stride(0), BLOCK=_BLOCK)
+            quantize_rows_kernel[(m,)](x, values, exponents, k, x.stride(0), BLOCK=_BLOCK, INTERPRETED=INTERPRETED)
     return values.view(torch.float8_e4m3fn), exponents
 
 

@@ -124,8 +124,9 @@ def load(path: Path | str) -> dict[str, dict[int, Tile]]:
         for key, row in given.items():
             if key not in table:
                 raise ValueError(f"tiles: expected one of {list(table)}, got {key!r}")
-            for m, fields in row.items():
-                table[key][_known_rows(m)] = _tile(f"{key}, {m} rows", fields)
+            for text, fields in row.items():
+                rows = _known_rows(text)
+                table[key][rows] = _tile(f"{key}, {rows} rows", fields)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{ENVIRONMENT}: expected a file of tiles, got {path}: {type(error).__name__}: {error}"

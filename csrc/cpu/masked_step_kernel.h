@@ -11,42 +11,38 @@ namespace inq::cpu::INQ_ISA {
 constexpr int64_t kStepWord = 64;
 
 // Each step gives the new values of kLanes weights and their state; what is frozen is put back by step_word.
+// What a step does is constant: asking in the loop took 5 % of the time.
+template <bool kMomentum, bool kReads, bool kNesterov, bool kDecays>
 struct Sgd {
-  static constexpr bool kHasSecond = false;
-  bool has_first, reads_first, decays, nesterov, maximize;
-  F step, momentum, dampening_left, weight_decay;
+  static constexpr bool kHasFirst = kMomentum, kReadsFirst = kReads, kHasSecond = false;
+  F sign, step, momentum, dampening_left, weight_decay;
 
-  Sgd(const StepTensor& t, const SgdNumbers& n)
-      : has_first(t.first != nullptr),
-        reads_first(has_first && !n.first_step),
-        decays(n.weight_decay != 0),
-        nesterov(n.nesterov),
-        maximize(n.maximize),
+  explicit Sgd(const SgdNumbers& n)
+      : sign(set(n.maximize ? -1.0f : 1.0f)),
         step(set(-n.lr)),
         momentum(set(n.momentum)),
         dampening_left(set(n.dampening_left)),
         weight_decay(set(n.weight_decay)) {}
 
   inline __attribute__((always_inline)) void operator()(F& w, F g, F& buffer, F&) const {
-    F d = maximize ? minus(set(-0.0f), g) : g;
-    if (decays) d = plus(d, times(weight_decay, w));
-    if (has_first) {
-      buffer = reads_first ? plus(times(buffer, momentum), times(dampening_left, d)) : d;
-      d = nesterov ? plus(d, times(momentum, buffer)) : buffer;
+    F d = times(sign, g);
+    if constexpr (kDecays) d = plus(d, times(weight_decay, w));
+    if constexpr (kMomentum) {
+      buffer = kReads ? plus(times(buffer, momentum), times(dampening_left, d)) : d;
+      d = kNesterov ? plus(d, times(momentum, buffer)) : buffer;
     }
     w = plus(w, times(step, d));
   }
 };
 
 struct Adamw {
-  static constexpr bool kHasSecond = true;
-  static constexpr bool has_first = true, reads_first = true;
-  bool maximize, near_one;
-  F beta1, beta1_left, beta2, beta2_left, decay, step, inverse_correction2, eps;
+  static constexpr bool kHasFirst = true, kReadsFirst = true, kHasSecond = true;
+  bool near_one;
+  F sign, beta1, beta1_left, beta2, beta2_left, decay, step, inverse_correction2, eps;
 
-  Adamw(const StepTensor&, const AdamwNumbers& n)
-      : maximize(n.maximize),
-        near_one(n.beta1_left >= 0.5f),
+  explicit Adamw(const AdamwNumbers& n)
+      : near_one(n.beta1_left >= 0.5f),
+        sign(set(n.maximize ? -1.0f : 1.0f)),
         beta1(set(n.beta1)),
         beta1_left(set(n.beta1_left)),
         beta2(set(n.beta2)),
@@ -57,7 +53,7 @@ struct Adamw {
         eps(set(n.eps)) {}
 
   inline __attribute__((always_inline)) void operator()(F& w, F g, F& m, F& v) const {
-    const F d = maximize ? minus(set(-0.0f), g) : g;
+    const F d = times(sign, g);
     // torch.lerp, which is exact at both ends.
     const F way = minus(d, m);
     m = near_one ? minus(d, times(way, beta1)) : plus(m, times(beta1_left, way));
@@ -75,12 +71,12 @@ INQ_INLINE void step_word(T* w, const T* grad, float* first, float* second, uint
     const M held = mask_of(static_cast<uint32_t>(frozen >> lane) & kLaneBits);
     const U bits = load_bits(w + lane);
     // A first step overwrites its momentum: it is read for the frozen weights' sake alone.
-    const F old_first = step.reads_first || (step.has_first && frozen != 0) ? load(first + lane) : set(0.0f);
+    const F old_first = Step::kReadsFirst || (Step::kHasFirst && frozen != 0) ? load(first + lane) : set(0.0f);
     const F old_second = Step::kHasSecond ? load(second + lane) : set(0.0f);
     F x = as_float(bits), m = old_first, v = old_second;
     step(x, as_float(load_bits(grad + lane)), m, v);
     store_bits(w + lane, choose(held, bits, rounded(w, x)));
-    if (step.has_first) store(first + lane, choose(held, old_first, m));
+    if (Step::kHasFirst) store(first + lane, choose(held, old_first, m));
     if (Step::kHasSecond) store(second + lane, choose(held, old_second, v));
   }
 }
@@ -95,7 +91,7 @@ INQ_INLINE void step_range(const StepTensor& t, const Step& step, int64_t begin,
     const uint64_t frozen = t.mask == nullptr ? 0 : load_word(t.mask, i / kStepWord, count);
     if (frozen == all) continue;
     if (count == kStepWord) {
-      step_word(w + i, grad + i, step.has_first ? t.first + i : nullptr, Step::kHasSecond ? t.second + i : nullptr,
+      step_word(w + i, grad + i, Step::kHasFirst ? t.first + i : nullptr, Step::kHasSecond ? t.second + i : nullptr,
                 frozen, step);
       continue;
     }
@@ -105,23 +101,37 @@ INQ_INLINE void step_range(const StepTensor& t, const Step& step, int64_t begin,
     const size_t values = static_cast<size_t>(count) * sizeof(T), floats = static_cast<size_t>(count) * sizeof(float);
     std::memcpy(w_word, w + i, values);
     std::memcpy(grad_word, grad + i, values);
-    if (step.has_first) std::memcpy(first, t.first + i, floats);
+    if (Step::kHasFirst) std::memcpy(first, t.first + i, floats);
     if (Step::kHasSecond) std::memcpy(second, t.second + i, floats);
     step_word(w_word, grad_word, first, second, frozen, step);
     std::memcpy(w + i, w_word, values);
-    if (step.has_first) std::memcpy(t.first + i, first, floats);
+    if (Step::kHasFirst) std::memcpy(t.first + i, first, floats);
     if (Step::kHasSecond) std::memcpy(t.second + i, second, floats);
   }
 }
 
-void sgd_range(const StepTensor& t, const SgdNumbers& n, int64_t begin, int64_t end) {
-  const Sgd step(t, n);
+template <class Step>
+INQ_INLINE void step_range_of(const StepTensor& t, const Step& step, int64_t begin, int64_t end) {
   t.bfloat16 ? step_range<uint16_t>(t, step, begin, end) : step_range<uint32_t>(t, step, begin, end);
 }
 
+template <bool kDecays>
+INQ_INLINE void sgd_range_of(const StepTensor& t, const SgdNumbers& n, int64_t begin, int64_t end) {
+  if (t.first == nullptr) return step_range_of(t, Sgd<false, false, false, kDecays>(n), begin, end);
+  if (n.first_step) {
+    return n.nesterov ? step_range_of(t, Sgd<true, false, true, kDecays>(n), begin, end)
+                      : step_range_of(t, Sgd<true, false, false, kDecays>(n), begin, end);
+  }
+  return n.nesterov ? step_range_of(t, Sgd<true, true, true, kDecays>(n), begin, end)
+                    : step_range_of(t, Sgd<true, true, false, kDecays>(n), begin, end);
+}
+
+void sgd_range(const StepTensor& t, const SgdNumbers& n, int64_t begin, int64_t end) {
+  n.weight_decay != 0 ? sgd_range_of<true>(t, n, begin, end) : sgd_range_of<false>(t, n, begin, end);
+}
+
 void adamw_range(const StepTensor& t, const AdamwNumbers& n, int64_t begin, int64_t end) {
-  const Adamw step(t, n);
-  t.bfloat16 ? step_range<uint16_t>(t, step, begin, end) : step_range<uint32_t>(t, step, begin, end);
+  step_range_of(t, Adamw(n), begin, end);
 }
 
 }  // namespace inq::cpu::INQ_ISA

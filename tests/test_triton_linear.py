@@ -1,0 +1,270 @@
+"""Triton's linear, linear_dx and linear_fp8 beside the definition: interpreted on the CPU, or on a GPU."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    FORMATS,
+    assert_as_good_as_dense,
+    generator,
+    integer_case,
+    random_packed,
+    same_bits,
+)
+from support_triton import DEVICE, MS, SIZES, guarded, pairwise
+
+import inq_kernels as inq
+from inq_kernels import layouts, ops, slices
+
+pytest.importorskip("triton")
+from inq_kernels.triton_ops import linear_fp8 as fp8
+from inq_kernels.triton_ops import tiles
+
+# numpy warns where the interpreter computes an infinity, which a GPU does silently.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = (layouts.STORAGE, slices.FP16, slices.BF16)
+
+
+def weight(fmt, n, k, layout, scale=False, seed=0, n1=None):
+    """A packed weight on the device, in ``layout`` if it holds the format, else as kernels like it."""
+    packed = random_packed(fmt, n, k, n1=n1, scale=scale, seed=seed)
+    if layout != layouts.STORAGE and not slices.has(layout, fmt):
+        layout = slices.FP16
+    packed = ops.prepack(packed, layout)
+    parts = (packed.weight, packed.weight_exp, packed.weight_scale)
+    return inq.PackedWeight(*(None if t is None else t.to(DEVICE) for t in parts), fmt, packed.shape, packed.layout)
+
+
+def check_error(y, exact, dense, unit, size, operand=0.0):
+    """As good as torch's product. Of few outputs torch's error may be 0 by luck: there a bound on float32 sums, from the
+    sum of the products' ``size``; ``operand`` is the relative error of an operand that could not be exact."""
+    if y.numel() > 64:
+        assert_as_good_as_dense(y, exact, dense, unit)
+    else:
+        finfo = torch.finfo(y.dtype)
+        rounding = exact.abs() * finfo.eps / 2 + finfo.smallest_normal * finfo.eps
+        assert ((y.double() - exact).abs() <= size * (2.0**-22 + operand) + rounding).all()
+
+
+CASES = pairwise(
+    m=MS,
+    n=SIZES,
+    k=SIZES,
+    fmt=FORMATS,
+    dtype=DTYPES,
+    layout=LAYOUTS,
+    bias=(False, True),
+    scale=(False, True),
+    rows=("plain", "strided", "transposed", "three"),
+)
+
+
+def identity(case):
+    return f"{case['m']}x{case['n']}x{case['k']}-{case['fmt']}-{case['dtype']}-{case['layout']}"
+
+
+def rows_of(x, how):
+    """The same values with other strides, or as three dimensions."""
+    if how == "strided":
+        wide = torch.full((2 * x.shape[0] + 1, x.shape[1] + 3), torch.nan, dtype=x.dtype, device=x.device)
+        view = wide[1::2, 2 : 2 + x.shape[1]][: x.shape[0]]
+        return view.copy_(x)
+    if how == "transposed":
+        return x.t().contiguous().t()
+    return x[None] if how == "three" else x
+
+
+@pytest.mark.parametrize("case", CASES, ids=identity)
+def test_linear_beside_float64_and_the_exact_oracle(case, monkeypatch):
+    m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
+    packed = weight(fmt, n, k, case["layout"], case["scale"])
+    bias = torch.randn(n, generator=generator(1)).to(dtype).to(DEVICE) if case["bias"] else None
+    x = rows_of(torch.randn(m, k, generator=generator(2)).to(dtype).to(DEVICE), case["rows"])
+    with guarded(monkeypatch) if case["layout"] != layouts.STORAGE else pytest.MonkeyPatch.context():
+        y = inq.linear(x, packed, bias, backend="triton")
+    assert y.shape == (*x.shape[:-1], n)
+    assert y.dtype == dtype
+    w = inq.unpack(packed, torch.float64)
+    exact = torch.nn.functional.linear(x.double(), w, None if bias is None else bias.double())
+    dense = torch.nn.functional.linear(x, w.to(dtype), bias)
+    unit = w.abs().amax(1).clamp(min=1e-300)
+    check_error(y, exact, dense, unit, x.double().abs() @ w.abs().T)
+    # Integers: the sum is exact, so every backend gives the same bits.
+    x = integer_case(fmt, k, (m, k), dtype).to(DEVICE)
+    x = rows_of(x, case["rows"])
+    expected = inq.linear(x, packed, bias, backend="reference")
+    assert same_bits(inq.linear(x, packed, bias, backend="triton") + 0.0, expected + 0.0)
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=identity)
+def test_linear_dx_beside_float64_and_the_exact_oracle(case, monkeypatch):
+    m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
+    packed = weight(fmt, n, k, case["layout"], case["scale"])
+    grad = rows_of(torch.randn(m, n, generator=generator(3)).to(dtype).to(DEVICE), case["rows"])
+
+    def linear_dx(grad, backend):
+        parts = (packed.weight, packed.weight_exp, packed.weight_scale)
+        return torch.ops.inq.linear_dx(grad, *parts, k, fmt.bits, fmt.levels, packed.layout, backend)
+
+    with guarded(monkeypatch) if case["layout"] != layouts.STORAGE else pytest.MonkeyPatch.context():
+        dx = linear_dx(grad, "triton")
+    w = inq.unpack(packed, torch.float64)
+    exact, dense = grad.double() @ w, grad @ w.to(dtype)
+    unit = w.abs().amax().clamp(min=1e-300).expand(k)
+    check_error(
+        dx, exact, dense, unit, grad.double().abs() @ w.abs(), torch.finfo(dtype).eps / 2 if case["scale"] else 0.0
+    )
+    # Integers, and rows of one exponent: the sums are exact.
+    packed = weight(fmt, n, k, case["layout"], n1=-3)
+    grad = rows_of(torch.randint(-1, 2, (m, n), generator=generator(4)).to(dtype).to(DEVICE), case["rows"])
+    assert same_bits(linear_dx(grad, "triton") + 0.0, linear_dx(grad, "reference") + 0.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 40), n=st.integers(1, 70), k=st.integers(1, 150), fmt=st.sampled_from(FORMATS),
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_random_shapes(m, n, k, fmt, dtype, seed):
+    packed = weight(fmt, n, k, slices.best(dtype, fmt), seed=seed)
+    x = integer_case(fmt, k, (m, k), dtype, seed).to(DEVICE)
+    assert same_bits(inq.linear(x, packed, backend="triton") + 0.0, inq.linear(x, packed, backend="reference") + 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_shared_by_programs(dtype, monkeypatch):
+    """K so long that programs share it: the same bits each time, and the definition's on integers."""
+    fmt = inq.Format(4)
+    packed = weight(fmt, 40, 2100, slices.best(dtype, fmt))
+    x = torch.randn(3, 2100, generator=generator()).to(dtype).to(DEVICE)
+    chosen = []
+    select = tiles.select
+    monkeypatch.setattr(tiles, "select", lambda *a, **b: chosen.append(select(*a, **b)) or chosen[-1])
+    with guarded(monkeypatch):
+        y = inq.linear(x, packed, backend="triton")
+    assert chosen[0].splits > 1
+    assert same_bits(y, inq.linear(x, packed, backend="triton"))
+    x = integer_case(fmt, 2100, (3, 2100), dtype).to(DEVICE)
+    assert same_bits(inq.linear(x, packed, backend="triton") + 0.0, inq.linear(x, packed, backend="reference") + 0.0)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_are_decoded_once(fmt, dtype, monkeypatch):
+    monkeypatch.setattr(tiles, "DENSE_ROWS", 20)
+    packed = weight(fmt, 33, 70, slices.best(dtype, fmt), scale=True)
+    x = integer_case(fmt, 70, (21, 70), dtype).to(DEVICE)
+    bias = torch.ones(33, dtype=dtype, device=DEVICE)
+    assert same_bits(
+        inq.linear(x, packed, bias, backend="triton") + 0.0, inq.linear(x, packed, bias, backend="reference") + 0.0
+    )
+
+
+@pytest.mark.parametrize("n1", [-126, -100, 100, 127])
+def test_exponents_at_the_ends(n1):
+    """Two factors in the epilogue: one alone would overflow, or be 0."""
+    fmt = inq.Format(4)
+    packed = random_packed(fmt, 5, 40, n1=n1)
+    packed = inq.PackedWeight(packed.weight.to(DEVICE), packed.weight_exp.to(DEVICE), None, fmt, packed.shape)
+    x = integer_case(fmt, 40, (2, 40), torch.float32).to(DEVICE) * 2.0**-8
+    y = inq.linear(x, packed, backend="triton")
+    assert same_bits(y + 0.0, inq.linear(x, packed, backend="reference") + 0.0)
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_as_e4m3_are_the_definitions():
+    from inq_kernels import reference
+
+    x = torch.randn(40, 300, generator=generator()) * torch.exp2(
+        torch.randint(-140, 120, (40, 1), generator=generator())
+    )
+    x[0], x[1, 3], x[2, 4], x[3, 5] = 0, torch.nan, torch.inf, -torch.inf
+    x[4] = 1.75 * 2.0 ** torch.arange(-20, 5).repeat(12)  # ties of the scale and of rounding
+    x[5] = torch.linspace(0, 0.02, 300)
+    x[6, 0] = 448.0
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[every.isfinite()]
+    x[7, :254] = every
+    x[8, :253] = (every[1:] + every[:-1]) / 2
+    for dtype in DTYPES:
+        rows = x.to(dtype).to(DEVICE)
+        expected, exponents = reference.quantize_rows_e4m3(rows)
+        values, t = fp8.quantize_rows_e4m3(rows)
+        assert torch.equal(t, exponents.view(-1).int())
+        nan = expected.float().isnan()
+        assert torch.equal(values.float().isnan(), nan)
+        assert torch.equal(values.view(torch.uint8)[~nan], expected.view(torch.uint8)[~nan])
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        m=(1, 7, 33), n=(1, 33, 100), k=(1, 32, 257), fmt=FORMATS, dtype=DTYPES, bias=(False, True), scale=(False, True),
+        layout=(*LAYOUTS, slices.E4M3),
+    ),
+    ids=identity,
+)  # fmt: skip
+def test_linear_fp8_beside_the_definition(case):
+    m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
+    packed = weight(fmt, n, k, case["layout"], case["scale"])
+    bias = torch.randn(n, generator=generator(1)).to(dtype).to(DEVICE) if case["bias"] else None
+    x = torch.randn(m, k, generator=generator(2)).to(dtype).to(DEVICE)
+    parts = (packed.weight, packed.weight_exp, packed.weight_scale, bias, fmt.bits, fmt.levels, packed.layout)
+    y = torch.ops.inq.linear_fp8(x, *parts, "triton")
+    expected = torch.ops.inq.linear_fp8(x, *parts, "reference")
+    # The products are exact in float32, the order of the sums is not the same.
+    size = inq.unpack(packed, torch.float64).abs().sum(1) * x.double().abs().amax(1, keepdim=True)
+    tolerance = size * 2.0**-22 + expected.double().abs() * torch.finfo(dtype).eps
+    assert ((y.double() - expected.double()).abs() <= tolerance).all()
+
+
+# --- the choice of tiles ----------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_a_function_of_its_arguments():
+    choose = tiles.select
+    assert choose("linear", "fp16", 1, 4096, 1024, 132).splits == 4
+    assert choose("linear", "fp16", 1, 57344, 2048, 132).splits == 1
+    assert choose("linear", "fp16", 4096, 4096, 1024, 132).kernel == "dense"
+    assert choose("linear", "fp32", 4096, 4096, 1024, 132).kernel == "tile"
+    for m, expected in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (2000, 128)):
+        assert choose("linear", "bf16", m, 4096, 1024, 132).tile.bm == expected
+    wide = choose("linear", "fp16", 1, 100, 4096, 132)
+    assert wide.splits * wide.steps >= -(-4096 // wide.tile.bk) > (wide.splits - 1) * wide.steps
+
+
+def test_tuned_tiles_are_saved_and_loaded(tmp_path, monkeypatch):
+    table = {key: dict(row) for key, row in tiles.DEFAULTS.items()}
+    table["linear fp16"][16] = tiles.Tile(64, 16, 64, 4, 5)
+    tiles.save(tmp_path / "t.json", "a GPU", table)
+    assert tiles.load(tmp_path / "t.json") == table
+    monkeypatch.setenv(tiles.ENVIRONMENT, str(tmp_path / "t.json"))
+    assert tiles.current()["linear fp16"][16].bn == 64
+    (tmp_path / "part.json").write_text(
+        '{"tiles": {"linear bf16": {"16": {"bn":32,"bm":16,"bk":32,"warps":4,"stages":2}}}}'
+    )
+    assert tiles.load(tmp_path / "part.json")["linear bf16"][16].bn == 32
+    assert tiles.load(tmp_path / "part.json")["linear fp16"] == tiles.DEFAULTS["linear fp16"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"tiles": []}', "AttributeError"),
+        ('{"tiles": {"linear": {}}}', "expected one of .*got 'linear'"),
+        ('{"tiles": {"linear fp16": {"17": {}}}}', "rows: expected one of"),
+        ('{"tiles": {"linear fp16": {"16": {"bn": 1}}}}', "expected .*got \\['bn'\\]"),
+        ('{"tiles": {"linear fp16": {"16": {"bn":33,"bm":16,"bk":32,"warps":4,"stages":2}}}}', "bn: expected a power"),
+        ('{"tiles": {"linear fp16": {"16": {"bn":"x","bm":16,"bk":32,"warps":4,"stages":2}}}}', "bn: .*got 'x'"),
+    ],
+)
+def test_a_wrong_file_of_tiles(text, message, tmp_path):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match=f"INQ_TRITON_TILES: .*{message}"):
+        tiles.load(tmp_path / "t.json")
