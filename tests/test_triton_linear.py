@@ -38,8 +38,8 @@ def weight(fmt, n, k, layout, scale=False, seed=0, n1=None):
 
 
 def check_error(y, exact, dense, unit, size, operand=0.0):
-    """As good as torch's product. Of few outputs torch's error may be 0 by luck: there a bound on float32 sums, from the
-    sum of the products' ``size``; ``operand`` is the relative error of an operand that could not be exact."""
+    """As good as torch's product. Of few outputs torch's error may be 0 by luck: there a bound on float32 sums, from
+    the sum of the products' ``size``; ``operand`` is the relative error of an operand that could not be exact."""
     if y.numel() > 64:
         assert_as_good_as_dense(y, exact, dense, unit)
     else:
@@ -203,8 +203,8 @@ def test_rows_as_e4m3_are_the_definitions():
 @pytest.mark.parametrize(
     "case",
     pairwise(
-        m=(1, 7, 33), n=(1, 33, 100), k=(1, 32, 257), fmt=FORMATS, dtype=DTYPES, bias=(False, True), scale=(False, True),
-        layout=(*LAYOUTS, slices.E4M3),
+        m=(1, 7, 33), n=(1, 33, 100), k=(1, 32, 257), fmt=FORMATS, dtype=DTYPES, bias=(False, True),
+        scale=(False, True), layout=(*LAYOUTS, slices.E4M3),
     ),
     ids=identity,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Decoding in kernels: the words of inq_kernels.slices as finished numbers, an AND and a few shifts for each code.
 
-Compiled, a tile of words goes through inline assembly: two 16-bit words (four 8-bit ones) in each 32-bit register, whose
-halves Triton's own ``(q << s) & mask`` would unpack (2.5 instructions a weight instead of 0.9; KERNELS.md). The
+Compiled, a tile of words goes through inline assembly: two 16-bit words (four 8-bit ones) in each 32-bit register,
+whose halves Triton's own ``(q << s) & mask`` would unpack (2.5 instructions a weight instead of 0.9; KERNELS.md). The
 interpreter runs no assembly; there ``plain`` computes what it means. A test evaluates the assembly's text beside it.
 """
 
