@@ -6,7 +6,6 @@ dtype; numbers arrive as float32 too, since a caller that compiles would pass Py
 """
 
 # Constexprs are in capitals, and Triton needs the else of a branch that it drops.
-# ruff: noqa: RET505, SIM300
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ reads keys from no weight), two for bfloat16 and float16; a row's exponent (``ch
 """
 
 # Constexprs are in capitals, and Triton needs the else of a branch that it drops.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: SIM300
 
 from __future__ import annotations
 

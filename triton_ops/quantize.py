@@ -8,7 +8,7 @@ a chunk or two. No result depends on the order of programs.
 """
 
 # Constexprs are in capitals, and Triton needs the else of a branch that it drops.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: SIM300
 
 from __future__ import annotations
 
@@ -198,8 +198,8 @@ def freeze_ties(
     chunk = program - tl.load(row)
     take = tl.load(tables.to_pointer(tl.load(row + _THRESHOLD), tl.int64, False) + 1) - tl.load(before + program)
     if (take > 0) & (tl.load(tied + program) > 0):
-        take = tl.minimum(take, CHUNK).to(tl.int32)
-        _freeze_chunk(row, chunk, take, MAGNITUDES, LO, DTYPE, RANDOM, True, ALIGNED, CHUNK, GROUPS)
+        few = tl.minimum(take, CHUNK).to(tl.int32)
+        _freeze_chunk(row, chunk, few, MAGNITUDES, LO, DTYPE, RANDOM, True, ALIGNED, CHUNK, GROUPS)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------

@@ -25,15 +25,15 @@ from .launch import INTERPRETED, cdiv
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# 256 groups of eight weights: 16 weights a thread, all loads of a tile in flight at once.
-GROUPS = 256
+# 128 groups of eight weights: 8 weights a thread keep their loads in flight, and four operands in the registers.
+GROUPS = 128
 TILE = 8 * GROUPS
 # Four warps, so that a tile costs few registers and an SM holds many programs.
 WARPS = 4
 # Loops over tiles are short and have many programs beside them: no software pipeline.
 STAGES = 1
 # Weights of one program: enough to pay for reading the table, few enough to share out a small model.
-CHUNK = 8 * TILE
+CHUNK = 16 * TILE
 # Addresses are multiples of this where ``aligned`` says so, and then 16 bytes are moved by one instruction.
 ALIGNMENT = 16
 
