@@ -20,14 +20,18 @@ from inq_kernels.triton_ops.launch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Ragged in bytes of a mask and tiles of 1024. The interpreter takes 20 ms for a program of a kernel or more: few tensors.
+# Ragged in bytes of a mask and tiles of 1024. The interpreter takes 20 ms or more for each program of a kernel: few.
 SIZES = (1, 7, 31, 32, 33, 100, 257, 1000, 1024, 3003)
 EMPTY = torch.empty(0, dtype=torch.uint8, device=DEVICE)
 POISON = 0xA5
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # numpy says it to the interpreter, which turns arrays of one element into numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    # And what becomes NaN or infinite in it, as it shall.
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -167,8 +171,9 @@ def test_exponents_of_tensors(dtype):
     keys = partition.Keys(ws, [None] * len(ws), [None] * len(ws))
     histograms = keys.histograms(0, keys.start([0] * len(ws)))
     assert histograms[:, 0, 0].sum(dim=1).tolist() == [333] * len(ws)
-    for fmt in FORMATS[DTYPES.index(dtype) :: 3]:
-        for rule in rules(fmt)[:2]:
+    formats = FORMATS[DTYPES.index(dtype) :: 3]
+    for i, fmt in enumerate(formats):
+        for rule in rules(fmt)[: 2 if i else 1] if len(formats) == 3 else rules(fmt)[:2]:
             for w, n1, name in zip(ws, keys.exponents(histograms, rule), kinds((1,), dtype), strict=True):
                 assert torch.equal(n1, reference.exponents(w, rule)), (name, rule)
     guard.check()
@@ -280,9 +285,14 @@ def test_histograms_of_ranks_add_up(random):
 
 
 @dtypes
-def test_several_chunks_and_copies_full_of_ties(dtype):
-    # More than one copy of the counters and nine chunks; the boundary in the first, in the middle, at the end.
-    numel = partition.COPY_CHUNKS * tables.CHUNK + 5003
+def test_several_chunks_and_copies_full_of_ties(monkeypatch, dtype):
+    # Eleven chunks and six copies of the counters, more than are added at once; the boundary anywhere.
+    for module in (tables, partition, quantize):
+        monkeypatch.setattr(module, "CHUNK", 2 * tables.TILE)
+    monkeypatch.setattr(partition, "COPY_CHUNKS", 2)
+    monkeypatch.setattr(partition, "_SUM_COPIES", 4)
+    monkeypatch.setattr(quantize, "_SCAN", 4)
+    numel = 10 * tables.CHUNK + 1003
     w = torch.tensor([0.5, -0.5, 0.25])[torch.randint(0, 3, (1, numel), generator=generator(7))].to(dtype).to(DEVICE)
     mask, _ = random_masks(numel, "half")
     total, n1, fmt = candidates(mask, None, numel), torch.zeros(1, 1, dtype=torch.int8, device=DEVICE), inq.Format(4)
@@ -362,7 +372,7 @@ def test_freezing_a_transposed_weight():
     assert torch.equal(ours[1], theirs[1])
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_weights(data):
     dtype = data.draw(st.sampled_from(DTYPES))
