@@ -1,0 +1,316 @@
+"""Optimizer steps with the mask of frozen weights inside: one launch for all parameters of a dtype on a device.
+
+Memory is what takes the time: every operand is read and written once, the mask adds 1/8 of a byte a weight. A frozen
+weight and its state are written back as they were read, bit for bit. Arithmetic is float32's whatever the parameters'
+dtype; numbers arrive as float32 too, since a caller that compiles would pass Python's floats as float64.
+"""
+
+# Constexprs are in capitals, and Triton needs the else of a branch that it drops.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tables
+from .tables import CHUNK, DTYPES, GROUPS, WARPS
+
+# Columns of the table after the first program; state that there is none of has address 0.
+_NUMEL, _P, _GRAD, _FIRST, _SECOND, _MASK = (tl.constexpr(i) for i in range(1, 7))
+_COLUMNS = tl.constexpr(7)
+_STATE = torch.float32
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _float(bits, DTYPE: tl.constexpr):
+    return tables.widen(bits, DTYPE).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    return tables.narrow(x.to(tl.int32, bitcast=True), DTYPE)
+
+
+@triton.jit
+def _sgd_tile(
+    weights, grads, buffers, mask, first, left, lr, momentum, dampening_left, weight_decay, DTYPE: tl.constexpr,
+    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
+    FIRST_STEP: tl.constexpr, FULL: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    place = tables.positions(GROUPS)
+    inside = place < left
+    frozen = tables.spread(tables.load_bytes(mask, first, left, 0, FULL, GROUPS))
+    bits = tables.load(weights + first + place, inside, FULL)
+    w = _float(bits, DTYPE)
+    d = _float(tables.load(grads + first + place, inside, FULL), DTYPE)
+    if MAXIMIZE:
+        d = -d
+    if DECAY:
+        d += weight_decay * w
+    if MOMENTUM:
+        old = tables.load(buffers + first + place, inside, FULL)
+        buffer = d
+        if not FIRST_STEP:
+            buffer = old.to(tl.float32, bitcast=True) * momentum + dampening_left * d
+        new = tl.where(frozen, old, buffer.to(tl.int32, bitcast=True))
+        tables.store(buffers + first + place, new, inside, FULL)
+        d = d + momentum * buffer if NESTEROV else buffer
+    new = _rounded(w - lr * d, DTYPE)
+    tables.store(weights + first + place, tl.where(frozen, bits, new), inside, FULL)
+
+
+@triton.jit
+def sgd_step(
+    table, owners, lr, momentum, dampening_left, weight_decay, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
+    DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, FIRST_STEP: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk of a parameter."""
+    program = tl.program_id(0)
+    row = table + tl.load(owners + program) * _COLUMNS
+    first = (program - tl.load(row)) * CHUNK
+    weights = tables.to_weights(tl.load(row + _P), DTYPE, ALIGNED)
+    grads = tables.to_weights(tl.load(row + _GRAD), DTYPE, ALIGNED)
+    buffers = tables.to_pointer(tl.load(row + _FIRST), tl.int32, ALIGNED)
+    mask = tl.load(row + _MASK)
+    lr = tl.cast(lr, tl.float32)
+    momentum = tl.cast(momentum, tl.float32)
+    dampening_left = tl.cast(dampening_left, tl.float32)
+    weight_decay = tl.cast(weight_decay, tl.float32)
+    tile: tl.constexpr = GROUPS * 8
+    left = tl.minimum(tl.load(row + _NUMEL) - first, CHUNK)
+    for _ in tl.range(0, (left // tile).to(tl.int32)):
+        _sgd_tile(
+            weights, grads, buffers, mask, first, tile, lr, momentum, dampening_left, weight_decay, DTYPE, MOMENTUM,
+            DECAY, NESTEROV, MAXIMIZE, FIRST_STEP, True, GROUPS,
+        )  # fmt: skip
+        first += tile
+    left = left % tile
+    if left > 0:
+        _sgd_tile(
+            weights, grads, buffers, mask, first, left, lr, momentum, dampening_left, weight_decay, DTYPE, MOMENTUM,
+            DECAY, NESTEROV, MAXIMIZE, FIRST_STEP, False, GROUPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _adamw_tile(
+    weights, grads, firsts, seconds, mask, first, left, beta1, beta1_left, beta2, beta2_left, decay, step_size,
+    inverse_correction2, eps, DTYPE: tl.constexpr, NEAR_ONE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    FULL: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    place = tables.positions(GROUPS)
+    inside = place < left
+    frozen = tables.spread(tables.load_bytes(mask, first, left, 0, FULL, GROUPS))
+    bits = tables.load(weights + first + place, inside, FULL)
+    old_m = tables.load(firsts + first + place, inside, FULL)
+    old_v = tables.load(seconds + first + place, inside, FULL)
+    w = _float(bits, DTYPE)
+    d = _float(tables.load(grads + first + place, inside, FULL), DTYPE)
+    if MAXIMIZE:
+        d = -d
+    m = old_m.to(tl.float32, bitcast=True)
+    v = old_v.to(tl.float32, bitcast=True)
+    # torch.lerp, which is exact at both ends.
+    if NEAR_ONE:
+        m = d - (d - m) * beta1
+    else:
+        m = m + beta1_left * (d - m)
+    v = v * beta2 + beta2_left * d * d
+    denominator = tl.sqrt_rn(v) * inverse_correction2 + eps
+    w = w * decay - tl.div_rn(step_size * m, denominator)
+    new = tl.where(frozen, old_m, m.to(tl.int32, bitcast=True))
+    tables.store(firsts + first + place, new, inside, FULL)
+    new = tl.where(frozen, old_v, v.to(tl.int32, bitcast=True))
+    tables.store(seconds + first + place, new, inside, FULL)
+    tables.store(weights + first + place, tl.where(frozen, bits, _rounded(w, DTYPE)), inside, FULL)
+
+
+@triton.jit
+def adamw_step(
+    table, owners, beta1, beta1_left, beta2, beta2_left, decay, step_size, inverse_correction2, eps,
+    DTYPE: tl.constexpr, NEAR_ONE: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk of a parameter."""
+    program = tl.program_id(0)
+    row = table + tl.load(owners + program) * _COLUMNS
+    first = (program - tl.load(row)) * CHUNK
+    weights = tables.to_weights(tl.load(row + _P), DTYPE, ALIGNED)
+    grads = tables.to_weights(tl.load(row + _GRAD), DTYPE, ALIGNED)
+    firsts = tables.to_pointer(tl.load(row + _FIRST), tl.int32, ALIGNED)
+    seconds = tables.to_pointer(tl.load(row + _SECOND), tl.int32, ALIGNED)
+    mask = tl.load(row + _MASK)
+    beta1 = tl.cast(beta1, tl.float32)
+    beta1_left = tl.cast(beta1_left, tl.float32)
+    beta2 = tl.cast(beta2, tl.float32)
+    beta2_left = tl.cast(beta2_left, tl.float32)
+    decay = tl.cast(decay, tl.float32)
+    step_size = tl.cast(step_size, tl.float32)
+    inverse_correction2 = tl.cast(inverse_correction2, tl.float32)
+    eps = tl.cast(eps, tl.float32)
+    tile: tl.constexpr = GROUPS * 8
+    left = tl.minimum(tl.load(row + _NUMEL) - first, CHUNK)
+    for _ in tl.range(0, (left // tile).to(tl.int32)):
+        _adamw_tile(
+            weights, grads, firsts, seconds, mask, first, tile, beta1, beta1_left, beta2, beta2_left, decay, step_size,
+            inverse_correction2, eps, DTYPE, NEAR_ONE, MAXIMIZE, True, GROUPS,
+        )  # fmt: skip
+        first += tile
+    left = left % tile
+    if left > 0:
+        _adamw_tile(
+            weights, grads, firsts, seconds, mask, first, left, beta1, beta1_left, beta2, beta2_left, decay, step_size,
+            inverse_correction2, eps, DTYPE, NEAR_ONE, MAXIMIZE, False, GROUPS,
+        )  # fmt: skip
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _step(kernel, name: str, lists: dict[str, Sequence[Tensor]], masks: Sequence[Tensor], numbers, constants) -> None:
+    """One launch for all parameters. Bits of a mask count in the order of the shape: others' strides cost a copy."""
+    params = lists["params"]
+    _check(name, lists, masks)
+    flat = {what: [t.detach().contiguous() for t in tensors] for what, tensors in lists.items()}
+    first, second = [*list(flat.values())[2:], None, None][:2]
+    none = [0] * len(params)
+    columns = zip(
+        [p.numel() for p in params],
+        map(tables.address, flat["params"]),
+        map(tables.address, flat["grads"]),
+        map(tables.address, first) if first is not None else none,
+        map(tables.address, second) if second is not None else none,
+        [mask.data_ptr() if mask.numel() else 0 for mask in masks],
+        strict=True,
+    )
+    programs = tables.chunks(params)
+    table, owners = tables.build(list(columns), programs, params[0].device)
+    with tables.on(params[0].device):
+        if sum(programs):
+            kernel[(sum(programs),)](
+                table, owners, *map(float, numbers), DTYPE=DTYPES[params[0].dtype], **constants,
+                ALIGNED=tables.aligned(*flat.values()), CHUNK=CHUNK, GROUPS=GROUPS, num_warps=WARPS,
+                num_stages=tables.STAGES,
+            )  # fmt: skip
+    for what, tensors in lists.items():
+        if what == "grads":
+            continue
+        for t, used in zip(tensors, flat[what], strict=True):
+            if used.data_ptr() != t.data_ptr():
+                t.detach().copy_(used)
+
+
+def _check(name: str, lists: dict[str, Sequence[Tensor]], masks: Sequence[Tensor]) -> None:
+    """TypeError, ValueError: lists that do not fit the parameters."""
+    params = lists["params"]
+    for what, tensors in (*lists.items(), ("masks", masks)):
+        if len(tensors) != len(params):
+            raise ValueError(f"{name}: {what}: expected {len(params)} tensors, got {len(tensors)}")
+    for i, (p, mask) in enumerate(zip(params, masks, strict=True)):
+        tables.check_floats(f"{name}: params[{i}]", p, params[0])
+        for what, tensors in lists.items():
+            t = tensors[i]
+            wanted = p.dtype if what in ("params", "grads") else _STATE
+            if t.dtype != wanted:
+                raise TypeError(f"{name}: {what}[{i}]: expected {wanted}, got {t.dtype}")
+            if t.shape != p.shape:
+                raise ValueError(
+                    f"{name}: {what}[{i}]: expected shape {list(p.shape)} of its parameter, got {list(t.shape)}"
+                )
+            if t.device != p.device:
+                raise ValueError(f"{name}: {what}[{i}]: expected a tensor on {p.device}, got {t.device}")
+        if mask.numel():
+            tables.check_bits(f"{name}: masks[{i}]", mask, p)
+
+
+def masked_sgd_(
+    params, grads, momentum_buffers, masks, lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step
+):
+    """torch.ops.inq.masked_sgd_, reference.masked_sgd_, in one launch.
+
+    Args:
+        params: float32, bfloat16 or float16, of one dtype on one device; changed in place.
+        grads: like them.
+        momentum_buffers: float32 like them, changed in place; empty for momentum 0.
+        masks: uint8 [ceil(numel/8)], 1 = frozen; an empty tensor: nothing is.
+        lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step: torch.optim.SGD's.
+
+    Raises:
+        ValueError, TypeError: tensors that are not as above.
+    """
+    if not params:
+        return
+    lists = {"params": params, "grads": grads}
+    if momentum:
+        lists["momentum_buffers"] = momentum_buffers
+    constants = {
+        "MOMENTUM": bool(momentum),
+        "DECAY": bool(weight_decay),
+        "NESTEROV": bool(nesterov),
+        "MAXIMIZE": bool(maximize),
+        "FIRST_STEP": bool(is_first_step),
+    }
+    _step(sgd_step, "masked_sgd_", lists, masks, (lr, momentum, 1 - dampening, weight_decay), constants)
+
+
+def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, lr, beta1, beta2, weight_decay, eps, step, maximize):
+    """torch.ops.inq.masked_adamw_, reference.masked_adamw_, in one launch.
+
+    Args:
+        params, grads, masks: as in ``masked_sgd_``.
+        exp_avgs, exp_avg_sqs: float32 like the parameters; changed in place.
+        lr, beta1, beta2, weight_decay, eps, maximize: torch.optim.AdamW's.
+        step: the number of this step, from 1.
+
+    Raises:
+        ValueError, TypeError: tensors that are not as above, or a step before the first.
+    """
+    if step < 1:
+        raise ValueError(f"masked_adamw_: step: expected at least 1, got {step}")
+    if not params:
+        return
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    # In float64, and rounded once.
+    step_size = lr / (1 - beta1**step)
+    inverse_correction2 = 1 / math.sqrt(1 - beta2**step)
+    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, step_size, inverse_correction2, eps)
+    constants = {"NEAR_ONE": 1 - beta1 >= 0.5, "MAXIMIZE": bool(maximize)}
+    _step(adamw_step, "masked_adamw_", lists, masks, numbers, constants)
+
+
+# --- compile-only builds ----------------------------------------------------------------------------------------------
+
+
+def configurations() -> Iterator[tuple]:
+    """(name, kernel, signature, constexprs, num_warps, num_stages) of what launches use, for builds without a GPU."""
+    pointers = {"table": "*i64", "owners": "*i64"}
+    sgd = dict.fromkeys(("lr", "momentum", "dampening_left", "weight_decay"), "fp32")
+    adamw = ("beta1", "beta1_left", "beta2", "beta2_left", "decay", "step_size", "inverse_correction2", "eps")
+    plain = {"MOMENTUM": False, "DECAY": False, "NESTEROV": False, "MAXIMIZE": False, "FIRST_STEP": False}
+    for kind in DTYPES.values():
+        for aligned in (False, True):
+            sizes = {"ALIGNED": aligned, "CHUNK": CHUNK, "GROUPS": GROUPS}
+            name = f"{kind}{' aligned' * aligned}"
+            for more in (
+                {},
+                {"MOMENTUM": True, "DECAY": True},
+                {"MOMENTUM": True, "DECAY": True, "FIRST_STEP": True},
+                {"MOMENTUM": True, "DECAY": True, "NESTEROV": True, "MAXIMIZE": True},
+            ):
+                words = "".join(f" {word.lower()}" for word in more)
+                constants = {"DTYPE": kind, **plain, **more, **sizes}
+                yield tables.configuration(f"sgd_step {name}{words}", sgd_step, pointers, constants, **sgd)
+            for near_one in (False, True):
+                constants = {"DTYPE": kind, "NEAR_ONE": near_one, "MAXIMIZE": near_one, **sizes}
+                words = " near_one maximize" * near_one
+                numbers = dict.fromkeys(adamw, "fp32")
+                yield tables.configuration(f"adamw_step {name}{words}", adamw_step, pointers, constants, **numbers)
