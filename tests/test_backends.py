@@ -25,6 +25,65 @@ def test_no_request_gets_one_that_is_there():
         select("linear", "cpu", HERE, dtype=torch.float16)
 
 
+GPU = {**HERE, "triton": None}
+
+
+def test_triton_runs_on_a_gpu_and_interpreted_only_on_request():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert select("linear", "", GPU, "cuda", dtype) == "triton"
+    assert select("linear", "", GPU, "cuda", torch.float64) == "reference"
+    assert select("linear", "", GPU, "cpu", interpreted=True) == "cpu"
+    assert select("linear", "triton", GPU, "cpu", interpreted=True) == "triton"
+    with pytest.raises(BackendError, match="on CUDA devices, or on the CPU with TRITON_INTERPRET=1; got tensors on cpu"):
+        select("linear", "triton", GPU, "cpu")
+    with pytest.raises(BackendError, match="float32, bfloat16 and float16, got torch.float64"):
+        select("linear", "triton", GPU, "cuda", torch.float64)
+
+
+def test_why_triton_is_not_there(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in backends._triton_unavailable()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "8.0 or more, and the device has 7.5" in backends._triton_unavailable()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "PTX" in backends._triton_unavailable()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def absent():
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(backends, "_triton_operators", absent)
+    assert "pip install 'inq_kernels[triton]'): no such module" in backends._triton_unavailable()
+
+
+def test_the_layout_is_that_of_the_backend_which_runs(monkeypatch):
+    fmt, dense = inq.Format(4), inq.Format(4, "dense")
+    monkeypatch.setattr(backends, "_select_here", lambda *a: select(*a[:2], GPU, *a[2:], interpreted=True))
+    layout = backends.preferred_layout
+    monkeypatch.delenv("INQ_BACKEND", raising=False)
+    assert layout("cuda", torch.bfloat16, fmt) == "slices_bf16"
+    assert layout("cuda", torch.float16, fmt) == layout("cuda", torch.float32, fmt) == "slices_fp16"
+    assert layout("cuda", torch.bfloat16, dense) == "slices_fp16"
+    assert layout("cuda", torch.float64, fmt) == layout("cpu", torch.float64, fmt) == "storage"
+    assert layout("cpu", torch.float32, fmt) == "cpu16"
+    assert layout("cpu", torch.float32, fmt, "triton") == "slices_fp16"
+    assert layout("cpu", torch.float32, fmt, "cuda") == layout("cpu", torch.float32, fmt, "nonsense") == "storage"
+
+
+@pytest.mark.parametrize("layout", ["cpu16", "slices_fp16", "slices_bf16"])
+def test_a_module_takes_its_layout_along_or_leaves_it(layout, monkeypatch):
+    module = inq.Linear.from_float(torch.nn.Linear(40, 24), inq.Format(4))
+    expected, state = module(torch.ones(1, 40)), module.state_dict()["weight"]
+    module._lay_out(layout)
+    assert torch.equal(module.state_dict()["weight"], state)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    module.to("cpu")
+    assert backends.layouts.layout_of(module.weight) == (layout if layout == "cpu16" else "storage")
+    assert torch.equal(module(torch.ones(1, 40)), expected)
+
+
 @pytest.mark.parametrize("requested", ["triton", "cuda"])
 def test_a_request_never_falls_back(requested):
     with pytest.raises(BackendError) as error:
@@ -60,10 +119,10 @@ def test_every_operator_is_implemented(name):
 
 
 def test_an_environment_request_holds_for_every_operator(monkeypatch):
-    monkeypatch.setenv("INQ_BACKEND", "triton")
+    monkeypatch.setenv("INQ_BACKEND", "cuda")
     for call in (
         lambda: torch.ops.inq.exponents(torch.ones(1, 1), 4, "paper", "tensor", "max"),
         lambda: torch.ops.inq.pack(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int8), 4, "paper"),
     ):
-        with pytest.raises(BackendError, match="'triton' was asked for"):
+        with pytest.raises(BackendError, match="'cuda' was asked for"):
             call()

@@ -7,5 +7,14 @@ from collections.abc import Callable
 from .linear import linear
 from .linear_dx import linear_dx
 from .linear_fp8 import linear_fp8
+from .masked_steps import masked_adamw_, masked_sgd_
+from .partition import exponents, exponents_and_threshold, partition_threshold
+from .quantize import quantize_with_mask_
 
-OPERATORS: dict[str, Callable] = {f.__name__: f for f in (linear, linear_dx, linear_fp8)}
+OPERATORS: dict[str, Callable] = {
+    f.__name__: f
+    for f in (
+        *(exponents, partition_threshold, exponents_and_threshold, quantize_with_mask_, masked_sgd_, masked_adamw_),
+        *(linear, linear_dx, linear_fp8),
+    )
+}
