@@ -2,19 +2,15 @@
 
 import contextlib
 import itertools
-import os
 
 import numpy as np
 import pytest
 import torch
+from inq_kernels.triton_ops import storage
 from support import FORMATS, generator, random_packed, same_bits
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from inq_kernels import layouts, reference, slices
 from inq_kernels.format import Format
-from inq_kernels.triton_ops import storage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 31, 32, 33, 100, 257)
@@ -97,10 +93,11 @@ def test_pack_every_shape(fmt, guarded):
 @formats
 def test_pack_every_float_of_16_bits(fmt):
     """Subnormals, −0 and values that are no level: rounded as the reference rounds them."""
-    for dtype, n1s in ((torch.float16, (-24, -17, -3, 15)), (torch.bfloat16, (-126, -118, 0, 127))):
+    least = FORMATS.index(fmt) % 2
+    for dtype, n1s in ((torch.float16, ((-24, -3), (-17, 15))), (torch.bfloat16, ((-126, 0), (-118, 127)))):
         w = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         w = torch.where(w.isfinite(), w, 0.0)
-        for n1 in n1s:
+        for n1 in n1s[least]:
             check_pack(w.view(32, -1), torch.full((32, 1), n1, dtype=torch.int8), fmt)
 
 
@@ -111,7 +108,7 @@ def test_pack_at_the_edges_of_float32(fmt):
     mantissa = torch.tensor([0, 1, 0x1FFFFF, 0x200000, 0x200001, 0x3FFFFF, 0x400000, 0x400001, 0x7FFFFF]).int()
     sign = torch.tensor([0, -(2**31)]).int().view(1, -1, 1)
     w = (sign | exponent | mantissa.view(1, 1, -1)).view(torch.float32).reshape(1, -1)
-    for n1 in (-126, -125, -120, 0, 127):
+    for n1 in (-126, -120, 127):
         check_pack(w, torch.tensor([[n1]], dtype=torch.int8), fmt)
 
 

@@ -4,8 +4,8 @@ Bit for bit what inq_kernels.reference and inq_kernels.layouts define, by intege
 exponent field and the top of its mantissa, a weight is built from its exponent, so nothing is rounded or flushed on the
 way. A row scale is multiplied in float64, where it is exact, and rounded once to float32, as the reference does.
 
-Words are linear in their codes' bits over GF(2) (slices.py): a word is the XOR of one constant for each bit that is set.
-The constants are part of the kernel, so that there is no table to be copied to the GPU, and CUDA graphs can record it.
+Words are linear in their codes' bits over GF(2) (slices.py): a word is the XOR of one constant for each bit that is
+set. The constants are part of the kernel: no table is copied to the GPU, and CUDA graphs can record it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import layouts, reference, slices
 from ..format import Format
@@ -31,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def codes_at(rows, k, inside, BITS: tl.constexpr):
-    """Codes number k of rows of the storage layout, int32; 0 where not ``inside``. rows: pointers to their first bytes."""
+    """Codes number k of rows of the storage layout, int32; 0 where not ``inside``. rows: pointers to the first bytes."""
     bit = (k & 7) * BITS
     place = rows + (k >> 3) * BITS + (bit >> 3)
     byte = tl.load(place, mask=inside, other=0).to(tl.int32)
@@ -45,7 +44,7 @@ def codes_at(rows, k, inside, BITS: tl.constexpr):
 
 @triton.jit
 def store_groups(rows, group, codes, inside, BITS: tl.constexpr):
-    """Groups of eight codes [BN, BG, 8] to their places in the storage layout; rows [BN, 1], group and inside [BN, BG]."""
+    """Groups of eight codes [BN, BG, 8] to the storage layout; rows [BN, 1], group [1, BG] and inside [BN, BG]."""
     # 40 bits at most.
     word = tl.sum(codes.to(tl.int64) << (tl.arange(0, 8)[None, None, :] * BITS), axis=2)
     for byte in tl.static_range(BITS):
@@ -57,6 +56,17 @@ def power_bits(e):
     """The bits of float32 2^e, for −149 ≤ e ≤ 127: a subnormal's only bit is in the mantissa."""
     tiny = 1 << tl.minimum(tl.maximum(e + 149, 0), 22)
     return tl.where(e >= -126, (e + 127) << 23, tiny)
+
+
+@triton.jit
+def code_bits(word, CODE: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr):
+    """The masked bits of code number CODE of words (codec.decoder has SHIFTS)."""
+    first: tl.constexpr = (SHIFTS >> (10 * CODE)) & 31
+    second: tl.constexpr = (SHIFTS >> (10 * CODE + 5)) & 31
+    bits = word << first
+    if second != 31:
+        bits = bits ^ (word << second)
+    return bits & MASK
 
 
 @triton.jit
@@ -172,12 +182,7 @@ def unprepack_kernel(
     q = tl.load(weight + wide[:, None, None] * words + i[None, :, :], mask=here, other=0)
     word = q.to(tl.int32) & ((1 << WIDTH) - 1)
     for j in tl.static_range(CODES):
-        first: tl.constexpr = (SHIFTS >> (10 * j)) & 31
-        second: tl.constexpr = (SHIFTS >> (10 * j + 5)) & 31
-        bits = word << first
-        if second != 31:
-            bits = bits ^ (word << second)
-        bits = bits & MASK
+        bits = code_bits(word, j, SHIFTS, MASK)
         magnitude = bits & ((1 << (WIDTH - 1)) - 1)
         index = tl.minimum((magnitude >> UNIT) - FIELD, MAGNITUDES - 1)
         code = tl.where((magnitude > 0) & (index >= 0), index + FIRST, 0) | ((bits >> (WIDTH - 1)) << (BITS - 1))
@@ -277,7 +282,7 @@ def unpack_(out, weight, weight_exp, weight_scale, k, bits, levels):
 
 
 def prepack(weight, k, bits, levels, layout):
-    """layouts.prepack: the storage layout as ``layout``, a new tensor. Words of slices.py by a kernel, others by torch."""
+    """layouts.prepack: the storage layout as ``layout``, a new tensor. Slices by a kernel, other layouts by torch."""
     fmt = Format(bits, levels)
     if layout not in slices.LAYOUTS:
         return layouts.prepack(weight, k, fmt, layout)
@@ -325,7 +330,7 @@ def configuration(name: str, kernel: Any, types: dict[str, str], constexprs: dic
 
 
 def configurations() -> Iterator[Configuration]:
-    """(name, kernel, signature, constants, warps, stages) of variants that launches use, for compiling without a GPU."""
+    """(name, kernel, signature, constants, warps, stages) of variants that are launched: to compile without a GPU."""
     rows, columns = tile(4096)
     for fmt, dtype, scale in (
         (Format(4), torch.bfloat16, False),
