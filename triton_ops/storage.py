@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def codes_at(rows, k, inside, BITS: tl.constexpr):
-    """Codes number k of rows of the storage layout, int32; 0 where not ``inside``. rows: pointers to the first bytes."""
+    """Codes number k of rows of the storage layout, int32; 0 where not ``inside``. rows: pointers to first bytes."""
     bit = (k & 7) * BITS
     place = rows + (k >> 3) * BITS + (bit >> 3)
     byte = tl.load(place, mask=inside, other=0).to(tl.int32)
