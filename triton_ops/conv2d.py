@@ -198,9 +198,12 @@ class Choice:
 
 # Slices are a multiple of 32 words: tiles of 16 or 32 have no end to mask.
 _BK = {"fp16": 32, "bf16": 32, "fp32": 16}
-# The sides of a tile. IEEE float32 products have no tensor cores, and their sums fill the registers sooner.
+# The sides of a tile. 128×128 spills registers on addresses, and on sm_100 Triton 3.6 gives each of the S products of
+# a step tensor memory of its own, more than there is. There it also multiplies float32 as TF32, whatever precision is
+# asked for, in tiles of 64 rows or more: float32 has 32.
 _LEAST_SIDE = 16
-_LARGEST_SIDE = {"fp16": 128, "bf16": 128, "fp32": 64}
+_LARGEST_SIDES = {"fp16": (128, 128), "bf16": (128, 128), "fp32": (32, 64)}
+_LARGEST_TILE = 128 * 64
 # A tile whose products are nearly all with padding, less than one in 16 of use, is slower than no tensor core.
 _DIRECT_USE = 16
 # Beyond, one program's loop over the weights of an output would take longer than anything else.
@@ -228,16 +231,16 @@ def select(
     words = round_up(cdiv(k, codes), slices.ALIGN)
     if k <= _DIRECT_K and rows * k * _DIRECT_USE <= round_up(rows, _LEAST_SIDE) * cdiv(k, words) * words:
         return Choice("direct", Tile(32, 16, 1, 4, 1) if channels_last else Tile(2, 256, 1, 4, 1))
-    bk, largest = _BK[dot], _LARGEST_SIDE[dot]
-    bn, bm = (min(max(_power_of_two(size), _LEAST_SIDE), largest) for size in (rows, m))
+    bk, sides = _BK[dot], zip((rows, m), _LARGEST_SIDES[dot], strict=True)
+    bn, bm = (min(max(_power_of_two(size), _LEAST_SIDE), largest) for size, largest in sides)
+    bm = min(bm, _LARGEST_TILE // bn)
     while max(bn, bm) > 32 and _programs(rows, groups, m, bn, bm) < processors:
         # More and smaller tiles until every processor has one; squares read least.
         bn, bm = (bn // 2, bm) if bn >= bm else (bn, bm // 2)
     programs, steps = _programs(rows, groups, m, bn, bm), words // bk
     splits = max(min(_WAVES * processors // programs, steps // _LEAST_STEPS), 1)
     each = cdiv(steps, splits)
-    large = bn * bm > 64 * 128
-    tile = Tile(bn, bm, bk, 8 if large else 4, 2 if large or dot == "fp32" else 3)
+    tile = Tile(bn, bm, bk, 4, 2 if dot == "fp32" else 3)
     return Choice("tile", tile, cdiv(steps, each), each)
 
 
