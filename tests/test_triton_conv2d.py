@@ -1,0 +1,265 @@
+"""Triton's conv2d: bit for bit the reference on integers, as good as torch's, in every argument, with any strides."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inq_kernels.triton_ops import conv2d as triton_conv2d
+from support import FORMATS, assert_as_good_as_dense, generator, integer_case, plain, random_packed, same_bits
+from test_triton_storage import guarded  # noqa: F401
+
+import inq_kernels as inq
+from inq_kernels import layouts, reference, slices
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter gives numpy arrays of one element where Python wants an integer: the bounds of loops.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FMT = inq.Format(4)
+
+# x, weight, stride, padding, dilation, groups, and which kernel it must run.
+CASES = {
+    "plain": ((2, 3, 8, 9), (4, 3, 3, 3), (1, 1), (0, 0), (1, 1), 1, "tile"),
+    "1x1": ((2, 40, 4, 5), (33, 40, 1, 1), (1, 1), (0, 0), (1, 1), 1, "tile"),
+    "1x1, stride": ((2, 5, 5, 7), (17, 5, 1, 1), (2, 3), (0, 0), (1, 1), 1, "tile"),
+    "1x1, padding": ((1, 40, 4, 3), (7, 40, 1, 1), (1, 1), (1, 2), (1, 1), 1, "tile"),
+    "whole K": ((1, 32, 5, 6), (3, 32, 2, 2), (1, 1), (0, 0), (1, 1), 1, "tile"),
+    "one output": ((1, 1, 3, 3), (1, 1, 3, 3), (1, 1), (0, 0), (1, 1), 1, "direct"),
+    "stride": ((2, 3, 9, 8), (4, 3, 3, 2), (2, 3), (0, 0), (1, 1), 1, "tile"),
+    "padding": ((2, 3, 5, 6), (4, 3, 3, 3), (1, 1), (1, 2), (1, 1), 1, "tile"),
+    "dilation": ((2, 3, 9, 9), (4, 3, 3, 2), (1, 1), (1, 1), (2, 3), 1, "tile"),
+    "all of them": ((2, 4, 11, 12), (6, 2, 3, 2), (2, 1), (2, 1), (2, 3), 2, "tile"),
+    "kernel larger than x": ((1, 2, 2, 2), (3, 2, 5, 5), (1, 1), (2, 2), (1, 1), 1, "tile"),
+    "many outputs and pixels": ((2, 3, 13, 14), (70, 3, 2, 2), (1, 1), (1, 1), (1, 1), 1, "tile"),
+    "split": ((1, 100, 4, 5), (20, 100, 3, 3), (1, 1), (1, 1), (1, 1), 1, "tile"),
+    "groups": ((2, 6, 5, 5), (40, 3, 3, 3), (1, 1), (0, 0), (1, 1), 2, "tile"),
+    "groups, split": ((1, 200, 3, 3), (6, 100, 3, 3), (1, 1), (1, 1), (1, 1), 2, "tile"),
+    "depthwise": ((2, 5, 6, 7), (5, 1, 3, 3), (1, 1), (1, 1), (1, 1), 5, "direct"),
+    "depthwise, two a channel": ((2, 4, 6, 6), (8, 1, 3, 3), (2, 1), (0, 0), (1, 2), 4, "direct"),
+    "depthwise, two slices": ((1, 3, 8, 9), (3, 1, 7, 7), (1, 2), (3, 2), (1, 1), 3, "direct"),
+    "depthwise, many": ((1, 70, 5, 4), (70, 1, 2, 2), (1, 1), (0, 0), (1, 1), 70, "direct"),
+}
+MEMORY = ("contiguous", "channels_last", "strided")
+# Every case in each dtype; formats and strides take turns, so that each meets each dtype and kind of kernel.
+CHOSEN = [
+    (case, DTYPES[j], FORMATS[(3 * i + j + i // 8) % 8], MEMORY[(i + j) % 3])
+    for (i, case), j in itertools.product(enumerate(CASES), range(3))
+]
+chosen = pytest.mark.parametrize(("case", "dtype", "fmt", "memory"), CHOSEN, ids=str)
+
+
+def stored_as(x, memory):
+    """The same values with other strides."""
+    if memory == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if memory == "strided":
+        return x.repeat_interleave(2, 3).transpose(2, 3).contiguous().transpose(2, 3)[..., ::2]
+    return x
+
+
+def geometry(case):
+    """(x's shape, the weight's, the operator's arguments of a convolution)."""
+    x_shape, w_shape, *conv, _ = CASES[case]
+    return x_shape, w_shape, (list(w_shape[2:]), *map(list, conv[:3]), conv[3])
+
+
+def run(x, packed, bias, conv, layout=None):
+    """Our kernel on weights in ``layout``, by default the best for x."""
+    fmt = packed.format
+    layout = layout or slices.best(x.dtype, fmt)
+    weight = layouts.prepack(packed.weight, packed.k, fmt, layout)
+    parts = [None if t is None else t.to(DEVICE) for t in (weight, packed.weight_exp, packed.weight_scale, bias)]
+    y = triton_conv2d.conv2d(on_device(x), *parts, *conv, fmt.bits, fmt.levels, layout, "triton")
+    assert y.stride() == torch.empty_like(y, memory_format=reference.conv_memory_format(x)).stride()
+    return y.cpu()
+
+
+def on_device(x):
+    """x on the device, with the strides that it has."""
+    return x if DEVICE == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
+
+
+def check(x, packed, bias, conv):
+    """Against float64."""
+    y = run(x, packed, bias, conv)
+    arguments = (None, *conv[1:])
+    exact = F.conv2d(x.double(), inq.unpack(packed, torch.float64), *arguments)
+    dense = F.conv2d(x, inq.unpack(plain(packed), torch.float64).to(x.dtype), *arguments).double()
+    if packed.weight_scale is not None:
+        dense = dense * packed.weight_scale.double().view(-1, 1, 1)
+    if bias is not None:
+        exact, dense = (t + bias.double().view(-1, 1, 1) for t in (exact, dense))
+    unit = torch.exp2(packed.weight_exp.double()).view(-1, 1, 1)
+    assert_as_good_as_dense(y, exact, dense.to(x.dtype), unit)
+    return y
+
+
+def select(case, dtype, fmt, channels_last=False):
+    (b, c, h, w), shape, (kernel, stride, padding, dilation, groups) = geometry(case)
+    size = inq.library.conv_output_size((h, w), kernel, stride, padding, dilation)
+    k, codes = shape[1] * kernel[0] * kernel[1], slices.codec(slices.best(dtype, fmt), fmt).codes
+    dot = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return triton_conv2d.select(dot, b * size[0] * size[1], shape[0] // groups, groups, k, codes, channels_last, 4)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@chosen
+def test_integers_bit_for_bit(case, dtype, fmt, memory, guarded):  # noqa: F811
+    x_shape, w_shape, conv = geometry(case)
+    packed = random_packed(fmt, *w_shape, seed=len(case))
+    x = stored_as(integer_case(fmt, packed.k, x_shape, dtype, seed=len(case)), memory)
+    bias = None if memory == "strided" else torch.randn(w_shape[0], generator=generator(3)).to(dtype)
+    expected = reference.conv2d(x, packed.weight, packed.weight_exp, None, bias, *conv, fmt)
+    assert torch.equal(run(x, packed, bias, conv), expected)
+
+
+@chosen
+def test_as_good_as_the_dense_convolution(case, dtype, fmt, memory):
+    x_shape, w_shape, conv = geometry(case)
+    x = stored_as(torch.randn(x_shape, generator=generator(1)).to(dtype), memory)
+    packed = random_packed(fmt, *w_shape, scale=memory != "contiguous", seed=1)
+    bias = None if memory == "contiguous" else torch.randn(w_shape[0], generator=generator(2)).to(dtype)
+    check(x, packed, bias, conv)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n1", "size"),
+    [
+        (torch.float32, -126, 1.0),
+        (torch.float32, 127, 2.0**-9),
+        (torch.bfloat16, -126, 1.0),
+        (torch.bfloat16, 127, 2.0**-9),
+        (torch.float16, -24, 1.0),
+        (torch.float16, 15, 2.0**-9),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["padding", "depthwise", "split"])
+def test_extreme_exponents(case, dtype, n1, size):
+    x_shape, w_shape, conv = geometry(case)
+    # Channels of a few ones: sums of many would overflow.
+    x = torch.randn(x_shape, generator=generator(2)) * size
+    x[:, 3:] = 0
+    y = check(x.to(dtype), random_packed(inq.Format(3), *w_shape, n1=n1), None, conv)
+    assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("case", ["padding", "depthwise"])
+def test_any_strides(case):
+    _, w_shape, conv = geometry(case)
+    packed, channels = random_packed(FMT, *w_shape), w_shape[1] * conv[-1]
+    base = torch.randn(6, 7, 8, 6, generator=generator(3))
+    for x in (base.permute(0, 3, 2, 1)[:2, :channels], base[::3, :channels], base[:1, :1].expand(2, channels, 8, 6)):
+        check(x, packed, None, conv)
+    check(base[0, 0].as_strided((1, channels, 4, 5), (0, 3, 0, 2)), packed, None, conv)
+
+
+@pytest.mark.parametrize("case", ["whole K", "depthwise"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_in_every_layout(case, dtype):
+    """Decoded numbers differ by a power of two from layout to layout: y does not, wherever words hold as many codes."""
+    x_shape, w_shape, conv = geometry(case)
+    for fmt in (inq.Format(3, "dense"), inq.Format(5, "dense")):
+        packed = random_packed(fmt, *w_shape, seed=4)
+        x = integer_case(fmt, packed.k, x_shape, dtype, seed=4)
+        expected = reference.conv2d(x, packed.weight, packed.weight_exp, None, None, *conv, fmt)
+        for layout in layouts.LAYOUTS:
+            if layout not in slices.LAYOUTS or slices.has(layout, fmt):
+                assert torch.equal(run(x, packed, None, conv, layout), expected), layout
+
+
+def test_parts_of_any_strides():
+    x_shape, w_shape, conv = geometry("plain")
+    x, packed = torch.randn(x_shape, generator=generator(5)), random_packed(FMT, *w_shape, scale=True)
+    bias = torch.randn(4, generator=generator(6))
+    expected = run(x, packed, bias, conv)
+    exponent, scale = (t.repeat(1, 2)[:, :1] for t in (packed.weight_exp, packed.weight_scale))
+    strided = inq.PackedWeight(packed.weight, exponent, scale, FMT, packed.shape)
+    assert not exponent.is_contiguous()
+    assert same_bits(run(x, strided, bias.repeat_interleave(2)[::2], conv), expected)
+
+
+def test_a_few_images_at_a_time(monkeypatch):
+    """What more pixels than int32 counts would do."""
+    x_shape, w_shape, conv = geometry("padding")
+    packed = random_packed(FMT, *w_shape)
+    x = integer_case(FMT, packed.k, (5, *x_shape[1:]), torch.float32)
+    expected = run(x, packed, None, conv)
+    assert torch.equal(expected, reference.conv2d(x, packed.weight, packed.weight_exp, None, None, *conv, FMT))
+    monkeypatch.setattr(triton_conv2d, "_PIXELS", 90)
+    assert same_bits(run(x, packed, None, conv), expected)
+
+
+@pytest.mark.parametrize("case", ["padding", "depthwise"])
+def test_no_images(case):
+    x_shape, w_shape, conv = geometry(case)
+    y = run(torch.zeros(0, *x_shape[1:]), random_packed(FMT, *w_shape), None, conv)
+    assert y.shape[:2] == (0, w_shape[0])
+
+
+def test_float64():
+    x_shape, w_shape, conv = geometry("plain")
+    with pytest.raises(TypeError, match="x: expected one of .*float16.*, got torch.float64"):
+        run(torch.zeros(x_shape, dtype=torch.float64), random_packed(FMT, *w_shape), None, conv)
+
+
+# --- the gradient -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("case", ["all of them", "depthwise", "1x1, stride"])
+def test_the_gradient_is_the_references(case, layout):
+    x_shape, w_shape, conv = geometry(case)
+    for dtype, scale in zip(DTYPES, (True, False, True), strict=True):
+        packed = random_packed(FMT, *w_shape, scale=scale, seed=8)
+        size = inq.library.conv_output_size(x_shape[2:], *conv[:4])
+        grad = torch.randn(x_shape[0], w_shape[0], *size, generator=generator(9)).to(dtype).to(DEVICE)
+        parts = [None if t is None else t.to(DEVICE) for t in (packed.weight, packed.weight_exp, packed.weight_scale)]
+        expected = reference.conv2d_dx(grad, *parts, x_shape, *conv, FMT)
+        parts[0] = layouts.prepack(packed.weight, packed.k, FMT, layout).to(DEVICE)
+        dx = triton_conv2d.conv2d_dx(grad, *parts, x_shape, *conv, 4, "paper", layout, "triton")
+        # Equal weights in the same call of torch: on a GPU its algorithm may differ from call to call.
+        tolerance = dict(rtol=0, atol=0) if DEVICE == "cpu" else {}
+        torch.testing.assert_close(dx, expected, **tolerance)
+
+
+# --- which kernel runs ------------------------------------------------------------------------------------------------
+
+
+@chosen
+def test_the_kernel_of_each_case(case, dtype, fmt, memory):
+    choice = select(case, dtype, fmt, memory == "channels_last")
+    assert choice.kernel == CASES[case][-1]
+    assert (choice.splits > 1) == ("split" in case)
+
+
+def test_a_choice_covers_the_product():
+    sizes = (1, 3, 16, 49, 100, 3136, 100352)
+    for dot, m, rows, groups, k, codes, processors in itertools.product(
+        ("fp16", "fp32"), sizes, (1, 4, 64, 512), (1, 32), (1, 9, 27, 576, 4608), (3, 4), (4, 132)
+    ):
+        choice = triton_conv2d.select(dot, m, rows, groups, k, codes, False, processors)
+        tile, words = choice.tile, ((k + codes - 1) // codes + 31) // 32 * 32
+        if choice.kernel == "direct":
+            assert k <= 1024
+            continue
+        assert min(tile.bn, tile.bm) >= 16
+        assert max(tile.bn, tile.bm) <= 128
+        assert tile.bn * tile.bm <= 128 * 64
+        # From 64 rows on Triton multiplies float32 as TF32 on sm_100.
+        assert dot != "fp32" or tile.bn < 64
+        assert words % tile.bk == 0
+        # No split is empty, and no step is left out.
+        steps = words // tile.bk
+        assert (choice.splits - 1) * choice.steps < steps <= choice.splits * choice.steps
+
+
+def test_large_tiles_where_there_is_enough_to_do():
+    full = triton_conv2d.select("bf16", 32 * 56 * 56, 128, 1, 1152, 4, False, 132)
+    assert (full.tile.bn, full.tile.bm, full.splits) == (128, 64, 1)
+    # One image of 7×7 pixels: every processor gets a part of the sum.
+    few = triton_conv2d.select("bf16", 49, 512, 1, 4608, 4, False, 132)
+    assert few.splits * -(-512 // few.tile.bn) * -(-49 // few.tile.bm) >= 132

@@ -1,0 +1,420 @@
+"""``conv2d`` from the words of inq_kernels.slices as one product, without im2col in memory, and its gradient in x.
+
+y[n, pixel] = Σ over k of W[n, k] · x[pixel's window, k], with k = (channel, row, column of the window) as weights are
+stored. As in linear.py the weights are the left operand of tl.dot, one load of words serves S products, and the sums of
+programs that share out K are added in ascending order. What a window reads is addressed with the strides of x, so that
+contiguous, channels-last and other x need no copy; outside the image nothing is read.
+
+Where a group has few outputs and few weights, a tensor core's tile would be nearly empty: depthwise convolutions have a
+kernel of their own, without tl.dot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import layouts, reference, slices
+from ..format import Format
+from ..library import conv_output_size
+from . import operands, storage
+from .codec import DOT, Decoder, as_operand, decode, decoder, plain, rounded
+from .launch import INTERPRETED, cdiv, on_device_of, round_up
+from .linear import finish
+from .storage import Configuration, configuration
+from .tiles import Tile
+
+# --- in kernels -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pixels(m, OH, OW):
+    """(image, row, column) of output pixels number m, the column fastest."""
+    row = m // OW
+    return row // OH, row % OH, m % OW
+
+
+@triton.jit
+def places(out, n, m, OH, OW, out_b, out_c, out_h, out_w):
+    """Pointers [BN, BM] to outputs n of pixels m."""
+    b, row, column = pixels(m, OH, OW)
+    pixel = b.to(tl.int64) * out_b + row.to(tl.int64) * out_h + column.to(tl.int64) * out_w
+    return out + n.to(tl.int64)[:, None] * out_c + pixel[None, :]
+
+
+@triton.jit
+def window(k, x_c, x_h, x_w, dilation_h, dilation_w, KH: tl.constexpr, KW: tl.constexpr):
+    """(offset, down, right): where weights k of a row find their x, from a window's first element and in pixels."""
+    if KH * KW == 1:
+        offset = k.to(tl.int64) * x_c
+        down, right = k * 0, k * 0
+    else:
+        down = (k // KW) % KH * dilation_h
+        right = k % KW * dilation_w
+        offset = (k // (KH * KW)).to(tl.int64) * x_c + down.to(tl.int64) * x_h + right.to(tl.int64) * x_w
+    return offset, down, right
+
+
+@triton.jit
+def conv2d_kernel(
+    x, weight, weight_exp, weight_scale, bias, out, M, N, K, words, steps, ROWS, H, W, OH, OW,
+    x_b, x_c, x_h, x_w, out_b, out_c, out_h, out_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    EXPONENT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    PADDED: tl.constexpr, USED: tl.constexpr, WHOLE_K: tl.constexpr, CODES: tl.constexpr, SHIFTS: tl.constexpr,
+    MASK: tl.constexpr, FIELD: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile of BN outputs of one group × BM pixels; with SPLIT, sums over ``steps`` tiles of words to
+    out[split, n, m], float32.
+
+    weight: words [N, words], a multiple of BK; M: pixels of all images; ROWS: outputs of a group. USED: slices that K
+    reaches; PADDED: windows may leave the image; WHOLE_K: K = USED·words.
+    """
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(ROWS, BN)
+    m_tiles = tl.cdiv(M, BM)
+    # Programs of one block of pixels run next to each other: x is larger than the packed weights.
+    local = (pid % n_tiles) * BN + tl.arange(0, BN)
+    m = (pid // n_tiles) % m_tiles * BM + tl.arange(0, BM)
+    group = pid // (n_tiles * m_tiles)
+    # Rows and pixels past the end repeat the first ones: what they give is not stored.
+    n = group * ROWS + local % ROWS
+    i = tl.arange(0, BK)
+    weights = weight + n.to(tl.int64)[:, None] * words + i[None, :]
+    image, row, column = pixels(m % M, OH, OW)
+    top = row * stride_h - padding_h
+    left = column * stride_w - padding_w
+    start = group.to(tl.int64) * (K // (KH * KW)) * x_c + image.to(tl.int64) * x_b
+    starts = x + (start + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w)[None, :]
+    first = tl.program_id(1) * steps if SPLIT else 0
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for step in tl.range(first, tl.minimum(first + steps, words // BK), num_stages=STAGES):
+        q = tl.load(weights + step * BK)
+        a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
+        for j in tl.static_range(USED):
+            k = step * BK + i + j * words
+            offset, down, right = window(k, x_c, x_h, x_w, dilation_h, dilation_w, KH, KW)
+            pointers = starts + offset[:, None]
+            if PADDED:
+                y_at, x_at = top[None, :] + down[:, None], left[None, :] + right[:, None]
+                inside = (k < K)[:, None] & (y_at >= 0) & (y_at < H) & (x_at >= 0) & (x_at < W)
+                xs = tl.load(pointers, mask=inside, other=0)
+            elif WHOLE_K:
+                xs = tl.load(pointers)
+            else:
+                xs = tl.load(pointers, mask=(k < K)[:, None], other=0)
+            w = a if j == 0 else b if j == 1 else c if j == 2 else d
+            weights_j, xs = as_operand(w, DOT, 1, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
+            acc = tl.dot(weights_j, xs, acc, input_precision="ieee")
+    inside = (local < ROWS)[:, None] & (m < M)[None, :]
+    if SPLIT:
+        part = out + tl.program_id(1).to(tl.int64) * N * M
+        tl.store(part + n.to(tl.int64)[:, None] * M + m[None, :], acc, mask=inside)
+    else:
+        y = finish(acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False)
+        y = rounded(y, out.dtype.element_ty, INTERPRETED)
+        tl.store(places(out, n, m, OH, OW, out_b, out_c, out_h, out_w), y, mask=inside)
+
+
+@triton.jit
+def conv2d_reduce_kernel(
+    parts, weight_exp, weight_scale, bias, out, M, N, splits, OH, OW, out_b, out_c, out_h, out_w,
+    EXPONENT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile of y from parts [splits, N, M], added in ascending order, and the epilogue."""
+    pid = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BM)
+    n = (pid // m_tiles) * BN + tl.arange(0, BN)
+    m = (pid % m_tiles) * BM + tl.arange(0, BM)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for split in range(splits):
+        row = n.to(tl.int64) + split * N
+        acc += tl.load(parts + row[:, None] * M + m[None, :], mask=inside, other=0)
+    y = finish(acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False)
+    y = rounded(y, out.dtype.element_ty, INTERPRETED)
+    tl.store(places(out, n, m, OH, OW, out_b, out_c, out_h, out_w), y, mask=inside)
+
+
+@triton.jit
+def conv2d_direct_kernel(
+    x, weight, weight_exp, weight_scale, bias, out, M, N, K, words, ROWS, H, W, OH, OW,
+    x_b, x_c, x_h, x_w, out_b, out_c, out_h, out_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    EXPONENT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    PADDED: tl.constexpr, USED: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr, FIELD: tl.constexpr,
+    BASE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile of BN outputs, of any groups, × BM pixels: one weight of each output at a time, times its x."""
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(N, BN)
+    at_n = (pid % n_tiles) * BN + tl.arange(0, BN)
+    m = (pid // n_tiles) * BM + tl.arange(0, BM)
+    n = at_n % N
+    weights = weight + n.to(tl.int64) * words
+    image, row, column = pixels(m % M, OH, OW)
+    top = row * stride_h - padding_h
+    left = column * stride_w - padding_w
+    pixel = image.to(tl.int64) * x_b + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w
+    starts = x + ((n // ROWS).to(tl.int64) * (K // (KH * KW)) * x_c)[:, None] + pixel[None, :]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for j in tl.static_range(USED):
+        for i in range(tl.minimum(words, K - j * words)):
+            w = plain(tl.load(weights + i), j, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH)
+            offset, down, right = window(i + j * words, x_c, x_h, x_w, dilation_h, dilation_w, KH, KW)
+            if PADDED:
+                y_at, x_at = top + down, left + right
+                inside = (y_at >= 0) & (y_at < H) & (x_at >= 0) & (x_at < W)
+                xs = tl.load(starts + offset, mask=inside[None, :], other=0)
+            else:
+                xs = tl.load(starts + offset)
+            acc += w[:, None] * xs.to(tl.float32)
+    y = finish(acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False)
+    y = rounded(y, out.dtype.element_ty, INTERPRETED)
+    inside = (at_n < N)[:, None] & (m < M)[None, :]
+    tl.store(places(out, n, m, OH, OW, out_b, out_c, out_h, out_w), y, mask=inside)
+
+
+# --- which kernel runs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``kernel`` is "tile" (tl.dot) or "direct" (without); ``steps`` tiles of words a program where splits > 1."""
+
+    kernel: str
+    tile: Tile
+    splits: int = 1
+    steps: int = 0
+
+
+# Slices are a multiple of 32 words: tiles of 16 or 32 have no end to mask.
+_BK = {"fp16": 32, "bf16": 32, "fp32": 16}
+# The sides of a tile. 128×128 spills registers on addresses, and on sm_100 Triton 3.6 gives each of the S products of
+# a step tensor memory of its own, more than there is. There it also multiplies float32 as TF32, whatever precision is
+# asked for, in tiles of 64 rows or more: float32 has 32.
+_LEAST_SIDE = 16
+_LARGEST_SIDES = {"fp16": (128, 128), "bf16": (128, 128), "fp32": (32, 64)}
+_LARGEST_TILE = 128 * 64
+# A tile whose products are nearly all with padding, less than one in 16 of use, is slower than no tensor core.
+_DIRECT_USE = 16
+# Beyond, one program's loop over the weights of an output would take longer than anything else.
+_DIRECT_K = 1024
+# Programs for each processor that are worth a split, and the steps that a split must leave (128 weights each).
+_WAVES, _LEAST_STEPS = 2, 2
+_REDUCE_N, _REDUCE_M = 8, 128
+
+
+def select(
+    dot: str, m: int, rows: int, groups: int, k: int, codes: int, channels_last: bool, processors: int
+) -> Choice:
+    """The kernel of a convolution, the same on every machine.
+
+    Args:
+        dot: the type of its products: "fp16", "bf16" or "fp32".
+        m: output pixels of all images.
+        rows: outputs of a group.
+        groups: of the convolution.
+        k: weights of an output.
+        codes: S, the codes of a word.
+        channels_last: whether neighbours in y are channels.
+        processors: multiprocessors of the GPU.
+    """
+    words = round_up(cdiv(k, codes), slices.ALIGN)
+    if k <= _DIRECT_K and rows * k * _DIRECT_USE <= round_up(rows, _LEAST_SIDE) * cdiv(k, words) * words:
+        return Choice("direct", Tile(32, 16, 1, 4, 1) if channels_last else Tile(2, 256, 1, 4, 1))
+    bk, sides = _BK[dot], zip((rows, m), _LARGEST_SIDES[dot], strict=True)
+    bn, bm = (min(max(_power_of_two(size), _LEAST_SIDE), largest) for size, largest in sides)
+    bm = min(bm, _LARGEST_TILE // bn)
+    while max(bn, bm) > 32 and _programs(rows, groups, m, bn, bm) < processors:
+        # More and smaller tiles until every processor has one; squares read least.
+        bn, bm = (bn // 2, bm) if bn >= bm else (bn, bm // 2)
+    programs, steps = _programs(rows, groups, m, bn, bm), words // bk
+    splits = max(min(_WAVES * processors // programs, steps // _LEAST_STEPS), 1)
+    each = cdiv(steps, splits)
+    tile = Tile(bn, bm, bk, 4, 2 if dot == "fp32" else 3)
+    return Choice("tile", tile, cdiv(steps, each), each)
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _programs(rows: int, groups: int, m: int, bn: int, bm: int) -> int:
+    return groups * cdiv(rows, bn) * cdiv(m, bm)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+# Kernels count pixels in int32: more are computed some images at a time.
+_PIXELS = 2**31 - 2**10
+# What conv2d_direct_kernel decodes with; conv2d_kernel takes all constants of a decoder.
+_PLAIN = ("SHIFTS", "MASK", "FIELD", "BASE", "UNIT", "WIDTH")
+
+
+def constants(
+    made: Decoder, choice: Choice, dot: str, k: int, words: int, kernel_size: tuple[int, int], padded: bool
+) -> dict[str, Any]:
+    """The constants of the kernel of ``choice`` but those of the epilogue."""
+    tile = choice.tile
+    shared = {
+        "EXPONENT": made.exponent,
+        "KH": kernel_size[0],
+        "KW": kernel_size[1],
+        "PADDED": padded,
+        "USED": cdiv(k, words),
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "INTERPRETED": INTERPRETED,
+    }
+    if choice.kernel == "direct":
+        return shared | {name: made.constants[name] for name in _PLAIN}
+    return (
+        made.constants
+        | shared
+        | {
+            "WHOLE_K": cdiv(k, words) * words == k,
+            "DOT": dot,
+            "BK": tile.bk,
+            "SPLIT": choice.splits > 1,
+            "STAGES": tile.stages,
+        }
+    )
+
+
+def _ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, dtype: torch.dtype) -> tuple[Tensor, str]:
+    """``weight`` in a layout that the kernels read, and its name: e4m3 is for fp8 products, so it is not one."""
+    if layout in (slices.FP16, slices.BF16):
+        return weight, layout
+    wanted = slices.best(dtype, fmt)
+    if layout != layouts.STORAGE:
+        weight = storage.unprepack(weight, n, k, fmt.bits, fmt.levels, layout)
+    return storage.prepack(weight, k, fmt.bits, fmt.levels, wanted), wanted
+
+
+def _launch(x: Tensor, out: Tensor, q: Tensor, epilogue: tuple[Tensor, ...], flags: dict[str, bool], made: Decoder, dot,
+            k: int, kernel_size, stride, padding, dilation, groups) -> None:  # fmt: skip
+    """``out`` of the images ``x``, whose pixels int32 counts."""
+    (_, _, h, w), (b, n, oh, ow) = x.shape, out.shape
+    (x_b, x_c, x_h, x_w), (out_b, out_c, out_h, out_w) = x.stride(), out.stride()
+    m, words, rows = b * oh * ow, q.shape[1], n // groups
+    padded = any(padding)
+    if max(*kernel_size, *stride) == 1 and not padded and x_h == w * x_w:
+        # Single pixels in order: one long row, without divisions that hide it from the compiler.
+        h, w, oh, ow = 1, h * w, 1, oh * ow
+    choice = select(dot, m, rows, groups, k, made.codec.codes, out_c == 1 and n > 1, operands.processors(x.device))
+    tile = choice.tile
+    fixed = constants(made, choice, dot, k, words, tuple(kernel_size), padded) | flags
+    target = (out_b, out_c, out_h, out_w)
+    geometry = (rows, h, w, oh, ow, x_b, x_c, x_h, x_w, *target, *stride, *padding, *dilation)
+    with on_device_of(x):
+        if choice.kernel == "direct":
+            conv2d_direct_kernel[(cdiv(n, tile.bn) * cdiv(m, tile.bm),)](
+                x, q, *epilogue, out, m, n, k, words, *geometry, **fixed, num_warps=tile.warps
+            )
+            return
+        split = choice.splits > 1
+        sums = torch.empty(choice.splits, n, m, dtype=torch.float32, device=x.device) if split else out
+        steps = choice.steps if split else words // tile.bk
+        conv2d_kernel[_programs(rows, groups, m, tile.bn, tile.bm), choice.splits](
+            x, q, *epilogue, sums, m, n, k, words, steps, *geometry, **fixed, num_warps=tile.warps
+        )
+        if split:
+            conv2d_reduce_kernel[(cdiv(n, _REDUCE_N) * cdiv(m, _REDUCE_M),)](
+                sums, *epilogue, out, m, n, choice.splits, oh, ow, *target, EXPONENT=made.exponent, **flags,
+                BM=_REDUCE_M, BN=_REDUCE_N, INTERPRETED=INTERPRETED,
+            )  # fmt: skip
+
+
+def conv2d(
+    x, weight, weight_exp, weight_scale, bias, kernel_size, stride, padding, dilation, groups, bits, levels, layout,
+    backend,
+):  # fmt: skip
+    """reference.conv2d of x [B, C, H, W], float32, bfloat16 or float16 with any strides: [B, N, OH, OW] in x's dtype
+    and reference.conv_memory_format(x).
+
+    Raises:
+        TypeError: another dtype.
+    """
+    if x.dtype not in DOT:
+        raise TypeError(f"inq.conv2d: x: expected one of {tuple(DOT)}, got {x.dtype}")
+    fmt, n, images = Format(bits, levels), weight_exp.shape[0], x.shape[0]
+    k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    size = conv_output_size(x.shape[-2:], kernel_size, stride, padding, dilation)
+    memory_format = reference.conv_memory_format(x)
+    out = torch.empty((images, n, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if out.numel() == 0:
+        return out
+    weight, layout = _ready(weight, n, k, fmt, layout, x.dtype)
+    q = operands.words(weight.contiguous(), layout)
+    # Arguments that are not there are never read: any pointer does.
+    given = (weight_exp, *(weight_exp if t is None else t for t in (weight_scale, bias)))
+    epilogue = tuple(t.contiguous() for t in given)
+    flags = {"HAS_SCALE": weight_scale is not None, "HAS_BIAS": bias is not None}
+    at_once = max(_PIXELS // (size[0] * size[1]), 1)
+    for start in range(0, images, at_once):
+        part = slice(start, start + at_once)
+        _launch(
+            x[part], out[part], q, epilogue, flags, decoder(layout, fmt), DOT[x.dtype], k, kernel_size, stride, padding,
+            dilation, groups,
+        )  # fmt: skip
+    return out
+
+
+def conv2d_dx(
+    grad, weight, weight_exp, weight_scale, input_size, kernel_size, stride, padding, dilation, groups, bits, levels,
+    layout, backend,
+):  # fmt: skip
+    """reference.conv2d_dx: decoded by a kernel, multiplied by torch, whose library beats a kernel of ours there."""
+    n, k = weight_exp.shape[0], input_size[1] // groups * kernel_size[0] * kernel_size[1]
+    if layout != layouts.STORAGE:
+        weight = storage.unprepack(weight, n, k, bits, levels, layout)
+    # Values relative to 2^n1, as the reference's.
+    w = storage.unpack(weight, torch.zeros_like(weight_exp), None, k, bits, levels, torch.float32)
+    conv = (kernel_size, stride, padding, dilation, groups)
+    return reference.conv2d_dx_of(grad, w, weight_exp, weight_scale, input_size, *conv)
+
+
+# --- what to compile --------------------------------------------------------------------------------------------------
+
+_TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+
+
+def configurations() -> Iterator[Configuration]:
+    """(name, kernel, signature, constants, warps, stages) of variants that are launched: to compile without a GPU."""
+    # A dot, a layout and a format, pixels, outputs, channels, groups, the window, processors.
+    for dot, layout, fmt, m, n, channels, groups, size, processors in (
+        ("bf16", slices.BF16, Format(4), 32 * 56 * 56, 128, 128, 1, 3, 132),
+        ("bf16", slices.BF16, Format(5), 49, 512, 512, 1, 3, 132),
+        ("bf16", slices.FP16, Format(5, "dense"), 32 * 196, 64, 64, 1, 3, 132),
+        ("fp16", slices.FP16, Format(4), 32 * 49, 512, 2048, 1, 1, 132),
+        ("fp16", slices.FP16, Format(4, "dense"), 32 * 196, 128, 128, 32, 3, 132),
+        ("fp16", slices.BF16, Format(3), 32 * 196, 32, 3, 1, 7, 132),
+        ("fp32", slices.FP16, Format(5), 32 * 196, 128, 128, 1, 3, 132),
+        ("bf16", slices.BF16, Format(4), 32 * 196, 96, 96, 96, 3, 132),
+        ("fp32", slices.FP16, Format(4, "dense"), 32 * 196, 96, 96, 96, 7, 132),
+    ):
+        made, k = decoder(layout, fmt), channels // groups * size * size
+        choice = select(dot, m, n // groups, groups, k, made.codec.codes, dot == "bf16", processors)
+        words, padded = slices.words_of_slice(made.codec, k), size > 1
+        flags = {"HAS_SCALE": dot == "bf16", "HAS_BIAS": True, "INTERPRETED": False}
+        fixed = constants(made, choice, dot, k, words, (size, size), padded) | flags
+        types = {"x": _TYPES[dot], "weight": "*i16", "weight_exp": "*i8", "bias": _TYPES[dot], "out": _TYPES[dot]}
+        types["weight_scale"] = "*fp32" if flags["HAS_SCALE"] else "*i8"
+        types |= {} if choice.splits == 1 else {"out": "*fp32"}
+        kernel = conv2d_direct_kernel if choice.kernel == "direct" else conv2d_kernel
+        name = f"conv2d {choice.kernel} {dot}, {fmt.bits}-bit {fmt.levels} in {layout}, {size}×{size}, {groups} groups"
+        yield configuration(name, kernel, types, fixed, choice.tile.warps, choice.tile.stages)
+        if choice.splits > 1:
+            fixed = flags | {"EXPONENT": made.exponent, "BM": _REDUCE_M, "BN": _REDUCE_N}
+            types |= {"parts": "*fp32", "out": _TYPES[dot]}
+            yield configuration(f"{name}, the sum", conv2d_reduce_kernel, types, fixed, 4, 3)
