@@ -25,6 +25,8 @@ from .registry import OPS
 _PACKAGE = Path(__file__).resolve().parent
 # Options that a process for another set of instructions gets as they are.
 _PASSED = ("quick", "op", "shape", "m", "bits", "dtype", "threads", "seconds_per_case", "backend")
+# Kinds of GPU for static: those of triton_ops.tiles, which is not imported for a command line's help.
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
 
 class BenchError(RuntimeError):
@@ -64,6 +66,10 @@ def _isas(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``inq bench``."""
     many = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument(
+        "what", nargs="?", choices=("static",), metavar="static",
+        help="compile the Triton kernels for every kind of GPU and count their instructions; needs no GPU",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small grid, about a minute")
     parser.add_argument("--op", choices=OPS, metavar="NAME", help=f"only these: {' '.join(OPS)}", **many)
     parser.add_argument("--shape", type=_shape, metavar="K,N", help="of weights, instead of the grid's", **many)
@@ -84,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bars", nargs="?", type=Path, const=True, metavar="FILE",
         help="hold results (default: of this run) against the speeds that must be reached; exit 1 if one is missed",
     )  # fmt: skip
+    parser.add_argument("--sm", type=int, choices=CAPABILITIES, help="of static: only these GPUs, 90 for Hopper", **many)
+    parser.add_argument("--only", metavar="WORD", help="of static: only configurations with one of these words", **many)
+    parser.add_argument("--jobs", type=_positive(int), default=2, metavar="N", help="of static: processes (default: 2)")
     parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
 
 
@@ -94,6 +103,10 @@ def run(args: argparse.Namespace) -> int:
         0; 1 with a message on stderr if a check is red, a bar is missed, or the benchmark cannot run.
     """
     try:
+        if args.what == "static":
+            from . import static
+
+            return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs)
         if args.compare:
             files = [report.read(path) for path in args.compare]
             with _whole(*args.compare):

@@ -1,0 +1,190 @@
+"""Every kernel as it can be launched: what ``inq bench static`` compiles for each kind of GPU, on a machine without one.
+
+For products these are the tiles that ``tiles.select`` can return, with each codec that a product type meets. A module
+that has its own kernels has a function ``configurations()`` beside them, which yields what this one yields.
+
+A type in a signature that ends with ``:16`` says that launches pass a multiple of 16, as Triton finds out by itself when
+it launches. Pointers always are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import slices
+from ..format import Format
+from . import linear_dx, tiles
+from . import linear as linear_module
+from .codec import decoder
+from .dense import _BK, _BN, dense_kernel
+from .linear import _REDUCE_M, _REDUCE_N, linear_kernel, reduce_kernel
+from .linear_dx import linear_dx_kernel
+from .linear_fp8 import _BLOCK, quantize_rows_kernel
+
+# Modules beside this one that may have configurations of their own.
+MODULES = ("partition", "quantize", "masked_steps", "storage", "conv2d")
+KINDS = {
+    "paper4": Format(4, "paper"),
+    "dense4": Format(4, "dense"),
+    "paper5": Format(5, "paper"),
+    "dense5": Format(5, "dense"),
+}
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "e4m3": "*fp8e4nv"}
+# What launchers leave to Triton, which asks for this many; loops here say their own.
+_STAGES = 3
+
+
+class Configuration(NamedTuple):
+    """A kernel and what Triton makes one compiled kernel of.
+
+    ``signature``: the type of every argument by name, "constexpr" for constants.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def configuration(name: str, kernel, types: dict[str, str], constants: dict[str, Any], warps: int = 4) -> Configuration:
+    """With the signature in the kernel's order. ValueError if an argument has no type and no value, or is unknown."""
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "") for argument in kernel.arg_names
+    }
+    unknown = {*types, *constants} - set(kernel.arg_names)
+    missing = [argument for argument, kind in signature.items() if not kind]
+    if unknown or missing:
+        raise ValueError(f"{name}: arguments without a type {missing}, and unknown ones {sorted(unknown)}")
+    return Configuration(name, kernel, signature, constants, warps, _STAGES)
+
+
+def configurations() -> Iterator[Configuration]:
+    """All there are, names unique."""
+    yield from _linear()
+    yield from _reduce()
+    yield from _linear_dx()
+    yield from _dense()
+    for dtype in _DTYPES:
+        types = {"x": _POINTERS[dtype], "values": "*u8", "exponents": "*i32", "K": "i32:16", "stride_m": "i32:16"}
+        yield configuration(f"quantize_rows {dtype}", quantize_rows_kernel, types, {"BLOCK": _BLOCK})
+    for module in MODULES:
+        name = f"{__package__}.{module}"
+        if importlib.util.find_spec(name) is not None:
+            found = getattr(importlib.import_module(name), "configurations", None)
+            yield from (Configuration(*each) for each in (found() if found else ()))
+
+
+def layout_for(dot: str, fmt: Format) -> str:
+    """The layout that products of this type are made from, unless a weight is in another one already."""
+    if dot == "e4m3":
+        return slices.E4M3 if slices.has(slices.E4M3, fmt) else slices.FP16
+    return slices.best(_DTYPES[dot], fmt)
+
+
+def _tiles(key: str) -> Iterator[tuple[int, tiles.Tile]]:
+    """(rows, tile) of the default table, each tile once."""
+    seen = set()
+    for rows, tile in tiles.DEFAULTS[key].items():
+        if tile not in seen:
+            seen.add(tile)
+            yield rows, tile
+
+
+def _linear() -> Iterator[Configuration]:
+    for dot in ("fp16", "bf16", "e4m3", "fp32"):
+        for rows, tile in _tiles(f"linear {dot}"):
+            for kind, fmt in KINDS.items():
+                # Three codes a word: no usual K is a multiple of 3·32, so products of 5 bits are masked.
+                whole = decoder(layout_for(dot, fmt), fmt).codec.codes != 3
+                name = f"linear {dot} {kind} m{rows}"
+                yield _linear_one(name, dot, fmt, layout_for(dot, fmt), tile, whole=whole)
+                if kind == "paper4":
+                    yield _linear_one(f"{name} masked", dot, fmt, layout_for(dot, fmt), tile, whole=False, ragged=True)
+                    yield _linear_one(f"{name} split", dot, fmt, layout_for(dot, fmt), tile, split=True)
+                    yield _linear_one(f"{name} scale bias", dot, fmt, layout_for(dot, fmt), tile, epilogue=True)
+    # Weights stay in the layout that a module was given, whatever is multiplied with them.
+    for dot in ("fp16", "bf16", "e4m3", "fp32"):
+        rows, tile = next(_tiles(f"linear {dot}"))
+        for kind, fmt in KINDS.items():
+            for layout in slices.LAYOUTS:
+                if slices.has(layout, fmt) and layout != layout_for(dot, fmt):
+                    whole = decoder(layout, fmt).codec.codes != 3
+                    name = f"linear {dot} {kind} m{rows} from {layout}"
+                    yield _linear_one(name, dot, fmt, layout, tile, whole=whole)
+
+
+def _linear_one(
+    name: str,
+    dot: str,
+    fmt: Format,
+    layout: str,
+    tile: tiles.Tile,
+    whole: bool = True,
+    ragged: bool = False,
+    split: bool = False,
+    epilogue: bool = False,
+) -> Configuration:
+    """linear_kernel. ``whole``: nothing is masked along K; ``ragged``: N, K and x's stride are no multiples of 16."""
+    made = decoder(layout, fmt)
+    words = 16 * tile.bk
+    constants = linear_module.constants(made, dot, tile, made.codec.codes * words, words)
+    constants |= {"WHOLE_K": whole, "WHOLE_WORDS": whole, "SPLIT": split}
+    constants |= {"HAS_SCALE": epilogue, "HAS_BIAS": epilogue, "HAS_ROWS": dot == "e4m3"}
+    size, out = "i32" if ragged else "i32:16", "bf16" if dot == "e4m3" else dot
+    types = {
+        "x": _POINTERS[dot],
+        "weight": "*i8" if made.codec.width == 8 else "*i16",
+        "weight_exp": "*i8",
+        "weight_scale": "*fp32" if epilogue else "*i8",
+        "bias": _POINTERS[out] if epilogue else "*i8",
+        "rows_exp": "*i32" if dot == "e4m3" else "*i8",
+        "out": "*fp32" if split else _POINTERS[out],
+        **{"M": "i32", "N": size, "K": size, "words": "i32:16", "stride_m": size, "steps": "i32"},
+    }
+    return configuration(name, linear_kernel, types, constants, tile.warps)
+
+
+def _reduce() -> Iterator[Configuration]:
+    for out in _DTYPES:
+        for rows in (False, True):
+            constants = {"EXPONENT": -3, "HAS_SCALE": True, "HAS_BIAS": True, "HAS_ROWS": rows}
+            constants |= {"BM": _REDUCE_M, "BN": _REDUCE_N, "INTERPRETED": False}
+            types = {
+                **{"parts": "*fp32", "weight_exp": "*i8", "weight_scale": "*fp32", "bias": _POINTERS[out]},
+                **{"rows_exp": "*i32" if rows else "*i8", "out": _POINTERS[out]},
+                **{"M": "i32", "N": "i32:16", "splits": "i32"},
+            }
+            yield configuration(f"reduce {out}{' rows' if rows else ''}", reduce_kernel, types, constants)
+
+
+def _linear_dx() -> Iterator[Configuration]:
+    for dtype in ("fp16", "bf16", "fp32"):
+        for rows, tile in _tiles(f"linear_dx {dtype}"):
+            for kind, fmt in KINDS.items():
+                made = decoder(slices.best(_DTYPES[dtype], fmt), fmt)
+                for scale in (False, True) if kind == "paper4" else (False,):
+                    constants = linear_dx.constants(made, _DTYPES[dtype], tile) | {"HAS_SCALE": scale}
+                    types = {
+                        **{"grad": _POINTERS[dtype], "weight": "*i16", "weight_exp": "*i8"},
+                        **{"weight_scale": "*fp32" if scale else "*i8", "out": _POINTERS[dtype]},
+                        **{"M": "i32", "N": "i32:16", "K": "i32:16", "words": "i32:16", "stride_m": "i32:16"},
+                    }
+                    name = f"linear_dx {dtype} {kind} m{rows}{' scale' if scale else ''}"
+                    yield configuration(name, linear_dx_kernel, types, constants, tile.warps)
+
+
+def _dense() -> Iterator[Configuration]:
+    for dtype in ("fp16", "bf16"):
+        for kind, fmt in KINDS.items():
+            made = decoder(slices.best(_DTYPES[dtype], fmt), fmt)
+            constants = made.constants | {"BN": _BN, "BK": _BK, "INTERPRETED": False}
+            types = {"weight": "*i16", "out": _POINTERS[dtype], "N": "i32:16", "K": "i32:16", "words": "i32:16"}
+            yield configuration(f"dense {dtype} {kind}", dense_kernel, types, constants)
