@@ -31,6 +31,8 @@ MAIN = 90
 FIRST_E4M3 = 89
 # Shared memory that a block may have: a kernel that needs more compiles, and cannot be launched.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Columns of Blackwell's tensor memory; Triton makes a trap of a kernel that needs more.
+TENSOR_MEMORY = 512
 
 # Instructions by class, first match first. Addresses are integer instructions, and so are moves and the uniform
 # datapath's: each takes an issue slot.
@@ -174,16 +176,17 @@ def uses_e4m3(configuration) -> bool:
     )
 
 
-def wanted(configurations: Iterable, sm: int) -> Iterator:
-    """What is compiled for a capability: all for ``MAIN``, else the first of each kernel, product type and tile."""
+def wanted(configurations: Iterable, sm: int) -> Iterator[tuple[int, Any]]:
+    """(its place, configuration) of what is compiled for a capability: all for ``MAIN``, else the first of each kernel,
+    product type and tile."""
     seen = set()
-    for each in configurations:
+    for at, each in enumerate(configurations):
         if sm < FIRST_E4M3 and uses_e4m3(each):
             continue
         same = [each.kernel.__name__, *(each.constexprs.get(name) for name in ("DOT", "BM", "BN", "BK", "PRECISION"))]
         if sm == MAIN or tuple(same) not in seen:
             seen.add(tuple(same))
-            yield each
+            yield at, each
 
 
 def compile_one(configuration, sm: int) -> dict:
@@ -205,6 +208,7 @@ def compile_one(configuration, sm: int) -> dict:
     facts = {name: configuration.constexprs.get(name) for name in ("DOT", "SOURCE", "CODES", "WIDTH", "BN", "BM", "BK")}
     row |= {"facts": {name: value for name, value in facts.items() if value is not None}}
     row |= {"registers": usage["REG"], "stack": usage["STACK"], "shared": compiled.metadata.shared}
+    row["tensor_memory"] = compiled.metadata.tmem_size or 0
     return row | describe(sass, configuration.constexprs, configuration.num_warps)
 
 
@@ -229,10 +233,10 @@ def disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
 def budget(row: dict) -> float | None:
     """Integer instructions, addresses included, that a decoded 4-bit weight may cost; None: no budget."""
     facts = row.get("facts", {})
-    if row["kernel"] != "linear_kernel" or not any(f" {kind} " in row["name"] for kind in ("paper4", "dense4")):
+    if row["kernel"] != "linear_kernel" or " paper4 " not in row["name"] or "masked" in row["name"]:
         return None
-    # Words of another type are converted, one by one.
-    if facts["SOURCE"] != facts["DOT"] or "masked" in row["name"]:
+    # Words of another type are converted, one by one; beyond 64 rows (for e4m3, 16) the products take the time.
+    if facts["SOURCE"] != facts["DOT"] or facts["BM"] > (16 if facts["DOT"] == "e4m3" else 64):
         return None
     if facts["DOT"] == "e4m3":
         return 0.7 if row["sm"] == 90 else None
@@ -242,7 +246,7 @@ def budget(row: dict) -> float | None:
 def expected_tensor(row: dict) -> str | None:
     """The tensor-core instruction that a product must have in its loop; None where it has none."""
     dot, sm = row.get("facts", {}).get("DOT"), row["sm"]
-    if dot is None or (dot == "fp32" and row["kernel"] != "linear_dx_kernel") or row["name"].startswith("linear_dx fp32"):
+    if row["kernel"] != "linear_kernel" or dot in (None, "fp32"):
         return None
     if sm == 100:
         return "UTCQMMA" if dot == "e4m3" else "UTCHMMA"
@@ -260,6 +264,8 @@ def problems(row: dict) -> list[str]:
         found.append(f"spills: {row['stack']} bytes of stack, {row['local']} instructions")
     if row["shared"] > SHARED_LIMIT[row["sm"]]:
         found.append(f"shared memory: expected at most {SHARED_LIMIT[row['sm']]} bytes, got {row['shared']}")
+    if row["tensor_memory"] > TENSOR_MEMORY:
+        found.append(f"tensor memory: expected at most {TENSOR_MEMORY} columns, got {row['tensor_memory']}")
     if (name := expected_tensor(row)) and not any(each.startswith(name) for each in row["tensor"]):
         found.append(f"tensor cores: expected {name} in the main loop, got {row['tensor'] or 'none'}")
     limit = budget(row)
@@ -298,7 +304,9 @@ def compile_all(capabilities: Sequence[int], only: Sequence[str] = (), jobs: int
             if process.returncode:
                 raise RuntimeError(f"static: a process ended with status {process.returncode}: {errors[job][-2000:]}")
             rows += json.loads(Path(folder, f"{job}.json").read_text())
-    rows.sort(key=lambda row: (row["at"], row["sm"]))
+    # In the order of the kind of GPU that has all.
+    place = {row["name"]: row["at"] for row in sorted(rows, key=lambda row: row["sm"] == MAIN)}
+    rows.sort(key=lambda row: (place[row["name"]], row["sm"]))
     return [{name: value for name, value in row.items() if name != "at"} for row in rows]
 
 
@@ -309,10 +317,13 @@ def worker(task: dict, path: Path) -> None:
 
     if launch.INTERPRETED:
         raise RuntimeError("static: expected Triton without its interpreter; TRITON_INTERPRET is set")
-    found = list(configurations())
-    at = {each.name: i for i, each in enumerate(found)}
-    work = [(each, sm) for sm in task["capabilities"] for each in wanted(found, sm) if _asked(each.name, task["only"])]
-    rows = [compile_one(each, sm) | {"at": at[each.name]} for each, sm in work[task["job"] :: task["jobs"]]]
+    work = [
+        (at, each, sm)
+        for sm in task["capabilities"]
+        for at, each in wanted(configurations(sm), sm)
+        if _asked(each.name, task["only"])
+    ]
+    rows = [compile_one(each, sm) | {"at": at} for at, each, sm in work[task["job"] :: task["jobs"]]]
     path.write_text(json.dumps(rows))
 
 
@@ -330,13 +341,13 @@ def markdown(results: dict) -> str:
         "for each weight that a thread decodes: integer (addresses, moves and the uniform datapath included), then "
         "tensor-core, conversion, float, shared and global memory. Nothing here is a measurement of time.",
         "",
-        "| configuration | sm | registers | shared KB | spills | integer | tensor | convert | float | shared | global | "
-        "tensor cores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| configuration | sm | BN×BM×BK | registers | shared KB | spills | "
+        "integer | tensor | convert | float | shared | global | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         if row["error"]:
-            lines.append(f"| {row['name']} | {row['sm']} | does not compile: {row['error']} |" + " |" * 9)
+            lines.append(f"| {row['name']} | {row['sm']} | does not compile: {row['error']} |" + " |" * 10)
             continue
         each = row["per_weight"]
         numbers = [
@@ -344,8 +355,10 @@ def markdown(results: dict) -> str:
             for name in ("integer", "tensor", "convert", "float", "shared", "global")
         ]
         tensor = ", ".join(f"{count} {name}" for name, count in row["tensor"].items())
-        cells = [row["name"], row["sm"], row["registers"], f"{row['shared'] / 1024:.1f}", row["local"], *numbers, tensor]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        facts = row["facts"]
+        tile = "×".join(str(facts[name]) for name in ("BN", "BM", "BK") if name in facts)
+        cells = [row["name"], row["sm"], tile, row["registers"], f"{row['shared'] / 1024:.1f}", row["local"], *numbers]
+        lines.append("| " + " | ".join(map(str, [*cells, tensor])) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -371,9 +384,8 @@ def run(out: Path | None, capabilities: Sequence[int], only: Sequence[str], jobs
         if row["error"] is None and row["per_weight"] is not None:
             limit = budget(row)
             integer = f"{row['per_weight'].get('integer', 0):.2f}"
-            cells.append(
-                (row["name"], row["sm"], row["registers"], row["shared"], integer, limit or "-", " ".join(row["tensor"]))
-            )
+            sizes = (row["registers"], row["shared"], integer, limit or "-")
+            cells.append((row["name"], row["sm"], *sizes, " ".join(row["tensor"])))
     print(render(("configuration", "sm", "registers", "shared", "integer/weight", "budget", "tensor cores"), cells))
     print(f"{out / 'static.json'}: {len(rows)} kernels compiled, {len(wrong)} problems")
     for each in wrong:

@@ -1,10 +1,10 @@
 """``linear``: y = (x · decode(W)ᵀ) · row factors + bias, from the words of inq_kernels.slices.
 
 The weights are the left operand of tl.dot and the rows of x its columns, so that few rows waste little of a tensor
-core's tile, and decoded weights go into it from registers (HGMMA's register operand on Hopper). A step of the loop loads
-a [BN, BK] tile of words once and uses it for S products, each with the x of another slice of K: no join, no shuffle, no
-second load. Where there are fewer tiles than processors, programs share out K and a second kernel adds their sums in
-ascending order: the same bits in every run.
+core's tile, and decoded weights go into it from registers (HGMMA's register operand on Hopper). A step of the loop
+loads a [BN, BK] tile of words once and uses it for S products, each with the x of another slice of K: no join, no
+shuffle, no second load. Where there are fewer tiles than processors, programs share out K and a second kernel adds
+their sums in ascending order: the same bits in every run.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ def linear_kernel(
     m = (pid % m_tiles) * BM + tl.arange(0, BM)
     i = tl.arange(0, BK)
     # Rows past the end repeat the first ones: what they give is not stored.
-    weights = weight + (n % N).to(tl.int64)[:, None] * words + i[None, :]
+    weights = weight + (n % N).to(tl.int64)[:, None] * words
     rows = x + (m % M).to(tl.int64)[None, :] * stride_m
     first = tl.program_id(1) * steps if SPLIT else 0
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for step in tl.range(first, tl.minimum(first + steps, tl.cdiv(words, BK)), num_stages=STAGES):
-        at = step * BK + i
+    at = first * BK + i
+    for _ in tl.range(0, tl.minimum(steps, tl.cdiv(words, BK) - first), num_stages=STAGES):
         if WHOLE_WORDS:
-            q = tl.load(weights + step * BK)
+            q = tl.load(weights + at[None, :])
         else:
-            q = tl.load(weights + step * BK, mask=(at < words)[None, :], other=0)
+            q = tl.load(weights + at[None, :], mask=(at < words)[None, :], other=0)
         a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
         # Sums of e4m3 products keep 14 bits in the tensor core: they begin anew for every step and are added here.
         part = tl.zeros((BN, BM), dtype=tl.float32) if PROMOTE else acc
@@ -94,11 +94,12 @@ def linear_kernel(
             if WHOLE_K and WHOLE_WORDS:
                 xs = tl.load(pointers)
             else:
-                xs = tl.load(pointers, mask=((k < K) & (at < words))[:, None], other=0)
+                xs = tl.load(pointers, mask=((k < K) & (at < words))[:, None], other=0.0)
             w = a if j == 0 else b if j == 1 else c if j == 2 else d
             left, right = as_operand(w, DOT, LIFT, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
             part = tl.dot(left, right, part, input_precision="ieee")
         acc = acc + part if PROMOTE else part
+        at += BK
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT:
@@ -130,11 +131,26 @@ def reduce_kernel(
 _REDUCE_M, _REDUCE_N = 4, 256
 # Small fp16 numbers of dense levels, 2^-14 and up, come into e4m3's range by this.
 _LIFT = 256
+# What Triton takes a multiple of for granted where it loads whole vectors, of elements and of bytes.
+_ALIGN = 16
 
 
 def lift(decode: Decoder, dot: str) -> int:
     """By what decoded numbers are multiplied before they become operands."""
     return _LIFT if dot == "e4m3" and decode.codec.base == -14 else 1
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [M, K] with rows of whole 16 elements at multiples of 16, zeros behind the last; itself where it is so.
+
+    A copy costs less than loads of single elements, for whose addresses a kernel has not the registers.
+    """
+    m, k = x.shape
+    if k % _ALIGN == 0 and x.stride(0) % _ALIGN == 0 and x.data_ptr() % _ALIGN == 0:
+        return x
+    padded = x.new_zeros(m, -(-k // _ALIGN) * _ALIGN)
+    padded[:, :k] = x
+    return padded
 
 
 def constants(decode: Decoder, dot: str, tile: tiles.Tile, k: int, words: int) -> dict[str, Any]:
@@ -174,7 +190,9 @@ def multiply(
         return out
     made, q = decoder(layout, fmt), operands.words(weight, layout)
     words = q.shape[1]
-    choice = tiles.select("linear", dot, m, n, words, operands.processors(x.device), tiles.current())
+    table = tiles.current(operands.capability(x.device))
+    product_type = tiles.product(dot, made.constants["SOURCE"])
+    choice = tiles.select("linear", product_type, m, n, words, operands.processors(x.device), table)
     flags = {"HAS_SCALE": weight_scale is not None, "HAS_BIAS": bias is not None, "HAS_ROWS": rows_exp is not None}
     # Arguments that are not there are never read: any pointer does.
     epilogue = (weight_exp, *(weight_exp if t is None else t for t in (weight_scale, bias, rows_exp)))
@@ -183,7 +201,8 @@ def multiply(
         w, exponent = dense(weight, k, fmt, layout, x.dtype)
         parts = product(x, w)
     else:
-        tile = choice.tile
+        tile, x = choice.tile, aligned(x)
+        k = x.shape[1]
         fixed = constants(made, dot, tile, k, words)
         exponent = fixed["EXPONENT"]
         parts = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else out
