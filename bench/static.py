@@ -39,7 +39,7 @@ TENSOR_MEMORY = 512
 _CLASSES = (
     ("tensor", r"HMMA|IMMA|QMMA|OMMA|BMMA|HGMMA|IGMMA|QGMMA|BGMMA|UTC\w*MMA"),
     ("local", r"LDL|STL"),
-    ("global", r"LDG\w*|STG|LD|ST|ATOM\w*|RED\w*|UBLK\w*|UTMA\w*|LDGSTS"),
+    ("global", r"LDG|LDGSTS|STG|LD|ST|ATOM\w*|RED\w*|UBLK\w*|UTMA\w*"),
     ("shared", r"LDS\w*|STS\w*|STAS|LDTM|STTM|UTCCP"),
     ("convert", r"F2F\w*|F2I|I2F\w*|F2FP|FRND|I2FP"),
     (

@@ -55,7 +55,11 @@ class Configuration(NamedTuple):
 
 
 def configuration(name: str, kernel, types: dict[str, str], constants: dict[str, Any], warps: int = 4) -> Configuration:
-    """With the signature in the kernel's order. ValueError if an argument has no type and no value, or is unknown."""
+    """With the signature in the kernel's order. ValueError if an argument has no type and no value, or is unknown.
+
+    Launches make a constant of a number that is 1: such an argument is among ``constants`` instead.
+    """
+    types = {argument: kind for argument, kind in types.items() if argument not in constants}
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "") for argument in kernel.arg_names
     }
@@ -114,6 +118,8 @@ def _linear(table: Table) -> Iterator[Configuration]:
                     yield _linear_one(f"{name} masked", dot, fmt, layout, tile, whole=False, ragged=True)
                     yield _linear_one(f"{name} split", dot, fmt, layout, tile, split=True)
                     yield _linear_one(f"{name} scale bias", dot, fmt, layout, tile, epilogue=True)
+                    if rows == tiles.ROWS[0]:
+                        yield _linear_one(f"{name} one row split", dot, fmt, layout, tile, split=True, one_row=True)
             # Weights stay in the layout that a module was given, whatever is multiplied with them.
             for other in slices.LAYOUTS:
                 if slices.has(other, fmt) and other != layout:
@@ -137,6 +143,7 @@ def _linear_one(
     ragged: bool = False,
     split: bool = False,
     epilogue: bool = False,
+    one_row: bool = False,
 ) -> Configuration:
     """linear_kernel. ``whole``: nothing is masked along K; ``ragged``: N is no multiple of 16, as K always is."""
     made = decoder(layout, fmt)
@@ -144,6 +151,7 @@ def _linear_one(
     constants = linear_module.constants(made, dot, tile, made.codec.codes * words, words)
     constants |= {"WHOLE_K": whole, "WHOLE_WORDS": whole, "SPLIT": split}
     constants |= {"HAS_SCALE": epilogue, "HAS_BIAS": epilogue, "HAS_ROWS": dot == "e4m3"}
+    constants |= {"M": 1} if one_row else {}
     out = "bf16" if dot == "e4m3" else dot
     types = {
         "x": _POINTERS[dot],
@@ -172,6 +180,9 @@ def _reduce() -> Iterator[Configuration]:
             types |= dict(rows_exp="*i32" if rows else "*i8", out=_POINTERS[out])
             types |= dict(M="i32", N="i32:16", splits="i32")
             yield configuration(f"reduce {out}{' rows' if rows else ''}", reduce_kernel, types, constants)
+            if not rows:
+                for name, ones in (("one row", {"M": 1}), ("one part", {"splits": 1})):
+                    yield configuration(f"reduce {out} {name}", reduce_kernel, types, constants | ones)
 
 
 def _linear_dx(table: Table) -> Iterator[Configuration]:

@@ -121,8 +121,11 @@ def reduce_kernel(
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for split in range(splits):
-        acc += tl.load(parts + split.to(tl.int64) * M * N + place, mask=inside, other=0)
+    # M is a Python number where it is 1, and so is a loop's where it is interpreted: neither has ``.to``.
+    part, size = parts + place, tl.full((), 1, tl.int64) * M * N
+    for _ in range(splits):
+        acc += tl.load(part, mask=inside, other=0)
+        part += size
     y = finish(acc, weight_exp, weight_scale, bias, rows_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, HAS_ROWS)
     tl.store(out + place, rounded(y, out.dtype.element_ty, INTERPRETED), mask=inside)
 
