@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .overhead import COMPILED
-from .shapes import MAIN
+from .shapes import MAIN, MAIN_GPU
 from .storage import COPY
 
 _MAIN = f"{MAIN[0]}x{MAIN[1]}"
@@ -46,7 +46,8 @@ def _where(isa: str | None, op: str, value: Callable[[dict], float | None], **pa
     """``value`` of the rows of ``op`` with these params, in sections that ran with this set of instructions."""
 
     def pick(section: dict, row: dict) -> float | None:
-        wrong_isa = isa is not None and section["machine"]["isa"] != isa
+        here = section["machine"]["isa"]
+        wrong_isa = here == "cuda" if isa is None else here != isa
         if wrong_isa or row["op"] != op or row["backend"] == "reference":
             return None
         own = row["params"]
@@ -141,7 +142,42 @@ def _over_compiled(row: dict) -> float | None:
     return None if alone is None or ratio is None else alone / ratio - alone
 
 
-BARS = (*_linear_bars(), *_other_bars())
+# On an H200, 4 bits: M, at least this many times faster than cuBLAS in bfloat16 (KERNELS.md, "must").
+H200_CUBLAS = {1: 2.8, 2: 2.8, 4: 2.8, 8: 2.8, 64: 3.0} | dict.fromkeys((256, 512, 1024, 2048, 4096, 8192), 0.97)
+H200_FP8 = dict.fromkeys((2048, 4096, 8192), 1.7)
+H200_PEERS = ("_weight_int4pack_mm", "Humming", "GemLite", "bitsandbytes NF4")
+
+
+def _h200(op: str, value: Callable[[dict], float | None], **params) -> Pick:
+    """``_where`` on an H200 alone: the bars are stated for one."""
+    on_cuda = _where("cuda", op, value, **params)
+    return lambda section, row: on_cuda(section, row) if "H200" in section["machine"].get("gpu", "") else None
+
+
+def _h200_bars() -> Iterator[Bar]:
+    shape, needs = f"{MAIN_GPU[0]}x{MAIN_GPU[1]}", "an H200"
+    where = {"shape": shape, "bits": 4, "dtype": "bfloat16"}
+    for m, limit in H200_CUBLAS.items():
+        pick = _h200("linear", _ratio("cuBLAS bfloat16"), m=m, **where)
+        yield Bar(f"H200 linear 4-bit M={m}: cuBLAS bfloat16", limit, pick, needs)
+    for m in (1, 2, 4, 8):
+        pick = _h200("linear", lambda row: row.get("of_copy"), m=m, **where)
+        yield Bar(f"H200 linear 4-bit M={m}: of the copy bandwidth", 0.65, pick, needs, unit="")
+        for peer in H200_PEERS:
+            pick = _h200("linear", _ratio(peer), m=m, **where)
+            yield Bar(f"H200 linear 4-bit M={m}: {peer}", 1.0, pick, f"{needs} with {peer}")
+    for m, limit in H200_FP8.items():
+        pick = _h200("linear_fp8", _ratio("cuBLAS bfloat16"), m=m, **where)
+        yield Bar(f"H200 linear_fp8 4-bit M={m}: cuBLAS bfloat16", limit, pick, needs)
+    for rule in ("max", "mse"):
+        pick = _h200("partition", lambda row: row["time"]["median_us"] / 1e3, shape="VGG-16", exponent=rule)
+        yield Bar(f"H200 partition VGG-16, {rule}: time", 1.0, pick, needs, at_least=False, unit="ms")
+    for op in ("masked_adamw", "masked_sgd"):
+        pick = _h200(op, lambda row: _inverse(_baseline(row, "torch fused, no mask")), shape="ResNet-50")
+        yield Bar(f"H200 {op}: time, of torch's fused step without a mask", 1.02, pick, needs, at_least=False)
+
+
+BARS = (*_linear_bars(), *_other_bars(), *_h200_bars())
 
 
 def evaluate(results: dict, bars: tuple[Bar, ...] = BARS) -> list[dict]:
@@ -184,7 +220,8 @@ class _Anything(dict):
 
 def _red_belongs(bar: Bar, section: dict, row: dict) -> bool:
     names = ("dense bfloat16", "dense float32", "int4 g128", "torch topk", "torch fused, no mask", COMPILED, COPY)
+    names += ("cuBLAS bfloat16", *H200_PEERS)
     baselines = [{"name": name, "ratio": 1.0, "median_us": 1.0} for name in names]
-    as_if = {**row, "facts": _Anything(), "time": _Anything(), "baselines": baselines}
+    as_if = {**row, "of_copy": 1.0, "facts": _Anything(), "time": _Anything(), "baselines": baselines}
     as_if["facts"]["peak_extra_bytes"] = 1
     return bar.value(section, as_if) is not None

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import machine
+from . import gpu, machine
 from .timing import Runner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,6 +26,7 @@ class Request:
     ms: tuple[int, ...] = ()
     bits: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
+    device: str = "cpu"
 
 
 @dataclass
@@ -69,10 +70,10 @@ class Op:
 
 
 class Context:
-    """Where cases of one group share their data, and which backend they run."""
+    """Where cases of one group share their data, and which backend they run, on which type of device."""
 
-    def __init__(self, backend: str):
-        self.backend = backend
+    def __init__(self, backend: str, device: str = "cpu"):
+        self.backend, self.device = backend, device
         self._group: Hashable = None
         self._kept: dict[Hashable, object] = {}
         self.inside_cache = False  # whether copies since ``enter`` fit into the cache together
@@ -92,8 +93,11 @@ class Context:
 
     def rotation(self, size: int) -> int:
         """How many copies of ``size`` bytes to go round: they exceed the caches, unless it would take too many."""
-        count = machine.copies(size)
-        self.inside_cache |= count * size <= machine.last_level_cache()
+        if self.device == "cuda":
+            count, cache = gpu.copies(size), gpu.cache_bytes()
+        else:
+            count, cache = machine.copies(size), machine.last_level_cache()
+        self.inside_cache |= count * size <= cache
         return count
 
     def copies(self, key: Hashable, make: Callable[[], Tensor]) -> list[Tensor]:
@@ -123,9 +127,9 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def normal(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+def normal(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Tensor:
     """Normal values of ``dtype``."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
 def as_good_as_dense(y: Tensor, exact: Tensor, dense: Tensor, unit: Tensor | float = 1.0) -> str | None:

@@ -15,16 +15,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ..backends import BACKENDS
 from ..format import BITS
 from ..table import render
-from . import bars, compare, machine, report
+from . import bars, compare, gpu, machine, report
 from .case import DTYPES, Request
-from .registry import OPS
+from .registry import ALL, BY_DEVICE
 
 _PACKAGE = Path(__file__).resolve().parent
 # Options that a process for another set of instructions gets as they are.
-_PASSED = ("quick", "op", "shape", "m", "bits", "dtype", "threads", "seconds_per_case", "backend")
+_PASSED = ("quick", "op", "shape", "m", "bits", "dtype", "threads", "seconds_per_case", "backend", "device")
+# Kinds of GPU for static: those of triton_ops.tiles, which is not imported for a command line's help.
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
 
 class BenchError(RuntimeError):
@@ -64,8 +68,12 @@ def _isas(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``inq bench``."""
     many = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument(
+        "what", nargs="?", choices=("static",), metavar="static",
+        help="compile the Triton kernels for every kind of GPU and count their instructions; needs no GPU",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small grid, about a minute")
-    parser.add_argument("--op", choices=OPS, metavar="NAME", help=f"only these: {' '.join(OPS)}", **many)
+    parser.add_argument("--op", choices=ALL, metavar="NAME", help=f"only these: {' '.join(ALL)}", **many)
     parser.add_argument("--shape", type=_shape, metavar="K,N", help="of weights, instead of the grid's", **many)
     parser.add_argument("--m", type=_positive(int), metavar="M", help="rows of x, or images of a batch", **many)
     parser.add_argument("--bits", type=int, choices=BITS, help="instead of the grid's", **many)
@@ -75,8 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of native, avx512, avx2: what we and torch are held down to, a process for each (default: native)",
     )  # fmt: skip
     parser.add_argument("--backend", choices=BACKENDS, help="default: the best for each operator", **many)
+    parser.add_argument("--device", choices=BY_DEVICE, default="cpu", help="what computes (default: cpu)")
     parser.add_argument("--threads", type=_positive(int), metavar="N", help="default: torch's")
     parser.add_argument("--seconds-per-case", type=_positive(float), metavar="S", help="default: 2; 0.4 with --quick")
+    parser.add_argument(
+        "--within",
+        type=_positive(float),
+        metavar="S",
+        help="begin no case after so many seconds",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results/<machine>-<commit>")
     parser.add_argument("--no-plots", action="store_true", help="no pictures")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="only compare two results")
@@ -84,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bars", nargs="?", type=Path, const=True, metavar="FILE",
         help="hold results (default: of this run) against the speeds that must be reached; exit 1 if one is missed",
     )  # fmt: skip
+    parser.add_argument("--sm", type=int, choices=CAPABILITIES, help="of static: only these GPUs (90: Hopper)", **many)
+    parser.add_argument("--only", metavar="WORD", help="of static: only names with one of these words", **many)
+    parser.add_argument("--jobs", type=_positive(int), default=2, metavar="N", help="of static: processes (default: 2)")
     parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
 
 
@@ -94,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
         0; 1 with a message on stderr if a check is red, a bar is missed, or the benchmark cannot run.
     """
     try:
+        if args.what == "static":
+            from . import static
+
+            return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs)
         if args.compare:
             files = [report.read(path) for path in args.compare]
             with _whole(*args.compare):
@@ -126,8 +148,13 @@ def _whole(*paths: Path) -> Iterator[None]:
 def _bench(args: argparse.Namespace) -> int:
     if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("pictures need matplotlib: pip install 'inq_kernels[bench]', or --no-plots")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device cuda: expected a CUDA device, and torch finds none here")
+    if args.device == "cuda" and args.isa != ["native"]:
+        raise BenchError(f"--isa is about CPUs: expected native with --device cuda, got {','.join(args.isa)}")
     software = machine.software()
-    name = machine.slug(machine.describe()) + (f"-{software['commit']}" if software["commit"] else "")
+    described = gpu.slug() if args.device == "cuda" else machine.slug(machine.describe())
+    name = described + (f"-{software['commit']}" if software["commit"] else "")
     out = args.out or Path("bench", "results", name)
     out.mkdir(parents=True, exist_ok=True)
     began = datetime.datetime.now(datetime.timezone.utc)
@@ -150,6 +177,8 @@ def _bench(args: argparse.Namespace) -> int:
         plots.draw(results, out)
     rows = [row for section in sections for row in section.get("rows", ())]
     red = [row for row in rows if row["error"]]
+    if left_out := sum(section.get("left_out", 0) for section in sections):
+        print(f"{left_out} cases were left out: --within {args.within:g} seconds were over")
     print(f"{out / 'results.json'}: {len(rows)} cases in {results['seconds']:.0f} s, {len(red)} red")
     for row in red:
         print(f"inq bench: {report.label(row)} [{row['backend']}] is red: {row['error']}", file=sys.stderr)
@@ -163,14 +192,16 @@ def _section(args: argparse.Namespace, isa: str) -> dict:
     from . import measure
 
     measure.thread_count(args.threads)
-    request = Request(args.quick, isa, tuple(args.shape), tuple(args.m), tuple(args.bits), tuple(args.dtype))
+    few = (tuple(args.shape), tuple(args.m), tuple(args.bits), tuple(args.dtype))
+    request = Request(args.quick, isa, *few, device=args.device)
     seconds = args.seconds_per_case or (0.4 if args.quick else 2.0)
-    ops = [OPS[name] for name in dict.fromkeys(args.op or OPS)]
+    known = BY_DEVICE[args.device]
+    ops = [known[name] for name in dict.fromkeys(args.op or known) if name in known]
 
     def emit(row: dict) -> None:
         print(*report.row_lines(row), sep="\n", flush=True)
 
-    return measure.run_section(request, ops, args.backend or [""], seconds, emit)
+    return measure.run_section(request, ops, args.backend or [""], seconds, emit, args.device, args.within)
 
 
 def _section_in_new_process(args: argparse.Namespace, isa: str) -> dict:

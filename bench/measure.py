@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
 
 from .. import backends
-from . import machine
+from . import gpu, machine
 from .case import DTYPES, Case, Context, Op, Request, Work
-from .registry import OPS
-from .timing import CLOCKS, Clock, Runner, ratio, summary, time_pairs
+from .registry import ALL
+from .timing import CLOCKS, Clock, CudaClock, Runner, ratio, summary, time_pairs
 
 # The first baseline is what the bars are about: it gets this share of a case's time.
 _FIRST_SHARE = 0.5
+# Up to this many rows a call's launches may take longer than its kernels: timed from Python as well.
+EAGER_M = 16
 
 
 @contextmanager
@@ -39,32 +42,41 @@ def run_section(
     seconds_per_case: float,
     emit: Callable[[dict], None] = lambda row: None,
     device: str = "cpu",
+    within: float | None = None,
 ) -> dict:
     """All cases of ``ops`` on this machine as it is now: a section of the results, ``emit`` called for each row.
 
     Args:
         requested: backends by name, or "" for the best there is for each operator.
+        within: seconds after which no further case begins; the section says how many were left out.
     """
     names = {name for environment in machine.ISA_ENVIRONMENT.values() for name in environment}
     environment = {name: os.environ[name] for name in sorted(names) if name in os.environ}
-    limits = machine.ceilings(min(1.0, seconds_per_case))
-    clock, rows = CLOCKS[device](), []
+    ceilings = gpu.ceilings if device == "cuda" else machine.ceilings
+    limits = ceilings(min(1.0, seconds_per_case))
+    clock, rows, left_out = CLOCKS[device](), [], 0
+    deadline = None if within is None else time.monotonic() + within
     for request_by_name in requested:
         contexts: dict[str, Context] = {}
         for case in (case for op in ops for case in op.cases(request)):
+            if deadline is not None and time.monotonic() > deadline:
+                left_out += 1
+                continue
             dtype = DTYPES.get(case.params["dtype"], torch.float32)
-            name = (*OPS[case.op].covers, "linear")[0]
+            name = (*ALL[case.op].covers, "linear")[0]
             backend = backends.select(name, request_by_name, backends.availability(), device, dtype)
             with _backend(backend):
-                context = contexts.setdefault(backend, Context(backend))
+                context = contexts.setdefault(backend, Context(backend, device))
                 rows.append(run_case(case, context, clock, seconds_per_case, limits))
             emit(rows[-1])
     # A machine that was busy at the start may show at the end what it can do.
-    limits = machine.better(limits, machine.ceilings(min(1.0, seconds_per_case)))
+    limits = machine.better(limits, ceilings(min(1.0, seconds_per_case)))
     for row in rows:
         _shares(row, limits)
-    description = machine.describe()
-    return {"isa": request.isa, "environment": environment, "machine": description, "ceilings": limits, "rows": rows}
+    description = machine.describe() | (gpu.describe() | {"isa": "cuda"} if device == "cuda" else {})
+    isa = "cuda" if device == "cuda" else request.isa
+    section = {"isa": isa, "environment": environment, "machine": description, "ceilings": limits, "rows": rows}
+    return section | ({"left_out": left_out} if left_out else {})
 
 
 def run_case(case: Case, context: Context, clock: Clock, seconds: float, limits: dict) -> dict:
@@ -84,6 +96,8 @@ def run_case(case: Case, context: Context, clock: Clock, seconds: float, limits:
         row["error"] = work.check()
         if row["error"] is None:
             row |= _measure(work, clock, seconds)
+            if isinstance(clock, CudaClock) and case.params.get("m", EAGER_M + 1) <= EAGER_M:
+                row["eager"] = _measure(work, clock.eager(), seconds / 4)
             _shares(row, limits)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -101,15 +115,20 @@ def _measure(work: Work, clock: Clock, seconds: float) -> dict:
             continue
         others = len(runnable) - 1
         share = 1.0 if not others else _FIRST_SHARE if name == runnable[0] else (1 - _FIRST_SHARE) / others
-        mine, theirs = time_pairs(clock, work.candidate, baseline, share * seconds)
+        clock_of_both = clock.together([work.candidate, baseline])
+        mine, theirs = time_pairs(clock_of_both, work.candidate, baseline, share * seconds)
         all_samples += mine
-        rates = _rates(theirs, baseline.bytes, work.flops)
+        rates = _rates(theirs, baseline.bytes, work.flops) | _how(clock_of_both)
         baselines.append({"name": name, "bytes": baseline.bytes, **summary(theirs), **ratio(mine, theirs), **rates})
     if not runnable:
-        all_samples, _ = time_pairs(clock, work.candidate, None, seconds)
+        all_samples, _ = time_pairs(clock.together([work.candidate]), work.candidate, None, seconds)
     moved = work.candidate.bytes
     row = {"time": summary(all_samples), "bytes": moved, "flops": work.flops, "product": work.product}
     return row | _rates(all_samples, moved, work.flops) | {"baselines": baselines}
+
+
+def _how(clock: Clock) -> dict:
+    return {} if (how := clock.how()) is None else {"timing": how}
 
 
 def _rates(samples: list[float], moved: int, flops: int) -> dict:

@@ -26,12 +26,12 @@ _TORCH = {"masked_adamw": (torch.optim.AdamW, _ADAMW, 7), "masked_sgd": (torch.o
 class State:
     """Parameters with gradients, one-bit masks, and the buffers of a step."""
 
-    def __init__(self, layers: tuple[tuple[int, int], ...], buffers: int, seed: int = 0):
-        g = torch.Generator().manual_seed(seed)
-        self.params = [torch.randn(shape, generator=g).mul_(0.05) for shape in layers]
-        self.grads = [torch.randn(shape, generator=g).mul_(0.01) for shape in layers]
-        self.buffers = [[torch.zeros(shape) for shape in layers] for _ in range(buffers)]
-        half = [torch.rand(shape, generator=g) < 0.5 for shape in layers]
+    def __init__(self, layers: tuple[tuple[int, int], ...], buffers: int, seed: int = 0, device: str = "cpu"):
+        how = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+        self.params = [torch.randn(shape, **how).mul_(0.05) for shape in layers]
+        self.grads = [torch.randn(shape, **how).mul_(0.01) for shape in layers]
+        self.buffers = [[torch.zeros(shape, device=device) for shape in layers] for _ in range(buffers)]
+        half = [torch.rand(shape, **how) < 0.5 for shape in layers]
         self.masks = [reference.pack_bits(each) for each in half]
 
 
@@ -97,7 +97,7 @@ def _cases(op: str):
 def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...], call: str) -> Work:
     torch_class, options, accesses = _TORCH[op]
     buffers = accesses // 2 - 1
-    first = State(layers, buffers)
+    first = State(layers, buffers, device=context.device)
     numel = sum(p.numel() for p in first.params)
     moved = numel * 4 * accesses + nbytes(*first.masks)
     count = context.rotation(4 * numel * (2 + buffers))
@@ -125,6 +125,8 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...], call
         return Runner([make(copy.deepcopy(state)) for state in states], moved)
 
     def torch_step(**how):
+        # A graph can hold AdamW's step only if the number of steps is on the device.
+        how |= {"capturable": True} if context.device == "cuda" and op == "masked_adamw" else {}
         return attempt(lambda: baseline(lambda s: _optimizer_step(op, s, lambda p, **o: torch_class(p, **o, **how))))
 
     if as_operator:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..format import MSE_OCTAVES, Format, frozen_count
-from . import machine, shapes
+from . import gpu, machine, shapes
 from .case import Case, Context, Op, Request, Work
 from .timing import Runner
 
@@ -35,14 +35,14 @@ def _cases(request: Request) -> Iterator[Case]:
                 yield Case("partition", params | {"dtype": "float32"}, build, layers)
 
 
-def _weights(layers: tuple[tuple[int, int], ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
+def _weights(layers: tuple[tuple[int, int], ...], device: str = "cpu") -> list[Tensor]:
+    g = torch.Generator(device).manual_seed(0)
     # Spread as in trained networks: √(2/K) of each layer.
-    return [torch.randn(n, k, generator=g).mul_((2 / k) ** 0.5) for n, k in layers]
+    return [torch.randn(n, k, generator=g, device=device).mul_((2 / k) ** 0.5) for n, k in layers]
 
 
 def _partition(context: Context, layers: tuple[tuple[int, int], ...], fmt: Format) -> Work:
-    originals = context.get("weights", lambda: _weights(layers))
+    originals = context.get("weights", lambda: _weights(layers, context.device))
     weights = context.get("working", lambda: [w.clone() for w in originals])
     masks = context.get("masks", lambda: [w.new_zeros((w.numel() + 7) // 8, dtype=torch.uint8) for w in weights])
     counts = [frozen_count(PORTION, w.numel()) for w in weights]
@@ -67,7 +67,7 @@ def _partition(context: Context, layers: tuple[tuple[int, int], ...], fmt: Forma
                 return f"tensor {i} of {list(w.shape)}: {wrong}"
         return None
 
-    frozen = [torch.zeros(w.numel(), dtype=torch.bool) for w in weights]
+    frozen = [w.new_zeros(w.numel(), dtype=torch.bool) for w in weights]
 
     def reset_all() -> None:
         reset()
@@ -84,7 +84,8 @@ def _partition(context: Context, layers: tuple[tuple[int, int], ...], fmt: Forma
     reset()
     ours()  # pages of libraries and buffers that later calls keep are not this call's
     reset()
-    facts = {"peak_extra_bytes": machine.peak_extra(ours), "weight_bytes": 4 * numel, "portion": PORTION}
+    peak_extra = gpu.peak_extra if context.device == "cuda" else machine.peak_extra
+    facts = {"peak_extra_bytes": peak_extra(ours), "weight_bytes": 4 * numel, "portion": PORTION}
     return Work(candidate, {"torch topk": Runner([topk], moved, reset_all)}, check, facts=facts)
 
 
@@ -135,7 +136,8 @@ def _exponent(flat: Tensor, fmt: Format) -> int:
     # Below the smallest level of the last candidate, and 0: bin 0, which no candidate asks for.
     first = candidates[-1] - fmt.magnitudes
     bins = 2 * (e - first + 1)
-    counts, sums = torch.zeros(bins, dtype=torch.int64), torch.zeros(bins, dtype=torch.float64)
+    counts = torch.zeros(bins, dtype=torch.int64, device=flat.device)
+    sums = torch.zeros(bins, dtype=torch.float64, device=flat.device)
     for part in flat.split(_CHUNK):
         size = part.abs()
         m, e = torch.frexp(size)
@@ -143,7 +145,7 @@ def _exponent(flat: Tensor, fmt: Format) -> int:
         counts += torch.bincount(where, minlength=bins)
         sums += torch.bincount(where, size.double(), minlength=bins)
     octave, half = torch.arange(bins) // 2 + first, torch.arange(bins) % 2
-    scores = []
+    counts, sums, scores = counts.cpu(), sums.cpu(), []
     for n1 in candidates:
         n2 = fmt.n2(n1)
         level = torch.where((octave == n2) & (half == 0), n2, (octave - 1 + half).clamp(max=n1))

@@ -11,6 +11,14 @@ _BASELINES = {
     "dense float32": "#9aa4ad",
     "int4 g128": "#c8443c",
     "dynamic int8": "#e39a14",
+    "cuBLAS bfloat16": "#444444",
+    "cuBLAS float16": "#444444",
+    "cuBLAS float32": "#9aa4ad",
+    "_scaled_mm fp8": "#7b4fa3",
+    "_weight_int4pack_mm": "#c8443c",
+    "Humming": "#e39a14",
+    "GemLite": "#b08968",
+    "bitsandbytes NF4": "#d67ab1",
 }
 _OURS = {4: "#2a9d8f", 5: "#1b6ca8"}
 _RC = {
@@ -60,6 +68,8 @@ def _save(draw_on: Callable[[object], bool], stem: Path) -> Iterator[Path]:
 
 def _title(section: dict) -> str:
     m = section["machine"]
+    if "gpu" in m:
+        return f"{m['gpu']}, CUDA {m['cuda']}"
     return f"{m['cpu']}, {m['isa']}, {m['threads']} threads"
 
 
@@ -117,7 +127,7 @@ def _roofline(figure, section: dict, rows: list[dict]) -> bool:
     low = min(row["flops"] / row["bytes"] for row in products) / 3
     high = max(row["flops"] / row["bytes"] for row in products) * 3
     copy, ceilings = section["ceilings"]["copy_gb_s"], section["ceilings"]["product_gflop_s"]
-    for (name, ceiling), style in zip(ceilings.items(), ("--", "-"), strict=False):
+    for (name, ceiling), style in zip(ceilings.items(), ("--", "-", ":", "-."), strict=False):
         knee = min(max(ceiling / copy, low), high)
         ax.loglog([low, knee, high], [low * copy, knee * copy, min(ceiling, high * copy)], style, color="#444444",
                   label=f"copy {copy:.0f} GB/s, {name} product {ceiling:.0f} GFLOP/s")  # fmt: skip

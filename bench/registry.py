@@ -18,9 +18,24 @@ OPS: dict[str, Op] = {
         overhead.OVERHEAD,
     )
 }
-# Operators without a benchmark, and why.
+# On a GPU: what its kernels do. linear_fp8 is measured there alone.
+GPU_OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        linear.LINEAR,
+        linear.LINEAR_FP8,
+        linear.LINEAR_DX,
+        *storage.OPS,
+        partition.PARTITION,
+        *optim.OPS,
+    )
+}
+BY_DEVICE = {"cpu": OPS, "cuda": GPU_OPS}
+ALL = OPS | GPU_OPS
+# Operators without a benchmark on a CPU, and why.
 NOT_MEASURED = {
     "exponents": "its pass over the weights is that of exponents_and_threshold",
     "partition_threshold": "its passes over the weights are those of exponents_and_threshold",
-    "linear_fp8": "made for fp8 tensor cores: on a CPU there is the reference alone, which nobody runs for its speed",
+    "linear_fp8": "made for fp8 tensor cores: on a CPU there is the reference alone, which nobody runs for its speed; "
+    "--device cuda measures it",
 }

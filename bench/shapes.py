@@ -15,6 +15,15 @@ MAX_FLOPS = {"bfloat16": 5e11, "float32": 1.3e11, "float16": 1.3e11}
 # What AVX2 is compared by, up to M = 4096: seconds a call, so few pairs.
 MAX_FLOPS_AVX2_MAIN = 5e11
 
+# On a GPU. KERNELS.md states its bars for this one; the others at 4 bits and bfloat16.
+MAIN_GPU = (8192, 8192)
+SHAPES_GPU = (MAIN_GPU, (4096, 4096), (4096, 6144), (14336, 4096), (8192, 10240), (4096, 28672), (28672, 8192))
+SHAPES_GPU += ((8192, 57344),)
+MS_GPU_MAIN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MS_GPU, MS_GPU_QUICK = (1, 16, 64, 256, 2048), (1, 16, 64, 1024)
+# float32 has no tensor cores: a product as its own case is enough.
+MS_GPU_FLOAT32 = (16,)
+
 # ResNet-50's convolutions, each once: (in channels, out channels, kernel, stride, input height = width).
 RESNET50 = (
     (3, 64, 7, 2, 224),

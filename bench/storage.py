@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import layouts, ops, reference
+from .. import layouts, ops, reference, slices
 from ..format import Format
 from . import shapes
 from .case import DTYPES, Case, Context, Op, Request, Work, attempt, nbytes, runner, some
@@ -30,7 +30,7 @@ def _cases(op: str):
                         params |= {"out": out} if out else {}
 
                         def build(context: Context, k=k, n=n, bits=bits, dtype=dtype, out=out) -> Work:
-                            weights = RandomWeights(n, k, Format(bits))
+                            weights = RandomWeights(n, k, Format(bits), device=context.device)
                             return _WORK[op](context, weights, bits, dtype, **({"out": out} if out else {}))
 
                         yield Case(op, params, build)
@@ -38,9 +38,13 @@ def _cases(op: str):
     return cases
 
 
+def _ones(context: Context, count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.uint8, device=context.device)
+
+
 def _copy(context: Context, moved: int) -> Runner:
     """A copy that moves as many bytes, half of them read and half of them written: what the memory can do."""
-    buffers = context.copies("buffers", lambda: torch.ones(max(moved // 2, 1), dtype=torch.uint8))
+    buffers = context.copies("buffers", lambda: _ones(context, max(moved // 2, 1)))
     buffers = buffers if len(buffers) > 1 else [*buffers, buffers[0].clone()]
     return runner(torch.Tensor.copy_, [(a, buffers[i - 1]) for i, a in enumerate(buffers)], moved)
 
@@ -71,7 +75,7 @@ def _unpack(context: Context, w: RandomWeights, bits: int, dtype: str, out: str)
         copy = _copy(context, moved)
     else:
         candidate = runner(torch.ops.inq.unpack, [(each, w.n1, None, *tail, DTYPES[dtype]) for each in codes], moved)
-        copy = runner(torch.clone, [(torch.ones(moved // 2, dtype=torch.uint8),)], moved)
+        copy = runner(torch.clone, [(_ones(context, moved // 2),)], moved)
 
     def check() -> str | None:
         return None if torch.equal(candidate.run(), dense) else "other values than the codes mean"
@@ -88,7 +92,8 @@ def _unpack_into(out: torch.Tensor, *arguments) -> torch.Tensor:
 
 def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse: bool = False) -> Work:
     packed = w.packed()
-    ready = ops.prepack(packed, layouts.CPU16)
+    ready = ops.prepack(packed, layouts.CPU16 if context.device == "cpu" else slices.best(torch.bfloat16, w.fmt))
+    together = 16 if ready.layout == layouts.CPU16 else 1  # rows of a panel
     moved = nbytes(packed.weight, ready.weight)
     there = [(each, w.k, bits, w.fmt.levels, ready.layout) for each in context.copies("codes", lambda: packed.weight)]
     copies = context.copies("ready", lambda: ready.weight)
@@ -96,9 +101,9 @@ def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse:
     forward, backward = runner(torch.ops.inq.prepack, there, moved), runner(torch.ops.inq.unprepack, back, moved)
 
     def check() -> str | None:
-        # Some panels of 16 rows against the definition; then all of it there and back against the storage bytes.
+        # Some panels of rows against the definition; then all of it there and back against the storage bytes.
         made, panels = forward.run(), some(ready.weight.shape[0], 16)
-        rows = (panels[:, None] * 16 + torch.arange(16)).view(-1)
+        rows = (panels[:, None] * together + torch.arange(together)).view(-1)
         expected = layouts.prepack(packed.weight[rows[rows < w.n]], w.k, w.fmt, ready.layout)
         if not torch.equal(made[panels], expected):
             return "other bytes than those of inq_kernels.layouts.prepack"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
+import torch
 
 # A sample shorter than this is mostly the clock and the loop: short calls are timed several at a time.
 MIN_SAMPLE_S = 200e-6
@@ -18,7 +21,7 @@ MIN_PAIRS, MAX_PAIRS = 7, 400
 RESAMPLES = 2000
 
 
-@dataclass
+@dataclass(eq=False)
 class Runner:
     """One way of doing a thing. ``calls`` do the same on different copies of the data, and are taken in turn.
 
@@ -44,10 +47,16 @@ class Runner:
 
 
 class Clock(Protocol):
-    """How a device's time is taken: here the CPU's; one that replays CUDA graphs joins beside it."""
+    """How a device's time is taken."""
 
     def seconds(self, runner: Runner, repeat: int) -> float:
-        """The time of one call, from ``repeat`` calls in a row."""
+        """The time of one call, from ``repeat`` calls in a row or more."""
+
+    def together(self, runners: Sequence[Runner]) -> Clock:
+        """The clock that times all of these in the same way, so that their times can be compared."""
+
+    def how(self) -> str | None:
+        """How it times, for the report; None where there is one way only."""
 
 
 class CpuClock:
@@ -60,8 +69,103 @@ class CpuClock:
         runner.run(repeat)
         return (time.perf_counter() - begin) / repeat
 
+    def together(self, runners: Sequence[Runner]) -> Clock:
+        return self
 
-CLOCKS: dict[str, Callable[[], Clock]] = {"cpu": CpuClock}
+    def how(self) -> None:
+        return None
+
+
+def _in_turn(calls: Sequence[Callable[[], object]], count: int) -> None:
+    """``Runner.run`` from the first copy on, holding no runner: a graph must not keep alive what it is kept for."""
+    for i in range(count):
+        calls[i % len(calls)]()
+
+
+class CudaDevice:
+    """What the CUDA clock needs of a GPU. Tests have another."""
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], object]:
+        """What repeats the launches of ``run`` without the host's part in them. RuntimeError where that cannot be."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()  # kernels are compiled, and libraries take their workspaces, outside the graph
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def elapsed(self, run: Callable[[], object]) -> float:
+        """Seconds of the device from before ``run`` to after it."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+class CudaClock:
+    """The device's time between two events: around a CUDA graph's replay, or around calls from Python ("eager").
+
+    A graph goes round all copies of the data, however short a sample may be: fewer would stay in the cache. Eager
+    times of short calls are those of Python and of launching, which is what they are asked for.
+    """
+
+    def __init__(self, device: CudaDevice | None = None, graphs: bool = True):
+        self._device = device or CudaDevice()
+        self._with_graphs = graphs
+        self._graphs: weakref.WeakKeyDictionary[Runner, dict] = weakref.WeakKeyDictionary()
+        self.refused: str | None = None  # why there are no graphs although they were wanted
+
+    def seconds(self, runner: Runner, repeat: int) -> float:
+        if runner.reset is not None:
+            runner.reset()
+            count = 1
+        else:
+            count = -(-repeat // len(runner.calls)) * len(runner.calls)
+        run = self._graph(runner, count) if self._with_graphs else lambda: runner.run(count)
+        return self._device.elapsed(run) / count
+
+    def _graph(self, runner: Runner, count: int) -> Callable[[], object]:
+        kept = self._graphs.setdefault(runner, {})
+        if count not in kept:
+            kept.clear()  # a graph keeps what its calls returned: one for each runner is enough
+            kept[count] = self._device.capture(partial(_in_turn, runner.calls, count))
+            if runner.reset is not None:  # capturing has run it
+                runner.reset()
+        return kept[count]
+
+    def together(self, runners: Sequence[Runner]) -> CudaClock:
+        """This one, or an eager one where a runner cannot be captured: graphs beside calls would compare launching."""
+        if not self._with_graphs:
+            return self
+        try:
+            for runner in runners:
+                if runner.reset is not None:
+                    runner.reset()
+                self._graph(runner, 1 if runner.reset is not None else len(runner.calls))
+        except RuntimeError as error:
+            eager = self.eager()
+            eager.refused = " ".join(str(error).split())[:100]
+            return eager
+        return self
+
+    def eager(self) -> CudaClock:
+        """The same without graphs."""
+        return CudaClock(self._device, graphs=False)
+
+    def how(self) -> str:
+        if self._with_graphs:
+            return "CUDA graph"
+        return f"eager: {self.refused}" if self.refused else "eager"
+
+
+CLOCKS: dict[str, Callable[[], Clock]] = {"cpu": CpuClock, "cuda": CudaClock}
 
 
 def warm_up(clock: Clock, runner: Runner) -> tuple[float, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops, reference, slices
 from ..format import Format
 from ..ops import PackedWeight
-from .case import Context
+from .case import DTYPES, Context
 
 # Every weight row is made of groups of 8 codes (``bits`` bytes) drawn from this many.
 _POOL = 1 << 16
@@ -17,7 +17,7 @@ _POOL = 1 << 16
 class RandomWeights:
     """[n, k] random canonical codes, all of them alike likely, with an exponent of its own for every row."""
 
-    def __init__(self, n: int, k: int, fmt: Format, seed: int = 0):
+    def __init__(self, n: int, k: int, fmt: Format, seed: int = 0, device: str = "cpu"):
         g = torch.Generator().manual_seed(seed)
         self.n, self.k, self.fmt = n, k, fmt
         canonical = torch.tensor([c for c, level in enumerate(fmt.code_levels) if level is not None], dtype=torch.uint8)
@@ -25,10 +25,12 @@ class RandomWeights:
         # The second half of the pool is for the last group of a row, whose padding is zero codes.
         last = codes.clone()
         last[:, k % 8 or 8 :] = 0
-        self._pool = reference.pack_codes(torch.cat([codes, last]), fmt.bits)
-        self._index = torch.randint(_POOL, (n, (k + 7) // 8), generator=g, dtype=torch.int32)
+        self._pool = reference.pack_codes(torch.cat([codes, last]), fmt.bits).to(device)
+        # Hundreds of millions of weights are drawn where they are used.
+        g = g if device == "cpu" else torch.Generator(device).manual_seed(seed)
+        self._index = torch.randint(_POOL, (n, (k + 7) // 8), generator=g, dtype=torch.int32, device=device)
         self._index[:, -1] += _POOL
-        self.n1 = torch.randint(-8, -3, (n, 1), generator=g).to(torch.int8)
+        self.n1 = torch.randint(-8, -3, (n, 1), generator=g, device=device).to(torch.int8)
 
     def packed(self) -> PackedWeight:
         """In the storage layout."""
@@ -44,16 +46,28 @@ class RandomWeights:
         return w[:, : self.k] if groups == slice(None) else w
 
 
-def prepacked(packed: PackedWeight, backend: str) -> PackedWeight:
-    """In the layout that ``backend`` multiplies from; the reference has the storage layout alone."""
-    return packed if backend == "reference" else ops.prepack(packed)
+def prepacked(packed: PackedWeight, backend: str, layout: str | None = None) -> PackedWeight:
+    """In the layout that ``backend`` multiplies from; the reference has the storage layout alone.
+
+    ``layout``: the one that Triton's kernels want for what they are given.
+    """
+    if backend == "reference":
+        return packed
+    return ops.prepack(packed, layout) if backend == "triton" and layout else ops.prepack(packed)
 
 
-def rotated(context: Context, n: int, k: int, bits: int) -> tuple[RandomWeights, PackedWeight, list[tuple]]:
-    """Weights, packed for the context's backend, and (weight, weight_exp, weight_scale) of each rotated copy."""
-    w = context.get(("weights", bits), lambda: RandomWeights(n, k, Format(bits)))
-    packed = context.get(("packed", bits), lambda: prepacked(w.packed(), context.backend))
-    codes = context.copies(("codes", bits), lambda: packed.weight)
+def rotated(
+    context: Context, n: int, k: int, bits: int, dtype: str = "bfloat16"
+) -> tuple[RandomWeights, PackedWeight, list[tuple]]:
+    """Weights, packed for the context's backend and x of ``dtype``, and (weight, weight_exp, weight_scale) of each
+    rotated copy."""
+    fmt = Format(bits)
+    w = context.get(("weights", bits), lambda: RandomWeights(n, k, fmt, device=context.device))
+    layout = slices.best(DTYPES[dtype], fmt) if dtype in DTYPES else slices.E4M3
+    layout = layout if slices.has(layout, fmt) else slices.FP16
+    kept = (bits, layout if context.backend == "triton" else None)
+    packed = context.get(("packed", *kept), lambda: prepacked(w.packed(), context.backend, layout))
+    codes = context.copies(("codes", *kept), lambda: packed.weight)
     return w, packed, [(each, packed.weight_exp, None) for each in codes]
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from inq_kernels import library
+import inq_kernels as inq
+from inq_kernels import backends, library
 from inq_kernels.backends import BACKENDS, BackendError, availability, select
 
 HERE = {"reference": None, "cpu": None, "triton": "no triton", "cuda": "no GPU"}
@@ -34,7 +35,9 @@ def test_triton_runs_on_a_gpu_and_interpreted_only_on_request():
     assert select("linear", "", GPU, "cuda", torch.float64) == "reference"
     assert select("linear", "", GPU, "cpu", interpreted=True) == "cpu"
     assert select("linear", "triton", GPU, "cpu", interpreted=True) == "triton"
-    with pytest.raises(BackendError, match="on CUDA devices, or on the CPU with TRITON_INTERPRET=1; got tensors on cpu"):
+    with pytest.raises(
+        BackendError, match="on CUDA devices, or on the CPU with TRITON_INTERPRET=1; got tensors on cpu"
+    ):
         select("linear", "triton", GPU, "cpu")
     with pytest.raises(BackendError, match="float32, bfloat16 and float16, got torch.float64"):
         select("linear", "triton", GPU, "cuda", torch.float64)

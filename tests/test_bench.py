@@ -9,9 +9,23 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from inq_kernels.bench import bars, case, compare, linear, machine, measure, optim, partition, plots, report, shapes
-from inq_kernels.bench.registry import NOT_MEASURED, OPS
-from inq_kernels.bench.timing import MIN_PAIRS, CpuClock, Runner, ratio, summary, time_pairs
+from inq_kernels.bench import (
+    bars,
+    case,
+    compare,
+    gpu,
+    gpu_baselines,
+    linear,
+    machine,
+    measure,
+    optim,
+    partition,
+    plots,
+    report,
+    shapes,
+)
+from inq_kernels.bench.registry import GPU_OPS, NOT_MEASURED, OPS
+from inq_kernels.bench.timing import MIN_PAIRS, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
 from inq_kernels.bench.weights import RandomWeights
 
 from inq_kernels import Format, bench, library, reference, unpack
@@ -222,6 +236,184 @@ def test_peak_memory_counts_what_a_call_takes():
     # The kernel counts pages in batches.
     assert 63 << 20 <= found < 72 << 20
     assert machine.peak_extra(lambda: None) < 4 << 20
+
+
+# --- the clock of a GPU, without one ----------------------------------------------------------------------------------
+
+
+class FakeDevice:
+    """A device on which every call of ``step`` takes a second."""
+
+    def __init__(self):
+        self.now, self.captured, self.replays = 0, [], 0
+
+    def step(self, name):
+        self.now += 1
+        return name
+
+    def capture(self, run):
+        before = self.now
+        run()
+        took, self.now = self.now - before, before
+        self.captured.append(took)
+
+        def replay():
+            self.replays += 1
+            self.now += took
+
+        return replay
+
+    def elapsed(self, run):
+        before = self.now
+        run()
+        return float(self.now - before)
+
+
+def on_device(device, count=3, reset=None):
+    return Runner([lambda i=i: device.step(i) for i in range(count)], 8, reset)
+
+
+def test_a_graph_goes_round_all_copies():
+    """However few calls a sample needs: fewer copies would stay in the cache."""
+    device = FakeDevice()
+    clock, runner = CudaClock(device), on_device(device)
+    assert clock.seconds(runner, 1) == 1.0
+    assert device.captured == [3]
+    assert clock.seconds(runner, 7) == 1.0
+    assert device.captured == [3, 9]
+    clock.seconds(runner, 8)
+    assert (device.captured, device.replays) == ([3, 9], 3)  # captured once, replayed
+    assert clock.how() == "CUDA graph"
+
+
+def test_a_graph_ends_with_its_runner():
+    device = FakeDevice()
+    clock, runner = CudaClock(device), on_device(device)
+    clock.seconds(runner, 1)
+    assert len(clock._graphs) == 1
+    del runner
+    assert len(clock._graphs) == 0
+
+
+def test_eager_times_are_of_calls():
+    device = FakeDevice()
+    clock = CudaClock(device).eager()
+    assert clock.seconds(on_device(device), 2) == 1.0
+    assert (device.captured, device.replays, clock.how()) == ([], 0, "eager")
+
+
+def test_a_reset_is_not_timed_and_undoes_the_capture():
+    device, resets = FakeDevice(), []
+    clock, runner = CudaClock(device), on_device(device, 1, lambda: resets.append(device.replays))
+    assert [clock.seconds(runner, 5) for _ in range(3)] == [1.0] * 3
+    assert device.captured == [1]
+    # Before each sample, and once more after capturing, which runs the call.
+    assert resets == [0, 0, 1, 2]
+
+
+def test_both_of_a_pair_are_timed_in_one_way():
+    device = FakeDevice()
+    clock, a, b = CudaClock(device), on_device(device), on_device(device)
+    assert clock.together([a, b]) is clock
+
+    def refused(run):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    device.capture = refused
+    other = CudaClock(device).together([a, b])
+    assert other.how() == "eager: operation not permitted when stream is capturing"
+    assert other.seconds(a, 1) == 1.0
+    assert other.together([a]) is other
+
+
+def test_few_rows_are_timed_from_python_too(monkeypatch):
+    """And each baseline says how it was timed."""
+    device = FakeDevice()
+
+    def build(context):
+        runner = on_device(device)
+        return case.Work(runner, {"other": on_device(device), "none": "not installed"}, lambda: None, 6, "bfloat16")
+
+    limits = {"copy_gb_s": 10.0, "product_gflop_s": {"float32": 1.0, "bfloat16": 2.0}}
+    for m, eager in ((1, True), (64, False)):
+        one = case.Case("linear", {"m": m}, build)
+        row = measure.run_case(one, case.Context("triton"), CudaClock(device), 20.0, limits)
+        assert row["error"] is None
+        assert row["baselines"][0]["timing"] == "CUDA graph"
+        assert row["baselines"][0]["ratio"] == 1.0
+        assert row["baselines"][1]["reason"] == "not installed"
+        assert ("eager" in row) == eager
+        if eager:
+            assert row["eager"]["baselines"][0]["timing"] == "eager"
+            assert row["eager"]["time"]["median_us"] == 1e6
+
+
+def test_copies_on_a_gpu_exceed_its_cache(monkeypatch):
+    monkeypatch.setattr(gpu, "cache_bytes", lambda: 1000)
+    context = case.Context("triton", "cuda")
+    assert context.rotation(100) == 31
+    assert not context.inside_cache
+    assert context.rotation(10) == 64
+    assert context.inside_cache
+
+
+def test_a_gpu_that_is_not_there_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(tmp_path, "--device", "cuda") == 1
+    assert "expected a CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run(tmp_path, "--device", "cuda", "--isa", "avx2") == 1
+    assert "expected native with --device cuda, got avx2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_cases_on_a_gpu(quick):
+    cases = [c for op in GPU_OPS.values() for c in op.cases(case.Request(quick=quick, device="cuda"))]
+    names = [json.dumps({"op": c.op, **c.params}, sort_keys=True) for c in cases]
+    assert len(set(names)) == len(names)
+    ops = {c.op for c in cases}
+    assert ops == {"linear", "linear_fp8", "linear_dx", "partition", "masked_adamw", "masked_sgd",
+                   "pack", "unpack", "prepack", "unprepack"}  # fmt: skip
+    if not quick:
+        main_shape = {(c.params["dtype"], c.params["m"]) for c in cases if c.params["shape"] == "8192x8192"
+                      and c.op == "linear" and c.params["bits"] == 4}  # fmt: skip
+        assert {("bfloat16", m) for m in bars.H200_CUBLAS} | {("float16", 1)} <= main_shape
+
+
+def test_what_a_time_limit_leaves_out(tmp_path, capsys):
+    assert run(tmp_path, "--op", "pack", "linear", *TINY, "--no-plots", "--within", "1e-9") == 1
+    captured = capsys.readouterr()
+    assert "cases were left out" in captured.out
+    assert results_of(tmp_path)["sections"][0]["left_out"] > 0
+
+
+def test_baselines_of_packages_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(gpu_baselines.importlib.util, "find_spec", lambda name: None)
+    assert gpu_baselines._peer("humming", lambda: None) == "humming is not installed"
+    monkeypatch.setattr(gpu_baselines.importlib.util, "find_spec", lambda name: name)
+
+    def broken():
+        raise AssertionError("block_shape must be\ngiven")
+
+    assert gpu_baselines._peer("humming", broken) == "AssertionError: block_shape must be given"
+
+
+def test_bars_of_an_h200():
+    params = {"shape": "8192x8192", "m": 1, "bits": 4, "dtype": "bfloat16"}
+    baselines = [{"name": "cuBLAS bfloat16", "ratio": 2.9}, {"name": "Humming", "reason": "not installed"}]
+    row = {"op": "linear", "backend": "triton", "params": params, "baselines": baselines, "error": None}
+    row |= {"facts": {"bits_per_weight": 9.0}, "time": {"median_us": 9.0}, "of_copy": 0.6}
+    results = {"sections": [{"isa": "cuda", "machine": {"isa": "cuda", "gpu": "NVIDIA H200"}, "rows": [row]}]}
+    assert status(results, "H200 linear 4-bit M=1: cuBLAS") == ("pass", 2.9)
+    assert status(results, "H200 linear 4-bit M=1: of the copy") == ("fail", 0.6)
+    assert status(results, "H200 linear 4-bit M=1: Humming") == ("open", None)
+    # The CPU's bars do not judge a GPU, and those of an H200 no other one.
+    assert status(results, "linear 4-bit: memory in use") == ("open", None)
+    results["sections"][0]["machine"]["gpu"] = "NVIDIA A100"
+    assert status(results, "H200 linear 4-bit M=1: cuBLAS") == ("open", None)
+    row["error"] = "wrong"
+    results["sections"][0]["machine"]["gpu"] = "NVIDIA H200"
+    assert status(results, "H200 linear 4-bit M=1: of the copy") == ("fail", None)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -291,16 +291,6 @@ def constants(
     )
 
 
-def _ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, dtype: torch.dtype) -> tuple[Tensor, str]:
-    """``weight`` in a layout that the kernels read, and its name: e4m3 is for fp8 products, so it is not one."""
-    if layout in (slices.FP16, slices.BF16):
-        return weight, layout
-    wanted = slices.best(dtype, fmt)
-    if layout != layouts.STORAGE:
-        weight = storage.unprepack(weight, n, k, fmt.bits, fmt.levels, layout)
-    return storage.prepack(weight, k, fmt.bits, fmt.levels, wanted), wanted
-
-
 def _launch(x: Tensor, out: Tensor, q: Tensor, epilogue: tuple[Tensor, ...], flags: dict[str, bool], made: Decoder, dot,
             k: int, kernel_size, stride, padding, dilation, groups) -> None:  # fmt: skip
     """``out`` of the images ``x``, whose pixels int32 counts."""
@@ -354,8 +344,8 @@ def conv2d(
     out = torch.empty((images, n, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
     if out.numel() == 0:
         return out
-    weight, layout = _ready(weight, n, k, fmt, layout, x.dtype)
-    q = operands.words(weight.contiguous(), layout)
+    weight, layout = storage.ready(weight, n, k, fmt, layout, x.dtype)
+    q = operands.words(weight, layout)
     # Arguments that are not there are never read: any pointer does.
     given = (weight_exp, *(weight_exp if t is None else t for t in (weight_scale, bias)))
     epilogue = tuple(t.contiguous() for t in given)

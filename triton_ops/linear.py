@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..format import Format
-from . import operands, tiles
+from . import operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .dense import dense, product
 from .launch import INTERPRETED, cdiv, on_device_of
@@ -76,16 +76,16 @@ def linear_kernel(
     m = (pid % m_tiles) * BM + tl.arange(0, BM)
     i = tl.arange(0, BK)
     # Rows past the end repeat the first ones: what they give is not stored.
-    weights = weight + (n % N).to(tl.int64)[:, None] * words + i[None, :]
+    weights = weight + (n % N).to(tl.int64)[:, None] * words
     rows = x + (m % M).to(tl.int64)[None, :] * stride_m
     first = tl.program_id(1) * steps if SPLIT else 0
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for step in tl.range(first, tl.minimum(first + steps, tl.cdiv(words, BK)), num_stages=STAGES):
-        at = step * BK + i
+    at = first * BK + i
+    for _ in tl.range(0, tl.minimum(steps, tl.cdiv(words, BK) - first), num_stages=STAGES):
         if WHOLE_WORDS:
-            q = tl.load(weights + step * BK)
+            q = tl.load(weights + at[None, :])
         else:
-            q = tl.load(weights + step * BK, mask=(at < words)[None, :], other=0)
+            q = tl.load(weights + at[None, :], mask=(at < words)[None, :], other=0)
         a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
         # Sums of e4m3 products keep 14 bits in the tensor core: they begin anew for every step and are added here.
         part = tl.zeros((BN, BM), dtype=tl.float32) if PROMOTE else acc
@@ -95,11 +95,12 @@ def linear_kernel(
             if WHOLE_K and WHOLE_WORDS:
                 xs = tl.load(pointers)
             else:
-                xs = tl.load(pointers, mask=((k < K) & (at < words))[:, None], other=0)
+                xs = tl.load(pointers, mask=((k < K) & (at < words))[:, None], other=0.0)
             w = a if j == 0 else b if j == 1 else c if j == 2 else d
             left, right = as_operand(w, DOT, LIFT, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
             part = tl.dot(left, right, part, input_precision="ieee")
         acc = acc + part if PROMOTE else part
+        at += BK
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT:
@@ -137,8 +138,11 @@ def reduce_kernel(
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     plane = tl.full((), 1, tl.int64) * M * N
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for split in range(splits):
-        acc += tl.load(parts + plane * split + place, mask=inside, other=0)
+    # M is a Python number where it is 1, and so is a loop's where it is interpreted: neither has ``.to``.
+    part = parts + place
+    for _ in range(splits):
+        acc += tl.load(part, mask=inside, other=0)
+        part += plane
     y = finish(
         acc, weight_exp, weight_scale, bias, rows_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, HAS_ROWS, INTERPRETED
     )
@@ -149,11 +153,26 @@ def reduce_kernel(
 _REDUCE_M, _REDUCE_N = 4, 256
 # Small fp16 numbers of dense levels, 2^-14 and up, come into e4m3's range by this.
 _LIFT = 256
+# What Triton takes a multiple of for granted where it loads whole vectors, of elements and of bytes.
+_ALIGN = 16
 
 
 def lift(decode: Decoder, dot: str) -> int:
     """By what decoded numbers are multiplied before they become operands."""
     return _LIFT if dot == "e4m3" and decode.codec.base == -14 else 1
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [M, K] with rows of whole 16 elements at multiples of 16, zeros behind the last; itself where it is so.
+
+    A copy costs less than loads of single elements, for whose addresses a kernel has not the registers.
+    """
+    m, k = x.shape
+    if k % _ALIGN == 0 and x.stride(0) % _ALIGN == 0 and x.data_ptr() % _ALIGN == 0:
+        return x
+    padded = x.new_zeros(m, -(-k // _ALIGN) * _ALIGN)
+    padded[:, :k] = x
+    return padded
 
 
 def constants(decode: Decoder, dot: str, tile: tiles.Tile, k: int, words: int) -> dict[str, Any]:
@@ -193,7 +212,9 @@ def multiply(
         return out
     made, q = decoder(layout, fmt), operands.words(weight, layout)
     words = q.shape[1]
-    choice = tiles.select("linear", dot, m, n, words, operands.processors(x.device), tiles.current())
+    table = tiles.current(operands.capability(x.device))
+    product_type = tiles.product(dot, made.constants["SOURCE"])
+    choice = tiles.select("linear", product_type, m, n, words, operands.processors(x.device), table)
     flags = {"HAS_SCALE": weight_scale is not None, "HAS_BIAS": bias is not None, "HAS_ROWS": rows_exp is not None}
     # Arguments that are not there are never read: any pointer does.
     epilogue = (weight_exp, *(weight_exp if t is None else t for t in (weight_scale, bias, rows_exp)))
@@ -202,7 +223,8 @@ def multiply(
         w, exponent = dense(weight, k, fmt, layout, x.dtype)
         parts = product(x, w)
     else:
-        tile = choice.tile
+        tile, x = choice.tile, aligned(x)
+        k = x.shape[1]
         fixed = constants(made, dot, tile, k, words)
         exponent = fixed["EXPONENT"]
         parts = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else out
@@ -223,7 +245,7 @@ def multiply(
 
 def linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
     fmt, n, k = Format(bits, levels), weight_exp.shape[0], x.shape[-1]
-    weight, layout = operands.ready(weight, n, k, fmt, layout, x.dtype)
+    weight, layout = storage.ready(weight, n, k, fmt, layout, x.dtype)
     bias = None if bias is None else bias.contiguous()
     y = multiply(operands.rows(x), None, weight, weight_exp, weight_scale, bias, fmt, layout, DOT[x.dtype], x.dtype)
     return y.view(*x.shape[:-1], n)

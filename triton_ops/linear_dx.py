@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..format import Format
-from . import operands, tiles
+from . import operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .launch import INTERPRETED, cdiv, on_device_of
 
@@ -87,7 +87,7 @@ def constants(made: Decoder, dtype: torch.dtype, tile: tiles.Tile) -> dict[str, 
 
 def linear_dx(grad, weight, weight_exp, weight_scale, k, bits, levels, layout, backend):
     fmt, n = Format(bits, levels), weight_exp.shape[0]
-    weight, layout = operands.ready(weight, n, k, fmt, layout, grad.dtype)
+    weight, layout = storage.ready(weight, n, k, fmt, layout, grad.dtype)
     g = operands.rows(grad)
     m = g.shape[0]
     out = torch.empty(m, k, dtype=grad.dtype, device=grad.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import slices
 from ..format import Format
-from . import operands
+from . import operands, storage
 from .codec import power_of_two, widened
 from .launch import INTERPRETED, on_device_of
 from .linear import multiply
@@ -70,10 +70,11 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
     fmt, n, k = Format(bits, levels), weight_exp.shape[0], x.shape[-1]
-    if layout not in slices.LAYOUTS and slices.has(slices.E4M3, fmt):
-        weight, layout = operands.ready_as(weight, n, k, fmt, layout, slices.E4M3), slices.E4M3
+    # Words of 16 bits that a module holds are converted in the kernel; others become e4m3's where that holds them.
+    if layout == slices.E4M3 or (layout not in slices.LAYOUTS and slices.has(slices.E4M3, fmt)):
+        weight, layout = storage.ready_as(weight, n, k, fmt, layout, slices.E4M3), slices.E4M3
     else:
-        weight, layout = operands.ready(weight, n, k, fmt, layout, x.dtype)
+        weight, layout = storage.ready(weight, n, k, fmt, layout, x.dtype)
     x8, t = quantize_rows_e4m3(operands.rows(x))
     dot = "e4m3"
     if INTERPRETED:
@@ -81,8 +82,7 @@ def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, 
     elif operands.capability(x.device) < _FIRST_E4M3:
         x8, dot = x8.to(torch.float16), "fp16"
         if layout == slices.E4M3:
-            weight = operands.ready_as(weight, n, k, fmt, layout, slices.FP16)
-            layout = slices.FP16
+            weight, layout = storage.ready_as(weight, n, k, fmt, layout, slices.FP16), slices.FP16
     bias = None if bias is None else bias.contiguous()
     y = multiply(x8, t, weight, weight_exp, weight_scale, bias, fmt, layout, dot, x.dtype)
     return y.view(*x.shape[:-1], n)

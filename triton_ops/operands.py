@@ -7,23 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import layouts, slices
-from ..format import Format
-
-
-def ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, dtype: torch.dtype) -> tuple[Tensor, str]:
-    """``weight`` in a layout that kernels read, and its name. A module has done this once; here it is for this call."""
-    wanted = layout if layout in slices.LAYOUTS else slices.best(dtype, fmt)
-    return ready_as(weight, n, k, fmt, layout, wanted), wanted
-
-
-def ready_as(weight: Tensor, n: int, k: int, fmt: Format, layout: str, wanted: str) -> Tensor:
-    """``weight``, which is in ``layout``, in the layout ``wanted``."""
-    if layout == wanted:
-        return weight.contiguous()
-    if layout != layouts.STORAGE:
-        weight = layouts.unprepack(weight, n, k, fmt, layout)
-    return layouts.prepack(weight, k, fmt, wanted)
+from .. import slices
 
 
 def words(weight: Tensor, layout: str) -> Tensor:

@@ -316,6 +316,24 @@ def unprepack(weight, n, k, bits, levels, layout):
     return out
 
 
+def ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, dtype: torch.dtype) -> tuple[Tensor, str]:
+    """``weight`` in a layout from which 16- and 32-bit products decode, and its name.
+
+    A module has done this once; here it is for this call alone. e4m3's words are for products of e4m3.
+    """
+    wanted = layout if layout in (slices.FP16, slices.BF16) else slices.best(dtype, fmt)
+    return ready_as(weight, n, k, fmt, layout, wanted), wanted
+
+
+def ready_as(weight: Tensor, n: int, k: int, fmt: Format, layout: str, wanted: str) -> Tensor:
+    """``weight``, which is in ``layout``, in the layout ``wanted``."""
+    if layout == wanted:
+        return weight.contiguous()
+    if layout != layouts.STORAGE:
+        weight = unprepack(weight.contiguous(), n, k, fmt.bits, fmt.levels, layout)
+    return prepack(weight, k, fmt.bits, fmt.levels, wanted)
+
+
 # --- what to compile --------------------------------------------------------------------------------------------------
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}

@@ -22,8 +22,8 @@ ROWS = (16, 32, 64, 128)
 DENSE_ROWS = 2048
 # Bytes in flight decide the speed of few rows; programs beyond two for each processor add only their start.
 _WAVES = 2
-# A split must leave a program enough steps for its loads to overlap.
-_LEAST_STEPS = 4
+# A split must leave a program this many words of a row, so that its loads overlap.
+_LEAST_WORDS = 256
 
 
 @dataclass(frozen=True)
@@ -47,33 +47,73 @@ class Choice:
     steps: int = 0  # tiles of words a program, where splits > 1
 
 
-# Shared memory a block: 163 KB on sm_80, 227 on sm_90 and sm_100, 99 on the others. A step of 128×64 16-bit words is
-# 16 KB, and x takes S·BM·BK·2 bytes: three stages of (16, 128, 64) are 72 KB.
+# Chosen by what machine code they become (`inq bench static`), not yet by time: at most 1.3 integer instructions a
+# weight for 16-bit products, 0.7 for e4m3 with few rows, no spills, and shared memory that a block can have: 163 KB on
+# sm_80, 227 on sm_90 and sm_100, 99 on the others. A step of 128×64 16-bit words is 16 KB; x takes S·BM·BK elements.
 _16 = {
     16: Tile(128, 16, 64, 4, 3),
     32: Tile(128, 32, 64, 4, 3),
     64: Tile(128, 64, 32, 4, 3),
-    128: Tile(128, 128, 32, 8, 2),
+    128: Tile(256, 128, 32, 8, 3),
 }
+# Hopper's tensor cores read x through descriptors, some 50 instructions a step: more weights for each of them.
+_16_HOPPER = {
+    16: Tile(128, 16, 128, 4, 3),
+    32: Tile(256, 32, 64, 4, 3),
+    64: Tile(256, 64, 32, 4, 3),
+    128: Tile(256, 128, 32, 8, 3),
+}
+# Blackwell's sums lie in tensor memory, 512 columns of it, and each slice of K has its own.
+_16_BLACKWELL = _16 | {128: _16[64]}
 _FP8 = {
-    16: Tile(128, 16, 64, 4, 4),
-    32: Tile(128, 32, 64, 4, 4),
+    16: Tile(128, 16, 128, 4, 3),
+    32: Tile(128, 32, 128, 4, 3),
     64: Tile(128, 64, 64, 4, 3),
     128: Tile(128, 128, 64, 8, 3),
 }
+_FP8_HOPPER = {
+    16: Tile(256, 16, 128, 4, 3),
+    32: Tile(128, 32, 128, 4, 3),
+    64: Tile(128, 64, 128, 4, 3),
+    128: Tile(128, 128, 128, 8, 3),
+}
+# Words of 16 bits whose numbers are converted take more registers.
+_FP8_OF_16 = {
+    16: Tile(128, 16, 64, 4, 3),
+    32: Tile(128, 32, 64, 4, 3),
+    64: Tile(128, 64, 64, 4, 3),
+    128: Tile(128, 128, 64, 8, 2),
+}
 # No tensor cores: IEEE float32 products.
-_FP32 = {rows: Tile(64, min(rows, 64), 16, 4, 2) for rows in ROWS}
+_FP32 = {rows: Tile(64, min(rows, 64), 16, 4 if rows < 64 else 8, 2) for rows in ROWS}
 # The gradient: BN rows of weights are summed over a step, BK words give BK columns in each slice, so S accumulators.
 _DX = {rows: Tile(32, min(rows, 64), 32, 4, 2) for rows in ROWS}
 DEFAULTS: dict[str, dict[int, Tile]] = {
     "linear fp16": _16,
     "linear bf16": _16,
     "linear e4m3": _FP8,
+    "linear e4m3 of 16": _FP8_OF_16,
     "linear fp32": _FP32,
     "linear_dx fp16": _DX,
     "linear_dx bf16": _DX,
     "linear_dx fp32": {rows: Tile(32, 16, 16, 4, 2) for rows in ROWS},
 }
+HOPPER: dict[str, dict[int, Tile]] = DEFAULTS | {
+    "linear fp16": _16_HOPPER,
+    "linear bf16": _16_HOPPER,
+    "linear e4m3": _FP8_HOPPER,
+}
+BLACKWELL: dict[str, dict[int, Tile]] = DEFAULTS | {"linear fp16": _16_BLACKWELL, "linear bf16": _16_BLACKWELL}
+
+
+def defaults(capability: int) -> dict[str, dict[int, Tile]]:
+    """The table of a kind of GPU, 90 for sm_90."""
+    return {90: HOPPER, 100: BLACKWELL}.get(capability, DEFAULTS)
+
+
+def product(dot: str, source: str) -> str:
+    """What a table calls products of type ``dot`` with decoded numbers of type ``source``."""
+    return "e4m3 of 16" if dot == "e4m3" and source != "e4m3" else dot
 
 
 def rows_class(m: int) -> int:
@@ -88,12 +128,12 @@ def select(
 
     Args:
         op: "linear" or "linear_dx".
-        dot: the type of its products: "fp16", "bf16", "fp32" or "e4m3".
+        dot: the type of its products, as ``product`` calls it: "fp16", "bf16", "fp32", "e4m3" or "e4m3 of 16".
         m: rows of x.
         n: rows of the weight.
         words: of a slice (slices.words_of_slice).
         processors: multiprocessors of the GPU.
-        table: of tiles; ``load`` reads one.
+        table: of tiles, as ``current`` gives it.
     """
     if op == "linear" and dot in ("fp16", "bf16") and m >= DENSE_ROWS:
         return Choice("dense", None)
@@ -101,7 +141,7 @@ def select(
     if op != "linear":
         return Choice("tile", tile)
     programs, steps = -(-n // tile.bn) * -(-m // tile.bm), -(-words // tile.bk)
-    splits = max(min(_WAVES * processors // programs, steps // _LEAST_STEPS), 1)
+    splits = max(min(_WAVES * processors // programs, steps * tile.bk // _LEAST_WORDS), 1)
     each = -(-steps // splits)
     return Choice("tile", tile, -(-steps // each), each)
 
@@ -112,15 +152,15 @@ def save(path: Path | str, device: str, table: Mapping[str, Mapping[int, Tile]])
     Path(path).write_text(json.dumps({"device": device, "tiles": entries}, indent=1) + "\n")
 
 
-def load(path: Path | str) -> dict[str, dict[int, Tile]]:
-    """The table of a file that ``save`` wrote, or that a person did; entries that it lacks are the defaults.
+def load(path: Path | str, base: Mapping[str, Mapping[int, Tile]] = DEFAULTS) -> dict[str, dict[int, Tile]]:
+    """The table of a file that ``save`` wrote, or that a person did; entries that it lacks are those of ``base``.
 
     Raises:
         ValueError: it is no such file, or an entry is unknown or not a tile that kernels can have.
     """
     try:
         given = json.loads(Path(path).read_text())["tiles"]
-        table = {key: dict(row) for key, row in DEFAULTS.items()}
+        table = {key: dict(row) for key, row in base.items()}
         for key, row in given.items():
             if key not in table:
                 raise ValueError(f"tiles: expected one of {list(table)}, got {key!r}")
@@ -154,7 +194,7 @@ def _tile(name: str, fields: Mapping[str, object]) -> Tile:
     return Tile(**fields)  # type: ignore[arg-type]
 
 
-def current() -> dict[str, dict[int, Tile]]:
-    """The table in use: that of the file that INQ_TRITON_TILES names, or the defaults."""
-    path = os.environ.get(ENVIRONMENT)
-    return load(path) if path else DEFAULTS
+def current(capability: int = 0) -> dict[str, dict[int, Tile]]:
+    """The table in use on a kind of GPU: its defaults, with what the file that INQ_TRITON_TILES names has instead."""
+    path, base = os.environ.get(ENVIRONMENT), defaults(capability)
+    return load(path, base) if path else base

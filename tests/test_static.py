@@ -1,0 +1,216 @@
+"""``inq bench static``: kernels compile for GPUs that are not here, within their budgets, and the committed table is
+whole. Counting is tested on small disassemblies; one fresh compile holds the key configurations to their budgets."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled by Triton, which is not installed")
+
+from inq_kernels.bench import static
+from inq_kernels.bench.command import CAPABILITIES
+from inq_kernels.triton_ops import tiles
+from inq_kernels.triton_ops.configurations import configurations
+
+from inq_kernels.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = ("linear fp16 paper4 m16", "linear fp16 paper4 m64", "linear bf16 paper4 m16", "linear bf16 paper4 m64")
+FP8 = "linear e4m3 paper4 m16"
+
+
+def sass(*lines, loop=None):
+    """A disassembly, 16 bytes an instruction; ``loop``: the line that the last one branches to."""
+    lines = [*lines, *([f"@P0 BRA 0x{16 * loop:x}"] if loop is not None else []), "EXIT"]
+    text = [f"        /*{16 * i:04x}*/                   {line} ;   /* 0x0 */" for i, line in enumerate(lines)]
+    return "\n".join(
+        ["        Function : kernel", *text, f"        /*{16 * len(lines):04x}*/  BRA 0x{16 * len(lines):x};"]
+    )
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("IMAD.SHL.U32 R1, R2, 0x4, RZ", "integer"),
+        ("LOP3.LUT R40, R4, 0xcc00cc00, RZ, 0xc0, !PT", "integer"),
+        ("UIADD3.64 UR18, UR22, 0x2, URZ", "integer"),
+        ("ULEA UR24, UR13, UR9, 0xe", "integer"),
+        ("IADD3.X R89, R3, UR4, RZ, P2, !PT", "integer"),
+        ("PRMT R1, R2, 0x5410, R3", "integer"),
+        ("MOV R1, R2", "integer"),
+        ("HMMA.16816.F32 R4, R8, R12, R4", "tensor"),
+        ("HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR12], R24, gsb0", "tensor"),
+        ("QGMMA.64x16x32.F32.E4M3.E4M3 R24, R40, gdesc[UR12], R24", "tensor"),
+        ("UTCHMMA gdesc[UR12], gdesc[UR14], tmem[UR4]", "tensor"),
+        ("LDGSTS.E.BYPASS.128 [R95], desc[UR20][R12.64], !P0", "global"),
+        ("LDSM.16.M88.4 R4, [R68+UR25]", "shared"),
+        ("LDL R4, [R1]", "local"),
+        ("STL.64 [R1+0x8], R4", "local"),
+        ("F2FP.BF16.F32.PACK_AB R1, R2, R3", "convert"),
+        ("FADD R1, R2, R3", "float"),
+        ("HMUL2 R1, R2, R3", "float"),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", "other"),
+        ("LDGDEPBAR", "other"),
+        ("WARPGROUP.ARRIVE", "other"),
+        ("DEPBAR.LE SB0, 0x5", "other"),
+    ],
+)
+def test_classes_of_instructions(text, kind):
+    assert static.kind(text) == kind
+
+
+def test_multiply_adds_of_a_warp():
+    assert static.multiply_adds("HMMA.16816.F32.BF16 R4") == 16 * 8 * 16
+    assert static.multiply_adds("HMMA.1688.F32.TF32 R4") == 16 * 8 * 8
+    assert static.multiply_adds("QMMA.16832.F32.E4M3.E4M3 R4") == 16 * 8 * 32
+    assert static.multiply_adds("HGMMA.64x128x16.F32 R4") == 16 * 128 * 16
+    assert static.multiply_adds("FFMA R1, R2, R3, R1") == 32
+    assert static.multiply_adds("IMAD R1, R2, R3, R1") == 0
+
+
+def test_the_main_loop():
+    """The innermost loop with the products: not a waiting loop, not what surrounds it, not the kernel's end."""
+    code = static.instructions(
+        sass(
+            "MOV R1, R2",
+            "NANOSLEEP 0x1",
+            "@!P1 BRA 0x10",  # waits
+            "IADD3 R1, R1, 0x1, RZ",
+            "HMMA.16816.F32 R4, R8, R12, R4",
+            "@P0 BRA 0x30",  # the loop
+            "FADD R1, R2, R3",
+            loop=0,  # around all of it
+        )
+    )
+    body = static.main_loop(code, lambda text: static.kind(text) == "tensor")
+    assert [static.opcode(text) for text in body] == ["IADD3", "HMMA.16816.F32", "BRA"]
+    none = static.main_loop(code, lambda text: False)
+    assert len(none) == len(code)
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_instructions_a_weight(turns):
+    """A loop that the compiler has unrolled decodes as many times more."""
+    constants = {"BN": 16, "BM": 8, "BK": 16, "CODES": 1, "DOT": "fp16"}
+    text = sass(*["LOP3.LUT R1, R2, R3, RZ, 0xc0, !PT", "HMMA.16816.F32 R4, R8, R12, R4"] * turns, loop=0)
+    found = static.describe(text, constants, warps=1)
+    assert found["unrolled"] == turns
+    # 16·16 weights by 32 threads: 8 for each.
+    assert found["per_weight"] == pytest.approx({"integer": 1 / 8, "tensor": 1 / 8, "other": 1 / 8 / turns})
+    assert found["tensor"] == {"HMMA": turns}
+    assert found["local"] == 0
+
+
+def test_what_launches_know_of_arguments():
+    types, attrs = static.attributes({"x": "*fp16", "BN": "constexpr", "words": "i32:16", "M": "i32"})
+    assert types == {"x": "*fp16", "BN": "constexpr", "words": "i32", "M": "i32"}
+    assert attrs == {(0,): [["tt.divisibility", 16]], (2,): [["tt.divisibility", 16]]}
+    with pytest.raises(ValueError, match="M: expected a type, or one that ends with :16, got 'i32:8'"):
+        static.attributes({"M": "i32:8"})
+
+
+def row(**more):
+    facts = {"DOT": "fp16", "SOURCE": "fp16", "BM": 16}
+    found = {"name": KEY[0], "kernel": "linear_kernel", "sm": 90, "error": None, "facts": facts, "stack": 0, "local": 0}
+    found |= {"shared": 1000, "tensor_memory": 0, "tensor": {"HGMMA": 4}, "per_weight": {"integer": 1.3}}
+    return found | more
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"error": "CompilationError: no"}, "does not compile: CompilationError"),
+        ({"stack": 8}, "spills: 8 bytes of stack, 0 instructions"),
+        ({"local": 3}, "spills: 0 bytes of stack, 3 instructions"),
+        ({"shared": 240_000}, "shared memory: expected at most 232448 bytes, got 240000"),
+        ({"shared": 110_000, "sm": 86, "tensor": {"HMMA": 1}}, "shared memory: expected at most 101376"),
+        ({"tensor_memory": 544, "sm": 100, "tensor": {"UTCHMMA": 1}}, "tensor memory: expected at most 512 columns"),
+        ({"tensor": {"HMMA": 4}}, "tensor cores: expected HGMMA"),
+        ({"tensor": {}, "sm": 80}, "tensor cores: expected HMMA in the main loop, got none"),
+        ({"per_weight": {"integer": 1.31}}, "integer instructions a weight: expected at most 1.3, got 1.31"),
+    ],
+)
+def test_problems(change, message):
+    assert static.problems(row()) == []
+    (found,) = static.problems(row(**change))
+    assert message in found
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sm", CAPABILITIES)
+def test_every_tile_that_select_can_return_is_compiled(sm):
+    found = list(configurations(sm))
+    assert len({each.name for each in found}) == len(found)
+    compiled = [each for _, each in static.wanted(found, sm)]
+    kernels = {"linear": "linear_kernel", "linear_dx": "linear_dx_kernel"}
+    have = {
+        (each.kernel.__name__, *(each.constexprs.get(n) for n in ("BN", "BM", "BK")), each.num_warps)
+        for each in compiled
+    }
+    for key, by_rows in tiles.defaults(sm).items():
+        op, dot = key.split(maxsplit=1)
+        if dot.startswith("e4m3") and sm < static.FIRST_E4M3:
+            continue
+        for tile in by_rows.values():
+            assert (kernels[op], tile.bn, tile.bm, tile.bk, tile.warps) in have, (key, tile)
+
+
+def test_the_committed_table_is_whole():
+    """It was made with the Triton that constraints.txt names, has every configuration, and keeps its budgets."""
+    version = metadata.version("triton")
+    path = ROOT / "bench" / "results" / f"static-{version}" / "static.json"
+    if not path.exists():
+        pytest.skip(f"there is no committed table for Triton {version}")
+    results = json.loads(path.read_text())
+    assert results["capabilities"] == list(CAPABILITIES)
+    rows = {(each["name"], each["sm"]): each for each in results["rows"]}
+    expected = {(each.name, sm): each for sm in CAPABILITIES for _, each in static.wanted(configurations(sm), sm)}
+    assert rows.keys() == expected.keys(), "make static writes the table again"
+    for key, each in expected.items():
+        facts = rows[key]["facts"]
+        assert all(each.constexprs.get(name) == value for name, value in facts.items()), f"{key}: make static"
+    assert [f"{key}: {found}" for key, each in rows.items() for found in static.problems(each)] == []
+    assert (path.parent / "static.md").read_text() == static.markdown(results)
+
+
+def test_key_configurations_keep_their_budgets():
+    """Compiled afresh, in processes that interpret nothing."""
+    rows = static.compile_all((80, 86, 89, 90), [*KEY, FP8])
+    found = {(each["name"], each["sm"]): each for each in rows}
+    assert [f"{key}: {problem}" for key, each in found.items() for problem in static.problems(each)] == []
+    for sm in (80, 86, 89, 90):
+        for name in KEY:
+            each = found[name, sm]
+            assert static.budget(each) == 1.3
+            assert 0.8 < each["per_weight"]["integer"] <= 1.3
+            assert each["tensor"].keys() == {"HGMMA" if sm == 90 else "HMMA"}
+            assert each["per_weight"]["global"] < 0.3
+    fp8 = found[FP8, 90]
+    assert 0.5 <= fp8["per_weight"]["integer"] <= static.budget(fp8) == 0.7
+    assert fp8["tensor"].keys() == {"QGMMA"}
+    assert (FP8, 80) not in found
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    rows = [row(registers=100, warps=4, unrolled=1, instructions=10, counts={})]
+    monkeypatch.setattr(static, "compile_all", lambda capabilities, only, jobs: rows)
+    assert main(["bench", "static", "--sm", "90", "--only", "m16", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "static.json").read_text())["rows"] == rows
+    assert KEY[0] in (tmp_path / "static.md").read_text()
+    rows[0]["local"] = 2
+    assert main(["bench", "static", "--out", str(tmp_path)]) == 1
+    assert f"inq bench: {KEY[0]} on sm_90: spills: 0 bytes of stack, 2 instructions" in capsys.readouterr().err
+    rows.clear()
+    assert main(["bench", "static", "--only", "nothing", "--out", str(tmp_path)]) == 1
+    assert "no configuration is like that" in capsys.readouterr().err
+
+
+def test_the_capabilities_are_those_of_the_tiles():
+    assert tiles.CAPABILITIES == CAPABILITIES
