@@ -55,6 +55,9 @@ _ROW_BINS = 64
 _SEGMENT = 1 << 16
 _ROW_TILE = 1024
 
+# One program decides n1 of a tensor: with fewer warps its int64 limbs would not fit the registers.
+_WARPS_OF_EXPONENTS = 16
+
 # The digits that hold all octaves of the mse rule, 25 of them: 8 or, for float16, 32 an octave.
 _WINDOWS = {torch.float32: 256, torch.bfloat16: 256, torch.float16: 1024}
 
@@ -548,7 +551,7 @@ class Keys:
             tensor_exponents[(len(self._ws),)](
                 self._table, histograms, n1, DTYPE=DTYPES[self.dtype], MAGNITUDES=fmt.magnitudes,
                 MSE=fmt.exponent == "mse", LO=lo, HI=hi, SHIFT=shift, BITS=bits, PARTS=histograms.shape[1],
-                WINDOW=_WINDOWS[self.dtype], ROWS=_ROW_TILE, num_warps=WARPS, num_stages=tables.STAGES,
+                WINDOW=_WINDOWS[self.dtype], ROWS=_ROW_TILE, num_warps=_WARPS_OF_EXPONENTS, num_stages=tables.STAGES,
             )  # fmt: skip
         return [part.view(-1, 1) for part in n1.split(self._rows)]
 
@@ -717,6 +720,7 @@ def configurations() -> Iterator[tuple]:
                     "DTYPE": kind, **limits, "MSE": mse, "SHIFT": shift, "BITS": bits, "PARTS": 2,
                     "WINDOW": _WINDOWS[dtype], "ROWS": _ROW_TILE,
                 },
+                warps=_WARPS_OF_EXPONENTS,
             )  # fmt: skip
             rows = {**tabled, "largest": "*i32", "counters": "*i64", "n1": "*i8"}
             yield tables.configuration(
