@@ -7,11 +7,12 @@ with the digits found before, and the threshold is exact without sorting and wit
 The first digit, the exponent and the upper mantissa bits, also decides n1: its histogram holds, with each count, the
 exact sum of the bits below the digit. Programs count in *copies*, one histogram for every few chunks of a tensor, so
 that equal weights all over a tensor do not wait for one counter; one more kernel adds the copies up. Integers: the
-order of additions changes nothing. Reads of W: three for float32 or a random partition with exponents in it (which
-reads keys from no weight), two for bfloat16 and float16; a row's exponent (``channel``) reads it once more or twice.
+order of additions changes nothing. Reads of W: three for float32, two for bfloat16 and float16, with the exponents of
+tensors in them; a random partition reads none, as its keys come from indices, but for exponents one. The exponents of
+rows (``channel``) are apart: one read by the ``max`` rule, two by ``mse``.
 """
 
-# Constexprs are in capitals, and Triton needs the else of a branch that it drops.
+# Constexprs are in capitals, and look like constants to the linter.
 # ruff: noqa: SIM300
 
 from __future__ import annotations
