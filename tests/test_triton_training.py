@@ -209,6 +209,15 @@ def test_ties_of_the_mse_rule_go_to_the_larger_exponent():
     assert partition.exponents(w, 2, "paper", "tensor", "mse").tolist() == [[-1]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_subnormal_weights_count_with_their_value(dtype):
+    # At 2 bits n1 = −126 costs the first weight 2^-252, and each 0.75·2^-126 gains half of that: two are a tie.
+    w = torch.tensor([[2.0**-125] + [-0.75 * 2.0**-126] * 5], device=DEVICE).to(dtype)
+    for granularity in ("tensor", "channel"):
+        assert partition.exponents(w, 2, "paper", granularity, "mse").tolist() == [[-126]], granularity
+        assert partition.exponents(w[:, :3], 2, "paper", granularity, "mse").tolist() == [[-125]], granularity
+
+
 # --- thresholds -------------------------------------------------------------------------------------------------------
 
 

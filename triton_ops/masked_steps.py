@@ -5,7 +5,7 @@ weight and its state are written back as they were read, bit for bit. Arithmetic
 dtype; numbers arrive as float32 too, since a caller that compiles would pass Python's floats as float64.
 """
 
-# Constexprs are in capitals, and Triton needs the else of a branch that it drops.
+# Constexprs are in capitals, and look like constants to the linter.
 
 from __future__ import annotations
 

@@ -7,11 +7,12 @@ with the digits found before, and the threshold is exact without sorting and wit
 The first digit, the exponent and the upper mantissa bits, also decides n1: its histogram holds, with each count, the
 exact sum of the bits below the digit. Programs count in *copies*, one histogram for every few chunks of a tensor, so
 that equal weights all over a tensor do not wait for one counter; one more kernel adds the copies up. Integers: the
-order of additions changes nothing. Reads of W: three for float32 or a random partition with exponents in it (which
-reads keys from no weight), two for bfloat16 and float16; a row's exponent (``channel``) reads it once more or twice.
+order of additions changes nothing. Reads of W: three for float32, two for bfloat16 and float16, with the exponents of
+tensors in them; a random partition reads none, as its keys come from indices, but for exponents one. The exponents of
+rows (``channel``) are apart: one read by the ``max`` rule, two by ``mse``.
 """
 
-# Constexprs are in capitals, and Triton needs the else of a branch that it drops.
+# Constexprs are in capitals, and look like constants to the linter.
 # ruff: noqa: SIM300
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ _ROW_BINS = 64
 # Weights of a row that one program takes: a sum of 22-bit rests stays under _COUNT_SHIFT.
 _SEGMENT = 1 << 16
 _ROW_TILE = 1024
+
+# One program decides n1 of a tensor: with fewer warps its int64 limbs would not fit the registers.
+_WARPS_OF_EXPONENTS = 16
 
 # The digits that hold all octaves of the mse rule, 25 of them: 8 or, for float16, 32 an octave.
 _WINDOWS = {torch.float32: 256, torch.bfloat16: 256, torch.float16: 1024}
@@ -548,7 +552,7 @@ class Keys:
             tensor_exponents[(len(self._ws),)](
                 self._table, histograms, n1, DTYPE=DTYPES[self.dtype], MAGNITUDES=fmt.magnitudes,
                 MSE=fmt.exponent == "mse", LO=lo, HI=hi, SHIFT=shift, BITS=bits, PARTS=histograms.shape[1],
-                WINDOW=_WINDOWS[self.dtype], ROWS=_ROW_TILE, num_warps=WARPS, num_stages=tables.STAGES,
+                WINDOW=_WINDOWS[self.dtype], ROWS=_ROW_TILE, num_warps=_WARPS_OF_EXPONENTS, num_stages=tables.STAGES,
             )  # fmt: skip
         return [part.view(-1, 1) for part in n1.split(self._rows)]
 
@@ -717,6 +721,7 @@ def configurations() -> Iterator[tuple]:
                     "DTYPE": kind, **limits, "MSE": mse, "SHIFT": shift, "BITS": bits, "PARTS": 2,
                     "WINDOW": _WINDOWS[dtype], "ROWS": _ROW_TILE,
                 },
+                warps=_WARPS_OF_EXPONENTS,
             )  # fmt: skip
             rows = {**tabled, "largest": "*i32", "counters": "*i64", "n1": "*i8"}
             yield tables.configuration(

@@ -7,7 +7,7 @@ counts before each chunk, and the third freezes ties in the chunks that have som
 a chunk or two. No result depends on the order of programs.
 """
 
-# Constexprs are in capitals, and Triton needs the else of a branch that it drops.
+# Constexprs are in capitals, and look like constants to the linter.
 # ruff: noqa: SIM300
 
 from __future__ import annotations

@@ -116,10 +116,12 @@ def check_bits(name: str, bits: Tensor, w: Tensor) -> None:
 # --- compile-only builds ----------------------------------------------------------------------------------------------
 
 
-def configuration(name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **more: str) -> tuple:
-    """An entry of ``configurations()``: ``pointers`` are the arguments that are tensors, ``more`` the other ones."""
-    signature = {**pointers, **more, **dict.fromkeys(constants, "constexpr")}
-    return name, kernel, signature, constants, WARPS, STAGES
+def configuration(
+    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], *, warps: int = WARPS, **numbers: str
+) -> tuple:
+    """An entry of ``configurations()``: ``pointers`` are the arguments that are tensors, ``numbers`` the other ones."""
+    signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
+    return name, kernel, signature, constants, warps, STAGES
 
 
 # --- the device's side ------------------------------------------------------------------------------------------------
