@@ -35,9 +35,7 @@ def test_triton_runs_on_a_gpu_and_interpreted_only_on_request():
     assert select("linear", "", GPU, "cuda", torch.float64) == "reference"
     assert select("linear", "", GPU, "cpu", interpreted=True) == "cpu"
     assert select("linear", "triton", GPU, "cpu", interpreted=True) == "triton"
-    with pytest.raises(
-        BackendError, match="on CUDA devices, or on the CPU with TRITON_INTERPRET=1; got tensors on cpu"
-    ):
+    with pytest.raises(BackendError, match="CUDA devices, or on the CPU with TRITON_INTERPRET=1; got .* cpu"):
         select("linear", "triton", GPU, "cpu")
     with pytest.raises(BackendError, match="float32, bfloat16 and float16, got torch.float64"):
         select("linear", "triton", GPU, "cuda", torch.float64)

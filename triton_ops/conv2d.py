@@ -118,7 +118,22 @@ def conv2d_kernel(
         part = out + tl.program_id(1).to(tl.int64) * N * M
         tl.store(part + n.to(tl.int64)[:, None] * M + m[None, :], acc, mask=inside)
     else:
-        y = finish(acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False)
+        y = finish(
+            acc,
+            weight_exp,
+            weight_scale,
+            bias,
+            weight_exp,
+            n,
+            m,
+            N,
+            M,
+            EXPONENT,
+            HAS_SCALE,
+            HAS_BIAS,
+            False,
+            INTERPRETED,
+        )
         y = rounded(y, out.dtype.element_ty, INTERPRETED)
         tl.store(places(out, n, m, OH, OW, out_b, out_c, out_h, out_w), y, mask=inside)
 
@@ -139,7 +154,9 @@ def conv2d_reduce_kernel(
     for split in range(splits):
         row = n.to(tl.int64) + split * N
         acc += tl.load(parts + row[:, None] * M + m[None, :], mask=inside, other=0)
-    y = finish(acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False)
+    y = finish(
+        acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False, INTERPRETED
+    )
     y = rounded(y, out.dtype.element_ty, INTERPRETED)
     tl.store(places(out, n, m, OH, OW, out_b, out_c, out_h, out_w), y, mask=inside)
 
@@ -177,7 +194,9 @@ def conv2d_direct_kernel(
             else:
                 xs = tl.load(starts + offset)
             acc += w[:, None] * xs.to(tl.float32)
-    y = finish(acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False)
+    y = finish(
+        acc, weight_exp, weight_scale, bias, weight_exp, n, m, N, M, EXPONENT, HAS_SCALE, HAS_BIAS, False, INTERPRETED
+    )
     y = rounded(y, out.dtype.element_ty, INTERPRETED)
     inside = (at_n < N)[:, None] & (m < M)[None, :]
     tl.store(places(out, n, m, OH, OW, out_b, out_c, out_h, out_w), y, mask=inside)
