@@ -8,6 +8,7 @@ import pytest
 import torch
 from inq_kernels.triton_ops import storage
 from support import FORMATS, generator, random_packed, same_bits
+from triton.runtime.interpreter import InterpreterBuilder
 
 from inq_kernels import layouts, reference, slices
 from inq_kernels.format import Format
@@ -32,8 +33,9 @@ _GUARD, _POISON = 512, 0xA5
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Every torch.empty lies between guard bytes and is full of them; whole guards are asserted at the end."""
-    made, empty = [], torch.empty
+    """Every torch.empty lies between guard bytes and is full of them. At the end the guards are whole and, where
+    kernels are interpreted, they have written each byte of these buffers once, and no other."""
+    made, stores, empty = [], [], torch.empty
 
     def poisoned(*size, dtype=None, device=None, **more):
         like = empty(*size, dtype=dtype, device=device, **more)
@@ -42,12 +44,24 @@ def guarded(monkeypatch):
         made.append((whole, count))
         return whole[_GUARD : _GUARD + count].view(like.dtype).as_strided(like.shape, like.stride())
 
+    store = InterpreterBuilder.create_masked_store
+
+    def recorded(self, pointers, value, mask, *more):
+        places = pointers.data[mask.data].reshape(-1, 1)
+        stores.append((places + np.arange(value.data.itemsize, dtype=np.uint64)).reshape(-1))
+        return store(self, pointers, value, mask, *more)
+
     monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", recorded)
     yield
     assert made
     for whole, count in made:
         assert (whole[:_GUARD] == _POISON).all()
         assert (whole[_GUARD + count :] == _POISON).all()
+    if DEVICE == "cpu":
+        starts = [whole.data_ptr() + _GUARD for whole, _ in made]
+        expected = [np.arange(start, start + count) for start, (_, count) in zip(starts, made, strict=True)]
+        assert np.array_equal(np.sort(np.concatenate(stores)), np.sort(np.concatenate(expected)).astype(np.uint64))
 
 
 def quiet():
@@ -93,11 +107,11 @@ def test_pack_every_shape(fmt, guarded):
 @formats
 def test_pack_every_float_of_16_bits(fmt):
     """Subnormals, −0 and values that are no level: rounded as the reference rounds them."""
-    least = FORMATS.index(fmt) % 2
+    half = FORMATS.index(fmt) % 2
     for dtype, n1s in ((torch.float16, ((-24, -3), (-17, 15))), (torch.bfloat16, ((-126, 0), (-118, 127)))):
         w = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         w = torch.where(w.isfinite(), w, 0.0)
-        for n1 in n1s[least]:
+        for n1 in n1s[half]:
             check_pack(w.view(32, -1), torch.full((32, 1), n1, dtype=torch.int8), fmt)
 
 
@@ -143,7 +157,7 @@ def test_unpack_every_exponent(dtype, fmt):
     n1 = torch.arange(-128, 128, dtype=torch.int32).to(torch.int8).view(-1, 1)
     # Scales of full mantissas, subnormal and large ones: results are rounded once, wherever they lie.
     mantissa = torch.rand(256, 1, generator=generator()) + 0.5
-    scales = [None, mantissa, -mantissa, mantissa * 2.0**-20, mantissa * 2.0**-127, -mantissa * 2.0**126]
+    scales = [None, mantissa, -mantissa * 2.0**-20, mantissa * 2.0**-127, -mantissa * 2.0**126]
     for scale in scales:
         check_unpack(stored, n1, scale, 1 << fmt.bits, fmt, dtype)
 

@@ -2,7 +2,8 @@
 
 Bit for bit what inq_kernels.reference and inq_kernels.layouts define, by integers alone: a code is found from a float's
 exponent field and the top of its mantissa, a weight is built from its exponent, so nothing is rounded or flushed on the
-way. A row scale is multiplied in float64, where it is exact, and rounded once to float32, as the reference does.
+way. A row scale is multiplied in float32, which holds every level, subnormal ones too: one IEEE rounding, the same as
+that of the reference's exact product in float64.
 
 Words are linear in their codes' bits over GF(2) (slices.py): a word is the XOR of one constant for each bit that is
 set. The constants are part of the kernel: no table is copied to the GPU, and CUDA graphs can record it.
@@ -127,13 +128,9 @@ def unpack_kernel(
     # Codes that are not canonical are 0, as in the reference.
     nonzero = (index >= 0) & (index < MAGNITUDES)
     e = tl.load(weight_exp + n, mask=n < N, other=0).to(tl.int32)[:, None] + index + (1 - MAGNITUDES)
+    value = (power_bits(e) | (sign << 31)).to(tl.float32, bitcast=True)
     if HAS_SCALE:
-        # A power of two times a float32: exact in float64, whose exponents reach further. Rounded to float32 here.
-        power = ((e + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
-        scale = tl.load(weight_scale + n, mask=n < N, other=0).to(tl.float64)[:, None]
-        value = (tl.where(sign > 0, -power, power) * scale).to(tl.float32)
-    else:
-        value = (power_bits(e) | (sign << 31)).to(tl.float32, bitcast=True)
+        value = value * tl.load(weight_scale + n, mask=n < N, other=0)[:, None]
     value = tl.where(nonzero, value, 0.0)
     tl.store(out + wide * K + k[None, :], rounded(value, out.dtype.element_ty, INTERPRETED), mask=inside)
 
