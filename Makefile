@@ -6,6 +6,10 @@ VENV ?= .venv
 DEMO ?=
 BENCH ?= --isa native,avx512,avx2
 PYTEST ?= -n 2
+GPU ?=
+STATIC ?=
+# Where `make gpu` writes.
+GPU_OUT = $(or $(OUT),bench/results)
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -15,12 +19,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars bench test mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars bench static gpu test mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
+	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
+	@echo "make gpu       on a machine with one: the tests that need it, then the benchmarks (under 8 minutes)"
 	@echo "make test      the whole test suite"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
@@ -36,6 +42,20 @@ bars: demo
 
 bench: $(READY)
 	$(PY) -m inq_kernels.cli bench --bars $(BENCH)
+
+static: $(READY)
+	$(PY) -m inq_kernels.cli bench static $(STATIC)
+
+# Each part ends by itself: tests after 3 minutes, benchmarks begin no case after 3; the build takes one at most.
+# No speed without correct results: the benchmarks do not run if a test fails. Four processes, since most of the tests' time is
+# compiling.
+gpu: $(READY)
+	$(if $(READY),,$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)
+	mkdir -p "$(GPU_OUT)"
+	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu: expected a CUDA device, and torch finds none'"
+	timeout 180 $(PY) -m pytest -p no:cacheprovider -n 4 -x -m gpu --junitxml="$(GPU_OUT)/gpu-tests.xml" tests/test_gpu.py
+	timeout 235 $(PY) -m inq_kernels.cli bench --device cuda --bars --seconds-per-case 0.15 --within 180 \
+	  --out "$(GPU_OUT)/gpu" $(GPU)
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)

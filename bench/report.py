@@ -44,7 +44,17 @@ def row_lines(row: dict) -> Iterator[str]:
         else:
             interval = f"[{b['low']:.2f}, {b['high']:.2f}]"
             numbers = f"{microseconds(b['median_us'])}  {b['ratio']:6.2f}× {interval}, {b['pairs']} pairs"
-            yield f"    {b['name']:<24} {numbers}"
+            how = b.get("timing", "")
+            yield f"    {b['name']:<24} {numbers}{'  ' + how if how.startswith('eager') else ''}"
+    yield from _eager(row)
+
+
+def _eager(row: dict) -> Iterator[str]:
+    """The times from Python, launches included, where they were taken beside those of graphs."""
+    if eager := row.get("eager"):
+        first = next((b for b in eager["baselines"] if "ratio" in b), None)
+        beside = f", {first['ratio']:.2f}× {first['name']}" if first else ""
+        yield f"    {'eager':<24} {microseconds(eager['time']['median_us'])}{beside}"
 
 
 def _facts(facts: dict) -> str:

@@ -235,8 +235,9 @@ def budget(row: dict) -> float | None:
     facts = row.get("facts", {})
     if row["kernel"] != "linear_kernel" or " paper4 " not in row["name"] or "masked" in row["name"]:
         return None
-    # Words of another type are converted, one by one; beyond 64 rows (for e4m3, 16) the products take the time.
-    if facts["SOURCE"] != facts["DOT"] or facts["BM"] > (16 if facts["DOT"] == "e4m3" else 64):
+    # Words of another type are converted, one by one. With many rows the products take the time.
+    most = 16 if facts["DOT"] == "e4m3" else 64 if row["sm"] == 90 else 256
+    if facts["SOURCE"] != facts["DOT"] or facts["BM"] > most:
         return None
     if facts["DOT"] == "e4m3":
         return 0.7 if row["sm"] == 90 else None

@@ -134,7 +134,6 @@ class CudaClock:
     def _graph(self, runner: Runner, count: int) -> Callable[[], object]:
         kept = self._graphs.setdefault(runner, {})
         if count not in kept:
-            kept.clear()  # a graph keeps what its calls returned: one for each runner is enough
             kept[count] = self._device.capture(partial(_in_turn, runner.calls, count))
             if runner.reset is not None:  # capturing has run it
                 runner.reset()

@@ -343,6 +343,8 @@ def test_few_rows_are_timed_from_python_too(monkeypatch):
         assert row["baselines"][0]["ratio"] == 1.0
         assert row["baselines"][1]["reason"] == "not installed"
         assert ("eager" in row) == eager
+        lines = list(report.row_lines(row | {"params": {"shape": "1x1"}}))
+        assert [line.split()[0] for line in lines[1:]] == ["other", "none", *(["eager"] if eager else [])]
         if eager:
             assert row["eager"]["baselines"][0]["timing"] == "eager"
             assert row["eager"]["time"]["median_us"] == 1e6
@@ -364,6 +366,21 @@ def test_a_gpu_that_is_not_there_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert run(tmp_path, "--device", "cuda", "--isa", "avx2") == 1
     assert "expected native with --device cuda, got avx2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_fp8", "linear_dx", "unpack"])
+def test_cases_of_a_gpu_find_wrong_results(op):
+    """Their data is made on the CPU here; graphs and baselines of the device are not."""
+    request = case.Request(shapes=((64, 40),), ms=(3,), bits=(4,), dtypes=("bfloat16",), device="cuda")
+    work = next(GPU_OPS[op].cases(request)).build(case.Context("reference"))
+    assert work.check() is None
+    if op == "linear_fp8":
+        assert list(work.baselines)[:3] == ["cuBLAS bfloat16", "_scaled_mm fp8", "_weight_int4pack_mm"]
+        assert isinstance(work.baselines["cuBLAS bfloat16"], Runner)
+        assert work.baselines["Humming"] == "humming is not installed"
+    right = work.candidate.calls
+    work.candidate.calls = [lambda call=call: _spoil(call()) for call in right]
+    assert work.check()
 
 
 @pytest.mark.parametrize("quick", [True, False])

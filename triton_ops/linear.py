@@ -132,8 +132,9 @@ def reduce_kernel(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A [BN, BM] tile of yᵀ from parts [splits, M, N], added in ascending order, and the epilogue."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    # Rows come first: a grid has 2^31 programs that way, and 65535 the other.
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     plane = tl.full((), 1, tl.int64) * M * N
@@ -236,7 +237,7 @@ def multiply(
             )  # fmt: skip
     if parts is not out:
         with on_device_of(x):
-            reduce_kernel[cdiv(n, _REDUCE_N), cdiv(m, _REDUCE_M)](
+            reduce_kernel[cdiv(m, _REDUCE_M), cdiv(n, _REDUCE_N)](
                 parts, *epilogue, out, m, n, splits, EXPONENT=exponent, **flags, BM=_REDUCE_M, BN=_REDUCE_N,
                 INTERPRETED=INTERPRETED,
             )  # fmt: skip
