@@ -182,7 +182,8 @@ def widened(x, INTERPRETED: tl.constexpr):
     """As float32, exactly. The interpreter's own conversion of bfloat16 is wrong for subnormal numbers."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -195,11 +196,12 @@ def as_operand(a, DOT: tl.constexpr, LIFT: tl.constexpr, INTERPRETED: tl.constex
         a = a * LIFT
     if INTERPRETED or DOT == "fp32":
         return widened(a, INTERPRETED)
-    if DOT == "fp16":
+    elif DOT == "fp16":
         return a.to(tl.float16)
-    if DOT == "bf16":
+    elif DOT == "bf16":
         return a.to(tl.bfloat16)
-    return a.to(tl.float8e4nv)
+    else:
+        return a.to(tl.float8e4nv)
 
 
 @triton.jit

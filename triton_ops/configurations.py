@@ -78,7 +78,7 @@ def configurations(capability: int = 90) -> Iterator[Configuration]:
     yield from _dense()
     for dtype in _DTYPES:
         types = {"x": _POINTERS[dtype], "values": "*u8", "exponents": "*i32", "K": "i32:16", "stride_m": "i32:16"}
-        yield configuration(f"quantize_rows {dtype}", quantize_rows_kernel, types, {"BLOCK": _BLOCK})
+        yield configuration(f"quantize_rows {dtype}", quantize_rows_kernel, types, {"BLOCK": _BLOCK, "INTERPRETED": False})
     for module in MODULES:
         name = f"{__package__}.{module}"
         if importlib.util.find_spec(name) is not None:
