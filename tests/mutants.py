@@ -84,6 +84,11 @@ MUTANTS = [
     ("test_optim.py::test_autograd_notices", "backends.py", [("            _count_as_written(args[i])\n", "            pass\n")]),
     ("test_module_layout.py::test_a_state_dict", "nn.py", [("        if layout_of(self.weight) != STORAGE:\n            stored", "        if False:\n            stored")]),
     ("test_module_layout.py::test_a_fake_tensor", "nn.py", [("            if type(new) is Tensor:\n", "            if True:\n")]),
+    ("test_triton_codec.py::test_words_hold", "triton_ops/codec.py", [("{mask:#x}, 0x28;", "{mask:#x}, 0x78;")]),
+    ("test_triton_linear.py::test_sums_shared", "triton_ops/linear.py", [("        part += plane\n", "        part += 0\n")]),
+    ("test_triton_linear.py::test_exponents_at", "triton_ops/codec.py", [("x * power_of_two(half) * power_of_two(e - half)", "x * power_of_two(e)")]),
+    ("test_triton_linear.py::test_rows_as_e4m3", "triton_ops/linear_fp8.py", [("raw + 0x7FFFF + ((raw >> 20) & 1)", "raw + 0x80000")]),
+    ("test_triton_training.py::test_ties_go", "triton_ops/quantize.py", [("            take -= tl.sum(more, axis=0)\n", "")]),
 ]  # fmt: skip
 
 
@@ -101,8 +106,8 @@ def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess:
 
 
 def copy_of(folder: Path) -> Path:
-    for name in ("inq_kernels", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, place in (("inq_kernels", ""), ("tests", ""), ("triton_ops", "inq_kernels")):
+        shutil.copytree(ROOT / name, folder / place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 

@@ -162,6 +162,20 @@ def test_many_rows_are_decoded_once(fmt, dtype, monkeypatch):
     )
 
 
+def test_exponents_scales_and_bias_of_any_strides():
+    fmt = inq.Format(4)
+    packed = weight(fmt, 9, 40, slices.FP16, scale=True)
+    parts = (packed.weight_exp, packed.weight_scale, torch.randn(9, generator=generator()).to(DEVICE))
+    apart = [torch.stack([t, -t], dim=-1)[..., 0] for t in parts]
+    x = torch.randn(3, 40, generator=generator()).to(DEVICE)
+    tail = (fmt.bits, fmt.levels, packed.layout, "triton")
+    for op in (torch.ops.inq.linear, torch.ops.inq.linear_fp8):
+        assert same_bits(op(x, packed.weight, *apart, *tail), op(x, packed.weight, *parts, *tail))
+    grad = torch.randn(3, 9, generator=generator()).to(DEVICE)
+    dx = [torch.ops.inq.linear_dx(grad, packed.weight, *p[:2], 40, *tail) for p in (apart, parts)]
+    assert same_bits(*dx)
+
+
 @pytest.mark.parametrize("n1", [-126, -100, 100, 127])
 def test_exponents_at_the_ends(n1):
     """Two factors in the epilogue: one alone would overflow, or be 0."""

@@ -60,10 +60,13 @@ def decoder(layout: str, fmt: Format) -> Decoder:
 
 
 def assembly(c: Codec) -> str:
-    """PTX: operands $0 … $(S−1) from the register of words $S. and.b32, shl.b32 and lop3.b32 of the PTX ISA."""
+    """PTX: operands $0 … $(S−1) from the register of words $S. mov, and, shl and lop3 of the PTX ISA.
+
+    The words are copied first: a result may be given their register before the last of them is made.
+    """
     mask = c.mask * (0x10001 if c.width == 16 else 0x1010101)
-    source = f"${c.codes}"
-    lines = ["{ .reg .b32 a, b;"]
+    source = "q"
+    lines = ["{ .reg .b32 q, a, b;", f"mov.b32 q, ${c.codes};"]
     for j, shifts in enumerate(c.shifts):
         names = []
         for name, shift in zip("ab", shifts, strict=False):
@@ -212,4 +215,5 @@ def rounded(y, like: tl.constexpr, INTERPRETED: tl.constexpr):
         up = bits + 0x7FFF + ((bits >> 16) & 1)
         quiet = tl.where(y == y, up, 0x7FC00000)
         return (quiet >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return y.to(like)
+    else:
+        return y.to(like)

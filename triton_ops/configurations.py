@@ -78,7 +78,9 @@ def configurations(capability: int = 90) -> Iterator[Configuration]:
     yield from _dense()
     for dtype in _DTYPES:
         types = {"x": _POINTERS[dtype], "values": "*u8", "exponents": "*i32", "K": "i32:16", "stride_m": "i32:16"}
-        yield configuration(f"quantize_rows {dtype}", quantize_rows_kernel, types, {"BLOCK": _BLOCK, "INTERPRETED": False})
+        yield configuration(
+            f"quantize_rows {dtype}", quantize_rows_kernel, types, {"BLOCK": _BLOCK, "INTERPRETED": False}
+        )
     for module in MODULES:
         name = f"{__package__}.{module}"
         if importlib.util.find_spec(name) is not None:
@@ -192,7 +194,7 @@ def _linear_dx(table: Table) -> Iterator[Configuration]:
                 made = decoder(slices.best(_DTYPES[dtype], fmt), fmt)
                 for variant in ("", " scale", " ragged") if kind == "paper4" else ("",):
                     scale, size = variant == " scale", "i32" if variant == " ragged" else "i32:16"
-                    constants = linear_dx.constants(made, _DTYPES[dtype], tile) | {"HAS_SCALE": scale}
+                    constants = linear_dx.constants(made, _DTYPES[dtype], tile, scale)
                     types = dict(grad=_POINTERS[dtype], weight="*i16", weight_exp="*i8", out=_POINTERS[dtype])
                     types |= dict(weight_scale="*fp32" if scale else "*i8")
                     types |= dict(M="i32", N=size, K=size, words="i32:16", stride_m=size)

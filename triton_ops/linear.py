@@ -218,7 +218,9 @@ def multiply(
     choice = tiles.select("linear", product_type, m, n, words, operands.processors(x.device), table)
     flags = {"HAS_SCALE": weight_scale is not None, "HAS_BIAS": bias is not None, "HAS_ROWS": rows_exp is not None}
     # Arguments that are not there are never read: any pointer does.
-    epilogue = (weight_exp, *(weight_exp if t is None else t for t in (weight_scale, bias, rows_exp)))
+    weight_exp = weight_exp.contiguous()
+    rest = (weight_scale, bias, rows_exp)
+    epilogue = (weight_exp, *(weight_exp if t is None else t.contiguous() for t in rest))
     splits, exponent = choice.splits, made.exponent
     if choice.kernel == "dense":
         w, exponent = dense(weight, k, fmt, layout, x.dtype)
@@ -247,6 +249,5 @@ def multiply(
 def linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
     fmt, n, k = Format(bits, levels), weight_exp.shape[0], x.shape[-1]
     weight, layout = storage.ready(weight, n, k, fmt, layout, x.dtype)
-    bias = None if bias is None else bias.contiguous()
     y = multiply(operands.rows(x), None, weight, weight_exp, weight_scale, bias, fmt, layout, DOT[x.dtype], x.dtype)
     return y.view(*x.shape[:-1], n)

@@ -16,6 +16,7 @@ from ..format import Format
 from . import operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .launch import INTERPRETED, cdiv, on_device_of
+from .linear import aligned
 
 
 @triton.jit
@@ -70,11 +71,14 @@ def linear_dx_kernel(
 PRODUCTS = {torch.float32: ("fp32", "ieee"), torch.float16: ("fp32", "tf32"), torch.bfloat16: ("bf16", "ieee")}
 
 
-def constants(made: Decoder, dtype: torch.dtype, tile: tiles.Tile) -> dict[str, Any]:
-    """linear_dx_kernel's constants."""
+def constants(made: Decoder, dtype: torch.dtype, tile: tiles.Tile, scale: bool) -> dict[str, Any]:
+    """linear_dx_kernel's constants; ``scale``: there is a row scale."""
     dot, precision = PRODUCTS[dtype]
+    # A gradient times a row scale has more bits than TF32 keeps.
+    precision = "ieee" if scale else precision
     return made.constants | {
         "EXPONENT": made.exponent,
+        "HAS_SCALE": scale,
         "DOT": dot,
         "PRECISION": precision,
         "BM": tile.bm,
@@ -94,12 +98,14 @@ def linear_dx(grad, weight, weight_exp, weight_scale, k, bits, levels, layout, b
     if m and k:
         made, q = decoder(layout, fmt), operands.words(weight, layout)
         words = q.shape[1]
-        choice = tiles.select("linear_dx", DOT[grad.dtype], m, n, words, operands.processors(g.device), tiles.current())
-        tile = choice.tile
+        table = tiles.current(operands.capability(g.device))
+        choice = tiles.select("linear_dx", DOT[grad.dtype], m, n, words, operands.processors(g.device), table)
+        tile, g, factors = choice.tile, aligned(g), weight_exp.contiguous()
+        scale = factors if weight_scale is None else weight_scale.contiguous()
         with on_device_of(g):
             linear_dx_kernel[(cdiv(words, tile.bk) * cdiv(m, tile.bm),)](
-                g, q, weight_exp, weight_exp if weight_scale is None else weight_scale, out, m, n, k, words,
-                g.stride(0), HAS_SCALE=weight_scale is not None, **constants(made, grad.dtype, tile),
+                g, q, factors, scale, out, m, n, k, words,
+                g.stride(0), **constants(made, grad.dtype, tile, weight_scale is not None),
                 num_warps=tile.warps,
             )  # fmt: skip
     return out.view(*grad.shape[:-1], k)

@@ -83,6 +83,5 @@ def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, 
         x8, dot = x8.to(torch.float16), "fp16"
         if layout == slices.E4M3:
             weight, layout = storage.ready_as(weight, n, k, fmt, layout, slices.FP16), slices.FP16
-    bias = None if bias is None else bias.contiguous()
     y = multiply(x8, t, weight, weight_exp, weight_scale, bias, fmt, layout, dot, x.dtype)
     return y.view(*x.shape[:-1], n)

@@ -173,6 +173,10 @@ def adamw_step(
         )  # fmt: skip
 
 
+# Two moments in float32 beside the weights: with four warps, a tile of 16-bit weights spilled on sm_90.
+_WARPS = {sgd_step: WARPS, adamw_step: 2 * WARPS}
+
+
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +202,7 @@ def _step(kernel, name: str, lists: dict[str, Sequence[Tensor]], masks: Sequence
         if sum(programs):
             kernel[(sum(programs),)](
                 table, owners, *map(float, numbers), DTYPE=DTYPES[params[0].dtype], **constants,
-                ALIGNED=tables.aligned(*flat.values()), CHUNK=CHUNK, GROUPS=GROUPS, num_warps=WARPS,
+                ALIGNED=tables.aligned(*flat.values()), CHUNK=CHUNK, GROUPS=GROUPS, num_warps=_WARPS[kernel],
                 num_stages=tables.STAGES,
             )  # fmt: skip
     for what, tensors in lists.items():
@@ -313,4 +317,7 @@ def configurations() -> Iterator[tuple]:
                 constants = {"DTYPE": kind, "NEAR_ONE": near_one, "MAXIMIZE": near_one, **sizes}
                 words = " near_one maximize" * near_one
                 numbers = dict.fromkeys(adamw, "fp32")
-                yield tables.configuration(f"adamw_step {name}{words}", adamw_step, pointers, constants, **numbers)
+                warps = _WARPS[adamw_step]
+                yield tables.configuration(
+                    f"adamw_step {name}{words}", adamw_step, pointers, constants, warps=warps, **numbers
+                )

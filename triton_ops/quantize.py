@@ -202,6 +202,10 @@ def freeze_ties(
         _freeze_chunk(row, chunk, few, MAGNITUDES, LO, DTYPE, RANDOM, True, ALIGNED, CHUNK, GROUPS)
 
 
+# With four warps its tile needs more registers than a thread of sm_120 can have.
+_TIES_WARPS = 8
+
+
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +288,7 @@ def freeze_(
             freeze_above[(total,)](table, owners, tied, frozen, **constants, **options)
         count_before[(len(ws),)](table, tied, frozen, before, totals, SCAN=_SCAN, **options)
         if total:
-            freeze_ties[(total,)](table, owners, tied, before, **constants, **options)
+            freeze_ties[(total,)](table, owners, tied, before, **constants, **options | {"num_warps": _TIES_WARPS})
     for w, used in zip(ws, flat, strict=True):
         if used.data_ptr() != w.data_ptr():
             w.detach().copy_(used)
@@ -318,6 +322,6 @@ def configurations() -> Iterator[tuple]:
                 counted = {**tables_of, "tied": "*i32", "frozen": "*i32"}
                 yield tables.configuration(f"freeze_above {name}", freeze_above, counted, constants)
                 counted = {**tables_of, "tied": "*i32", "before": "*i64"}
-                yield tables.configuration(f"freeze_ties {name}", freeze_ties, counted, constants)
+                yield tables.configuration(f"freeze_ties {name}", freeze_ties, counted, constants, warps=_TIES_WARPS)
     pointers = {"table": "*i64", "tied": "*i32", "frozen": "*i32", "before": "*i64", "totals": "*i64"}
     yield tables.configuration("count_before", count_before, pointers, {"SCAN": _SCAN})

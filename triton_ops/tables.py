@@ -7,7 +7,7 @@ float32, in *tiles* of groups of eight: one byte of a mask each.
 """
 
 # Constexprs are in capitals, and Triton needs the else of a branch that it drops.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: SIM300
 
 from __future__ import annotations
 

@@ -103,7 +103,13 @@ HOPPER: dict[str, dict[int, Tile]] = DEFAULTS | {
     "linear bf16": _16_HOPPER,
     "linear e4m3": _FP8_HOPPER,
 }
-BLACKWELL: dict[str, dict[int, Tile]] = DEFAULTS | {"linear fp16": _16_BLACKWELL, "linear bf16": _16_BLACKWELL}
+# There, Triton 3.6 makes TF32 products of float32 tiles of 64 rows, whatever precision is asked for.
+_FP32_BLACKWELL = {rows: Tile(32, min(rows, 64), 16, 4, 2) for rows in ROWS}
+BLACKWELL: dict[str, dict[int, Tile]] = DEFAULTS | {
+    "linear fp16": _16_BLACKWELL,
+    "linear bf16": _16_BLACKWELL,
+    "linear fp32": _FP32_BLACKWELL,
+}
 
 
 def defaults(capability: int) -> dict[str, dict[int, Tile]]:

@@ -74,8 +74,8 @@ struct Sample {
     kernels.decode({&book, weight.get(), panel_bytes(), kTiles, 2, b.get()});
     Buffer<float> c(kRows * 2 * kPanelRows);
     const int64_t half = int64_t{kTiles} / 2 * kTileK / 2;
-    kernels.multiply({a.get(), b.get(), half, c.get(), kRows, 2, false, nullptr});
-    kernels.multiply({a.get() + half * kRows, b.get() + half * 2 * kPanelRows, kK / 2 - half, c.get(), kRows, 2, true, nullptr});
+    kernels.multiply({a.get(), b.get(), half, c.get(), kRows, 2, false, a.get()});
+    kernels.multiply({a.get() + half * kRows, b.get() + half * 2 * kPanelRows, kK / 2 - half, c.get(), kRows, 2, true, a.get()});
     if (kernels.leave) kernels.leave();
     return c;
   }

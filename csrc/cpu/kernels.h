@@ -82,7 +82,7 @@ struct MultiplyArgs {
   float* c;
   int rows, panels;
   bool accumulate;
-  const uint32_t* next;  // the left operand of the call after this one, to be asked for; any address
+  const uint32_t* next;  // the left operand of the call after this one, or any address: it is asked for, not read
 };
 
 // y = (c · power) · scale + bias of a block of columns, rounded once to `type`; scale and bias may be null.

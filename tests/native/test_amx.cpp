@@ -64,7 +64,7 @@ void check_multiply(int rows, int panels, int64_t steps) {
   c[1] = c[0];
   for (const bool accumulate : {false, true, true}) {
     const Kernels* const sets[2] = {&amx_hardware_kernels(), &amx_emulated_kernels()};
-    for (int i = 0; i < 2; ++i) sets[i]->multiply({a, b, steps, c[i].data(), rows, panels, accumulate});
+    for (int i = 0; i < 2; ++i) sets[i]->multiply({a, b, steps, c[i].data(), rows, panels, accumulate, a});
     CHECK(std::memcmp(c[0].data(), c[1].data(), c[0].size() * sizeof(float)) == 0, "%d rows, %d panels, %d steps", rows,
           panels, static_cast<int>(steps));
   }
