@@ -222,7 +222,7 @@ _BK = {"fp16": 32, "bf16": 32, "fp32": 16}
 # asked for, in tiles of 64 rows or more: float32 has 32.
 _LEAST_SIDE = 16
 _LARGEST_SIDES = {"fp16": (128, 128), "bf16": (128, 128), "fp32": (32, 64)}
-_LARGEST_TILE = 128 * 64
+_LARGEST_TILE = 128 * 64  # by eight warps: addresses of x take more registers than four have
 # A tile whose products are nearly all with padding, less than one in 16 of use, is slower than no tensor core.
 _DIRECT_USE = 16
 # Beyond, one program's loop over the weights of an output would take longer than anything else.
@@ -259,7 +259,7 @@ def select(
     programs, steps = _programs(rows, groups, m, bn, bm), words // bk
     splits = max(min(_WAVES * processors // programs, steps // _LEAST_STEPS), 1)
     each = cdiv(steps, splits)
-    tile = Tile(bn, bm, bk, 4, 2 if dot == "fp32" else 3)
+    tile = Tile(bn, bm, bk, 8 if bn * bm == _LARGEST_TILE else 4, 2 if dot == "fp32" else 3)
     return Choice("tile", tile, cdiv(steps, each), each)
 
 

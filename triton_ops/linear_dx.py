@@ -50,6 +50,10 @@ def linear_dx_kernel(
         g = scaled(g, e[:, None])
         if HAS_SCALE:
             g = g * tl.load(weight_scale + n, mask=here, other=0)[:, None]
+        if HAS_SCALE and PRECISION == "tf32":
+            # A gradient times a row scale has more bits than TF32, whose tensor cores cut them off: nearest even here.
+            bits = g.to(tl.int32, bitcast=True)
+            g = ((bits + 0xFFF + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True)
         if INTERPRETED and DOT == "bf16":
             g = rounded(g, tl.bfloat16, INTERPRETED)
         g = as_operand(g, DOT, 1, INTERPRETED)
@@ -74,8 +78,6 @@ PRODUCTS = {torch.float32: ("fp32", "ieee"), torch.float16: ("fp32", "tf32"), to
 def constants(made: Decoder, dtype: torch.dtype, tile: tiles.Tile, scale: bool) -> dict[str, Any]:
     """linear_dx_kernel's constants; ``scale``: there is a row scale."""
     dot, precision = PRODUCTS[dtype]
-    # A gradient times a row scale has more bits than TF32 keeps.
-    precision = "ieee" if scale else precision
     return made.constants | {
         "EXPONENT": made.exponent,
         "HAS_SCALE": scale,
