@@ -6,6 +6,9 @@ VENV ?= .venv
 DEMO ?=
 BENCH ?= --isa native,avx512,avx2
 PYTEST ?= -n 2
+# torch's CUDA builds bring their own. Beside a CPU build: what GPU machines with torch 2.11 have, and the table of machine
+# code was made with.
+TRITON := 'triton==3.6.0; platform_system == "Linux"'
 GPU ?=
 STATIC ?=
 # Where `make gpu` writes.
@@ -88,6 +91,7 @@ ifneq ($(strip $(VENV)),)
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools wheel ninja
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check $(TRITON)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.built
 

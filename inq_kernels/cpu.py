@@ -65,7 +65,8 @@ def _ready(weight: Tensor, k: int, bits: int, dense: bool, layout: str) -> Tenso
     if layout == CPU16:
         return weight
     if layout != STORAGE:
-        raise ValueError(f"layout: the cpu backend reads {CPU16!r} and {STORAGE!r}, got {layout!r}")
+        # A module that a GPU's process saved as it was; ``inq.prepack`` lays it out once and for all.
+        weight = layouts.unprepack(weight, weight.shape[0], k, _format(bits, dense), layout)
     return _leaf.prepack(weight.contiguous(), k, bits, dense)
 
 

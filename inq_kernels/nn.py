@@ -609,7 +609,7 @@ def convert(
         # The same Parameter: an optimizer may hold it, or another module share it.
         new.bias = module.bias
         replacements[id(module)] = new
-        w, w_hat = module.weight.detach().double(), ops.unpack(new.packed, torch.float64)
+        w, w_hat = module.weight.detach().double(), ops.unpack(new.packed, torch.float32).double()
         # Relative to the largest, so that no square underflows.
         peak = float(w.abs().max()) or 1.0
         sqnr = sqnr_db(float((w / peak).square().sum()), float(((w - w_hat) / peak).square().sum()))

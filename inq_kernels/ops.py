@@ -331,7 +331,8 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None, *, out: Tenso
 
     Raises:
         TypeError: ``dtype`` is not one of the four float dtypes, or not that of ``out``. ValueError: it is float16 and
-            too narrow, or ``out`` has another shape or device, or shares memory with itself. Then nothing is written.
+            too narrow, or ``out`` has another shape or device, or shares memory with itself or with ``packed``. Then
+            nothing is written.
     """
     _check_packed("inq.unpack: packed", packed)
     if out is not None:
@@ -367,8 +368,16 @@ def _check_out(packed: PackedWeight, dtype: torch.dtype | None, out: Tensor) -> 
         raise ValueError(f"inq.unpack: out: expected shape {list(packed.shape)}, got {list(out.shape)}")
     if out.device != packed.weight.device:
         raise ValueError(f"inq.unpack: out: expected device {packed.weight.device}, got {out.device}")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError("inq.unpack: out: expected memory of its own for every element, got an expanded tensor")
+    # Sorted by stride, each dimension must step over all that the smaller ones reach.
+    reach = 0
+    for stride, size in sorted((st, sz) for st, sz in zip(out.stride(), out.shape, strict=True) if sz > 1):
+        if stride <= reach:
+            raise ValueError("inq.unpack: out: expected memory of its own for every element, got overlapping ones")
+        reach += stride * (size - 1)
+    for name in ("weight", "weight_exp", "weight_scale"):
+        part = getattr(packed, name)
+        if part is not None and part.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() and out.numel():
+            raise ValueError(f"inq.unpack: out: expected memory apart from the packed weight's, got that of {name}")
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError("inq.unpack: out: expected a tensor that needs no gradient, or torch.no_grad()")
 

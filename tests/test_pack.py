@@ -264,6 +264,19 @@ def test_unpack_into_memory_that_exists(fmt, dtype):
     assert guarded[6].isnan().all()
 
 
+def test_unpack_into_memory_that_is_somebody_elses():
+    packed = random_packed(inq.Format(4), 16, 40)
+    memory = torch.zeros(16 * 40 + 200)
+    codes = memory.view(torch.uint8)[: packed.weight.numel()].view(packed.weight.shape).copy_(packed.weight)
+    shared = inq.PackedWeight(codes, packed.weight_exp, None, packed.format, packed.shape)
+    with pytest.raises(ValueError, match="apart from the packed weight's, got that of weight"):
+        inq.unpack(shared, out=memory[:640].view(16, 40))
+    assert torch.equal(codes, packed.weight)
+    for strides in ((39, 1), (1, 1), (1, 15)):
+        with pytest.raises(ValueError, match="overlapping"):
+            inq.unpack(packed, out=torch.zeros(1000).as_strided((16, 40), strides))
+
+
 @pytest.mark.parametrize(
     ("out", "error", "text"),
     [
@@ -271,7 +284,7 @@ def test_unpack_into_memory_that_exists(fmt, dtype):
         (torch.zeros(2, 4), ValueError, r"out: expected shape \[2, 3\], got \[2, 4\]"),
         (torch.zeros(2, 3, dtype=torch.int32), TypeError, "got torch.int32"),
         (torch.zeros(2, 3, device="meta"), ValueError, "out: expected device cpu, got meta"),
-        (torch.zeros(1, 3).expand(2, 3), ValueError, "expanded"),
+        (torch.zeros(1, 3).expand(2, 3), ValueError, "overlapping"),
         (torch.zeros(2, 3, requires_grad=True), ValueError, "needs no gradient"),
     ],
 )

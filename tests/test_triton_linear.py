@@ -236,6 +236,57 @@ def test_linear_fp8_beside_the_definition(case):
     assert ((y.double() - expected.double()).abs() <= tolerance).all()
 
 
+@pytest.mark.parametrize(
+    "op", ["linear", "linear_fp8", "linear_dx", "conv2d", "unpack_", "unpack", "prepack", "unprepack"]
+)
+def test_tensors_that_do_not_belong_together(op):
+    """A kernel takes sizes as they are: bare operators, too, must refuse what would be read or written beyond."""
+    from inq_kernels.triton_ops.operators import OPERATORS
+
+    p = weight(inq.Format(4), 8, 36, layouts.STORAGE)
+    x, tail = torch.zeros(2, 36, device=DEVICE), (4, "paper", "storage", "triton")
+    long = torch.zeros(9, 1, dtype=torch.int8, device=DEVICE)
+    short = torch.zeros(7, device=DEVICE)
+    image, conv = torch.zeros(1, 4, 5, 5, device=DEVICE), ((3, 3), (1, 1), (0, 0), (1, 1), 1)
+    wrong = {
+        "linear": [(x, p.weight, long, None, None, *tail), (x, p.weight, p.weight_exp, None, short, *tail)],
+        "linear_dx": [
+            (x, p.weight, p.weight_exp, None, 36, *tail),
+            (x[:, :8], p.weight, p.weight_exp, None, 90, *tail),
+        ],
+        "conv2d": [
+            (image, p.weight, long, None, None, *conv, *tail),
+            (image, p.weight, p.weight_exp, None, short, *conv, *tail),
+            (image, p.weight, p.weight_exp, None, None, (3, 3), (0, 1), (0, 0), (1, 1), 1, *tail),
+            (image, p.weight, p.weight_exp, None, None, (3, 3), (1, 1), (0, 0), (1, 1), 3, *tail),
+        ],
+        "unpack_": [(torch.zeros(2, 40, device=DEVICE), p.weight, p.weight_exp, None, 36, 4, "paper")],
+        "unpack": [(p.weight, p.weight_exp, None, 90, 4, "paper", torch.float32)],
+        "prepack": [(p.weight, 90, 4, "paper", slices.FP16), (p.weight, -5, 4, "paper", slices.FP16)],
+        "unprepack": [(p.weight, 8, 36, 4, "paper", slices.FP16)],
+    }
+    wrong["linear_fp8"] = wrong["linear"]
+    for arguments in wrong[op]:
+        with pytest.raises(ValueError, match=r"inq\.\w+: \w+: expected"):
+            OPERATORS[op](*arguments)
+
+
+def test_the_smallest_weights_keep_their_gradient():
+    """2^n1 goes into the gradient, the rest of the factor behind the sum: nothing becomes subnormal in between."""
+    fmt = inq.Format(5)
+    packed = random_packed(fmt, 4, 40, n1=-118)
+    packed = inq.PackedWeight(packed.weight.to(DEVICE), packed.weight_exp.to(DEVICE), None, fmt, packed.shape)
+    grad = torch.ones(3, 4, device=DEVICE)
+    parts = (packed.weight, packed.weight_exp, None, 40, 5, "paper", "storage")
+    assert same_bits(
+        torch.ops.inq.linear_dx(grad, *parts, "triton"), torch.ops.inq.linear_dx(grad, *parts, "reference")
+    )
+    assert not torch.ops.inq.linear_fp8(
+        torch.full((1, 40), 1e-38, device=DEVICE), packed.weight, packed.weight_exp - 8, None, None, 5, "paper",
+        "storage", "triton",
+    ).isinf().any()  # fmt: skip
+
+
 # --- the choice of tiles ----------------------------------------------------------------------------------------------
 
 
@@ -246,7 +297,7 @@ def test_the_choice_is_a_function_of_its_arguments():
     assert choose("linear", "fp16", 4096, 4096, 1024, 132).kernel == "dense"
     assert choose("linear", "fp32", 4096, 4096, 1024, 132).kernel == "tile"
     for m, expected in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (2000, 128)):
-        assert choose("linear", "bf16", m, 4096, 1024, 132).tile.bm == expected
+        assert choose("linear", "bf16", m, 4096, 1024, 132, tiles.HOPPER).tile.bm == expected
     wide = choose("linear", "fp16", 1, 100, 4096, 132)
     assert wide.splits * wide.steps >= -(-4096 // wide.tile.bk) > (wide.splits - 1) * wide.steps
 

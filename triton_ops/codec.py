@@ -175,7 +175,8 @@ def power_of_two(e):
 
 @triton.jit
 def scaled(x, e):
-    """x · 2^e for −252 ≤ e ≤ 254, as two factors: one alone may be out of range."""
+    """x · 2^e for e ≤ 254, as two factors: one alone may be out of range. 2^-252 makes any float32 0, as less would."""
+    e = tl.maximum(e, -252)
     half = e >> 1
     return x * power_of_two(half) * power_of_two(e - half)
 

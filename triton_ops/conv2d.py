@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import layouts, reference, slices
 from ..format import Format
 from ..library import conv_output_size
-from . import operands, storage
+from . import checks, operands, storage
 from .codec import DOT, Decoder, as_operand, decode, decoder, plain, rounded
 from .launch import INTERPRETED, cdiv, on_device_of, round_up
 from .linear import finish
@@ -356,9 +356,16 @@ def conv2d(
     """
     if x.dtype not in DOT:
         raise TypeError(f"inq.conv2d: x: expected one of {tuple(DOT)}, got {x.dtype}")
-    fmt, n, images = Format(bits, levels), weight_exp.shape[0], x.shape[0]
+    if x.dim() != 4:
+        raise ValueError(f"inq.conv2d: x: expected shape [B, C, H, W], got {list(x.shape)}")
+    fmt, images = Format(bits, levels), x.shape[0]
+    checks.convolution("conv2d", x.shape[1], weight_exp.shape[0], kernel_size, stride, padding, dilation, groups)
     k = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    n = checks.packed("conv2d", weight, weight_exp, weight_scale, k, fmt, layout)
+    checks.bias("conv2d", bias, n, weight)
     size = conv_output_size(x.shape[-2:], kernel_size, stride, padding, dilation)
+    if min(size) < 0:
+        raise ValueError(f"inq.conv2d: x: expected an image at least as large as the kernel, got {list(x.shape)}")
     memory_format = reference.conv_memory_format(x)
     out = torch.empty((images, n, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
     if out.numel() == 0:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..format import Format
-from . import operands, storage, tiles
+from . import checks, operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .dense import dense, product
 from .launch import INTERPRETED, cdiv, on_device_of
@@ -247,7 +247,10 @@ def multiply(
 
 
 def linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
-    fmt, n, k = Format(bits, levels), weight_exp.shape[0], x.shape[-1]
+    fmt, k = Format(bits, levels), x.shape[-1] if x.dim() else 0
+    n = checks.packed("linear", weight, weight_exp, weight_scale, k, fmt, layout)
+    checks.rows("linear", "x", x, k, tuple(DOT), weight)
+    checks.bias("linear", bias, n, weight)
     weight, layout = storage.ready(weight, n, k, fmt, layout, x.dtype)
     y = multiply(operands.rows(x), None, weight, weight_exp, weight_scale, bias, fmt, layout, DOT[x.dtype], x.dtype)
     return y.view(*x.shape[:-1], n)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..format import Format
-from . import operands, storage, tiles
+from . import checks, operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .launch import INTERPRETED, cdiv, on_device_of
 from .linear import aligned
@@ -46,7 +46,8 @@ def linear_dx_kernel(
         )
         a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
         g = widened(tl.load(gradients + n[:, None], mask=here[:, None], other=0), INTERPRETED)
-        e = tl.load(weight_exp + n, mask=here, other=0).to(tl.int32) + EXPONENT
+        # 2^n1 alone, as in the definition: all of the factor would leave few bits of small weights.
+        e = tl.load(weight_exp + n, mask=here, other=0).to(tl.int32)
         g = scaled(g, e[:, None])
         if HAS_SCALE:
             g = g * tl.load(weight_scale + n, mask=here, other=0)[:, None]
@@ -68,6 +69,7 @@ def linear_dx_kernel(
         k = s * words + i
         inside = ((i < words) & (k < K))[:, None] & (m < M)[None, :]
         place = m.to(tl.int64)[None, :] * K + k[:, None]
+        acc = scaled(acc, tl.full((), EXPONENT, tl.int32))
         tl.store(out + place, rounded(acc, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
@@ -92,7 +94,9 @@ def constants(made: Decoder, dtype: torch.dtype, tile: tiles.Tile, scale: bool) 
 
 
 def linear_dx(grad, weight, weight_exp, weight_scale, k, bits, levels, layout, backend):
-    fmt, n = Format(bits, levels), weight_exp.shape[0]
+    fmt = Format(bits, levels)
+    n = checks.packed("linear_dx", weight, weight_exp, weight_scale, k, fmt, layout)
+    checks.rows("linear_dx", "grad", grad, n, tuple(DOT), weight)
     weight, layout = storage.ready(weight, n, k, fmt, layout, grad.dtype)
     g = operands.rows(grad)
     m = g.shape[0]

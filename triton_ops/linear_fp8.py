@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import slices
 from ..format import Format
-from . import operands, storage
-from .codec import power_of_two, widened
+from . import checks, operands, storage
+from .codec import DOT, power_of_two, widened
 from .launch import INTERPRETED, on_device_of
 from .linear import multiply
 
@@ -69,7 +69,10 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
-    fmt, n, k = Format(bits, levels), weight_exp.shape[0], x.shape[-1]
+    fmt, k = Format(bits, levels), x.shape[-1] if x.dim() else 0
+    n = checks.packed("linear_fp8", weight, weight_exp, weight_scale, k, fmt, layout)
+    checks.rows("linear_fp8", "x", x, k, tuple(DOT), weight)
+    checks.bias("linear_fp8", bias, n, weight)
     # Words of 16 bits that a module holds are converted in the kernel; others become e4m3's where that holds them.
     if layout == slices.E4M3 or (layout not in slices.LAYOUTS and slices.has(slices.E4M3, fmt)):
         weight, layout = storage.ready_as(weight, n, k, fmt, layout, slices.E4M3), slices.E4M3

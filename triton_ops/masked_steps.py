@@ -174,13 +174,15 @@ def adamw_step(
 
 
 # Two moments in float32 beside the weights: with four warps, a tile of 16-bit weights spilled on sm_90.
-_WARPS = {sgd_step: WARPS, adamw_step: 2 * WARPS}
+_ADAMW_WARPS = 2 * WARPS
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _step(kernel, name: str, lists: dict[str, Sequence[Tensor]], masks: Sequence[Tensor], numbers, constants) -> None:
+def _step(
+    kernel, name: str, lists: dict[str, Sequence[Tensor]], masks: Sequence[Tensor], numbers, constants, warps: int
+) -> None:
     """One launch for all parameters. Bits of a mask count in the order of the shape: others' strides cost a copy."""
     params = lists["params"]
     _check(name, lists, masks)
@@ -202,7 +204,7 @@ def _step(kernel, name: str, lists: dict[str, Sequence[Tensor]], masks: Sequence
         if sum(programs):
             kernel[(sum(programs),)](
                 table, owners, *map(float, numbers), DTYPE=DTYPES[params[0].dtype], **constants,
-                ALIGNED=tables.aligned(*flat.values()), CHUNK=CHUNK, GROUPS=GROUPS, num_warps=_WARPS[kernel],
+                ALIGNED=tables.aligned(*flat.values()), CHUNK=CHUNK, GROUPS=GROUPS, num_warps=warps,
                 num_stages=tables.STAGES,
             )  # fmt: skip
     for what, tensors in lists.items():
@@ -263,7 +265,7 @@ def masked_sgd_(
         "MAXIMIZE": bool(maximize),
         "FIRST_STEP": bool(is_first_step),
     }
-    _step(sgd_step, "masked_sgd_", lists, masks, (lr, momentum, 1 - dampening, weight_decay), constants)
+    _step(sgd_step, "masked_sgd_", lists, masks, (lr, momentum, 1 - dampening, weight_decay), constants, WARPS)
 
 
 def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, lr, beta1, beta2, weight_decay, eps, step, maximize):
@@ -288,7 +290,7 @@ def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, lr, beta1, beta2,
     inverse_correction2 = 1 / math.sqrt(1 - beta2**step)
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, step_size, inverse_correction2, eps)
     constants = {"NEAR_ONE": 1 - beta1 >= 0.5, "MAXIMIZE": bool(maximize)}
-    _step(adamw_step, "masked_adamw_", lists, masks, numbers, constants)
+    _step(adamw_step, "masked_adamw_", lists, masks, numbers, constants, _ADAMW_WARPS)
 
 
 # --- compile-only builds ----------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def configurations() -> Iterator[tuple]:
                 constants = {"DTYPE": kind, "NEAR_ONE": near_one, "MAXIMIZE": near_one, **sizes}
                 words = " near_one maximize" * near_one
                 numbers = dict.fromkeys(adamw, "fp32")
-                warps = _WARPS[adamw_step]
+                warps = _ADAMW_WARPS
                 yield tables.configuration(
                     f"adamw_step {name}{words}", adamw_step, pointers, constants, warps=warps, **numbers
                 )

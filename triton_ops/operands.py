@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def words(weight: Tensor, layout: str) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """x [..., K] as [M, K] whose last stride is 1: a view where it can be one."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
 
 

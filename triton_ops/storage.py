@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import layouts, reference, slices
 from ..format import Format
-from . import operands
+from . import checks, operands
 from .codec import decoder, rounded
 from .launch import INTERPRETED, cdiv, on_device_of
 
@@ -131,7 +131,8 @@ def unpack_kernel(
     value = (power_bits(e) | (sign << 31)).to(tl.float32, bitcast=True)
     if HAS_SCALE:
         value = value * tl.load(weight_scale + n, mask=n < N, other=0)[:, None]
-    value = tl.where(nonzero, value, 0.0)
+    # Zeros are +0, those of a row scale 0 too.
+    value = tl.where(nonzero & (value != 0), value, 0.0)
     tl.store(out + wide * K + k[None, :], rounded(value, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
@@ -232,7 +233,10 @@ def pack(w, n1, bits, levels):
     """
     if w.dtype not in DTYPES:
         raise TypeError(f"inq.pack: w: expected one of {DTYPES}, got {w.dtype}")
+    if w.dim() == 0 or w.numel() == 0:
+        raise ValueError(f"inq.pack: w: expected rank ≥ 1 and at least one weight, got shape {list(w.shape)}")
     fmt, n = Format(bits, levels), w.shape[0]
+    checks.tensor("inq.pack: n1", n1, torch.int8, (n, 1), w)
     flat = w.reshape(n, -1).contiguous()
     k = flat.shape[1]
     out = torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8, device=w.device)
@@ -253,6 +257,7 @@ def unpack(weight, weight_exp, weight_scale, k, bits, levels, dtype):
     Raises:
         TypeError: another dtype.
     """
+    checks.size("inq.unpack: k", k)
     out = torch.empty(weight_exp.shape[0], k, dtype=dtype, device=weight.device)
     unpack_(out, weight, weight_exp, weight_scale, k, bits, levels)
     return out
@@ -262,7 +267,12 @@ def unpack_(out, weight, weight_exp, weight_scale, k, bits, levels):
     """``unpack`` into ``out``, of as many elements and any strides, in its dtype."""
     if out.dtype not in DTYPES:
         raise TypeError(f"inq.unpack: dtype: expected one of {DTYPES}, got {out.dtype}")
-    fmt, n = Format(bits, levels), weight_exp.shape[0]
+    fmt = Format(bits, levels)
+    n = checks.packed("unpack", weight, weight_exp, weight_scale, k, fmt, layouts.STORAGE)
+    if out.numel() != n * k or out.device != weight.device:
+        raise ValueError(
+            f"inq.unpack_: out: expected {n * k} elements on {weight.device}, got {list(out.shape)} on {out.device}"
+        )
     if out.numel() == 0:
         return
     flat = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -282,6 +292,9 @@ def unpack_(out, weight, weight_exp, weight_scale, k, bits, levels):
 def prepack(weight, k, bits, levels, layout):
     """layouts.prepack: the storage layout as ``layout``, a new tensor. Slices by a kernel, other layouts by torch."""
     fmt = Format(bits, levels)
+    checks.size("inq.prepack: k", k)
+    expected = (weight.shape[0] if weight.dim() else 0, fmt.row_bytes(k))
+    checks.tensor("inq.prepack: weight", weight, torch.uint8, expected)
     if layout not in slices.LAYOUTS:
         return layouts.prepack(weight, k, fmt, layout)
     n = weight.shape[0]
@@ -300,6 +313,9 @@ def prepack(weight, k, bits, levels, layout):
 def unprepack(weight, n, k, bits, levels, layout):
     """layouts.unprepack: the inverse of ``prepack``."""
     fmt = Format(bits, levels)
+    checks.size("inq.unprepack: n", n)
+    checks.size("inq.unprepack: k", k)
+    checks.tensor("inq.unprepack: weight", weight, torch.uint8, layouts.shape(layout, n, k, fmt))
     if layout not in slices.LAYOUTS:
         return layouts.unprepack(weight, n, k, fmt, layout)
     out = torch.empty(layouts.shape(layouts.STORAGE, n, k, fmt), dtype=torch.uint8, device=weight.device)

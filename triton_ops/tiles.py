@@ -7,6 +7,7 @@ the place of single entries; nothing is tuned by itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -54,7 +55,7 @@ _16 = {
     16: Tile(128, 16, 64, 4, 3),
     32: Tile(128, 32, 64, 4, 3),
     64: Tile(128, 64, 32, 4, 3),
-    128: Tile(256, 128, 32, 8, 3),
+    128: Tile(128, 64, 32, 4, 3),  # twice as large, it spilled where K is masked
 }
 # Hopper's tensor cores read x through descriptors, some 50 instructions a step: more weights for each of them.
 _16_HOPPER = {
@@ -114,7 +115,10 @@ BLACKWELL: dict[str, dict[int, Tile]] = DEFAULTS | {
 
 def defaults(capability: int) -> dict[str, dict[int, Tile]]:
     """The table of a kind of GPU, 90 for sm_90."""
-    return {90: HOPPER, 100: BLACKWELL}.get(capability, DEFAULTS)
+    if capability == 90:
+        return HOPPER
+    # sm_103 has sm_100's tensor memory; sm_120 has none.
+    return BLACKWELL if 100 <= capability < 120 else DEFAULTS
 
 
 def product(dot: str, source: str) -> str:
@@ -202,5 +206,11 @@ def _tile(name: str, fields: Mapping[str, object]) -> Tile:
 
 def current(capability: int = 0) -> dict[str, dict[int, Tile]]:
     """The table in use on a kind of GPU: its defaults, with what the file that INQ_TRITON_TILES names has instead."""
-    path, base = os.environ.get(ENVIRONMENT), defaults(capability)
-    return load(path, base) if path else base
+    path = os.environ.get(ENVIRONMENT)
+    return _loaded(path, capability) if path else defaults(capability)
+
+
+@functools.lru_cache
+def _loaded(path: str, capability: int) -> dict[str, dict[int, Tile]]:
+    # Read once: not at every product.
+    return load(path, defaults(capability))
