@@ -88,7 +88,8 @@ _FP8_OF_16 = {
 # No tensor cores: IEEE float32 products.
 _FP32 = {rows: Tile(64, min(rows, 64), 16, 4 if rows < 64 else 8, 2) for rows in ROWS}
 # The gradient: BN rows of weights are summed over a step, BK words give BK columns in each slice, so S accumulators.
-_DX = {rows: Tile(32, min(rows, 64), 32, 4, 2) for rows in ROWS}
+# Of 64 rows of x they spilled on sm_120.
+_DX = {rows: Tile(32, min(rows, 32), 32, 4, 2) for rows in ROWS}
 DEFAULTS: dict[str, dict[int, Tile]] = {
     "linear fp16": _16,
     "linear bf16": _16,
