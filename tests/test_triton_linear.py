@@ -98,7 +98,7 @@ def test_linear_beside_float64_and_the_exact_oracle(case, monkeypatch):
     assert same_bits(inq.linear(x, packed, bias, backend="triton") + 0.0, expected + 0.0)
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=identity)
+@pytest.mark.parametrize("case", CASES, ids=identity)
 def test_linear_dx_beside_float64_and_the_exact_oracle(case, monkeypatch):
     m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
     packed = weight(fmt, n, k, case["layout"], case["scale"])
@@ -131,6 +131,11 @@ def test_random_shapes(m, n, k, fmt, dtype, seed):
     packed = weight(fmt, n, k, slices.best(dtype, fmt), seed=seed)
     x = integer_case(fmt, k, (m, k), dtype, seed).to(DEVICE)
     assert same_bits(inq.linear(x, packed, backend="triton") + 0.0, inq.linear(x, packed, backend="reference") + 0.0)
+    packed = weight(fmt, n, k, slices.best(dtype, fmt), seed=seed, n1=-3)
+    grad = torch.randint(-1, 2, (m, n), generator=generator(seed)).to(dtype).to(DEVICE)
+    parts = (packed.weight, packed.weight_exp, None, k, fmt.bits, fmt.levels, packed.layout)
+    dx, expected = (torch.ops.inq.linear_dx(grad, *parts, backend) for backend in ("triton", "reference"))
+    assert same_bits(dx + 0.0, expected + 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,26 +219,32 @@ def test_rows_as_e4m3_are_the_definitions():
         assert torch.equal(values.view(torch.uint8)[~nan], expected.view(torch.uint8)[~nan])
 
 
-@pytest.mark.parametrize(
-    "case",
-    pairwise(
-        m=(1, 7, 33), n=(1, 33, 100), k=(1, 32, 257), fmt=FORMATS, dtype=DTYPES, bias=(False, True),
-        scale=(False, True), layout=(*LAYOUTS, slices.E4M3),
-    ),
-    ids=identity,
+FP8_CASES = pairwise(
+    m=MS, n=SIZES, k=SIZES, fmt=FORMATS, dtype=DTYPES, bias=(False, True), scale=(False, True),
+    layout=(*LAYOUTS, slices.E4M3), rows=("plain", "strided", "transposed", "three"),
 )  # fmt: skip
-def test_linear_fp8_beside_the_definition(case):
+
+
+@pytest.mark.parametrize("case", FP8_CASES, ids=identity)
+def test_linear_fp8_beside_the_definition(case, monkeypatch):
     m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
     packed = weight(fmt, n, k, case["layout"], case["scale"])
     bias = torch.randn(n, generator=generator(1)).to(dtype).to(DEVICE) if case["bias"] else None
-    x = torch.randn(m, k, generator=generator(2)).to(dtype).to(DEVICE)
     parts = (packed.weight, packed.weight_exp, packed.weight_scale, bias, fmt.bits, fmt.levels, packed.layout)
-    y = torch.ops.inq.linear_fp8(x, *parts, "triton")
+    x = rows_of(torch.randn(m, k, generator=generator(2)).to(dtype).to(DEVICE), case["rows"])
+    with guarded(monkeypatch) if case["layout"] != layouts.STORAGE else pytest.MonkeyPatch.context():
+        y = torch.ops.inq.linear_fp8(x, *parts, "triton")
     expected = torch.ops.inq.linear_fp8(x, *parts, "reference")
     # The products are exact in float32, the order of the sums is not the same.
-    size = inq.unpack(packed, torch.float64).abs().sum(1) * x.double().abs().amax(1, keepdim=True)
+    size = inq.unpack(packed, torch.float64).abs().sum(1) * x.double().abs().amax(-1, keepdim=True)
     tolerance = size * 2.0**-22 + expected.double().abs() * torch.finfo(dtype).eps
     assert ((y.double() - expected.double()).abs() <= tolerance).all()
+    # Small integers are e4m3 numbers, and their sums exact.
+    largest = min(8, 2**24 // (2 ** (fmt.magnitudes - 1) * k))
+    x = torch.randint(-largest, largest + 1, (m, k), generator=generator(5)).to(dtype).to(DEVICE)
+    x = rows_of(x, case["rows"])
+    y, expected = (torch.ops.inq.linear_fp8(x, *parts, backend) for backend in ("triton", "reference"))
+    assert same_bits(y + 0.0, expected + 0.0)
 
 
 @pytest.mark.parametrize(
