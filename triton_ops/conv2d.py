@@ -221,7 +221,8 @@ _BK = {"fp16": 32, "bf16": 32, "fp32": 16}
 # a step tensor memory of its own, more than there is. There it also multiplies float32 as TF32, whatever precision is
 # asked for, in tiles of 64 rows or more: float32 has 32.
 _LEAST_SIDE = 16
-_LARGEST_SIDES = {"fp16": (128, 128), "bf16": (128, 128), "fp32": (32, 64)}
+# 128 pixels take more registers for addresses than a thread has, with few outputs too.
+_LARGEST_SIDES = {"fp16": (128, 64), "bf16": (128, 64), "fp32": (32, 64)}
 _LARGEST_TILE = 128 * 64  # by eight warps: addresses of x take more registers than four have
 # A tile whose products are nearly all with padding, less than one in 16 of use, is slower than no tensor core.
 _DIRECT_USE = 16
