@@ -178,7 +178,7 @@ def load(path: Path | str, base: Mapping[str, Mapping[int, Tile]] = DEFAULTS) ->
             for text, fields in row.items():
                 rows = _known_rows(text)
                 table[key][rows] = _tile(f"{key}, {rows} rows", fields)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{ENVIRONMENT}: expected a file of tiles, got {path}: {type(error).__name__}: {error}"
         ) from error
