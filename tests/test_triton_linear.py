@@ -331,7 +331,7 @@ def test_tuned_tiles_are_saved_and_loaded(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("", "JSONDecodeError"),
-        ("[" * 100_000, "RecursionError"),
+        pytest.param("[" * 100_000, "RecursionError", id="nested"),
         ("[]", "TypeError"),
         ('{"tiles": []}', "AttributeError"),
         ('{"tiles": {"linear": {}}}', "expected one of .*got 'linear'"),
