@@ -749,7 +749,7 @@ def _unknown_layout():
         (lambda: converted().to("meta"), ValueError, "tensor '0.weight_exp': expected a tensor with values, got one"),
         (lambda: inq.Linear(3, 0, bias=False, fmt=inq.Format(4)), inq.CheckpointError,
          r"tensor 'weight': expected a weight with elements, got shape \[0, 3\]"),
-        (_unknown_layout, ValueError, r"layout: expected one of \('storage', 'cpu16'\), got 'tiles'"),
+        (_unknown_layout, ValueError, r"layout: expected one of \('storage', 'cpu16', .*\), got 'tiles'"),
         (lambda: {"a": random_packed(inq.Format(4), 2, 2)}, inq.CheckpointError, "expected a packed weight's name to"),
         (lambda: {"weight": random_packed(inq.Format(4), 2, 2), "weight_exp": torch.ones(1)}, inq.CheckpointError,
          "expected each tensor once, got 'weight_exp' twice"),

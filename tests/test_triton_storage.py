@@ -157,7 +157,7 @@ def test_unpack_every_exponent(dtype, fmt):
     n1 = torch.arange(-128, 128, dtype=torch.int32).to(torch.int8).view(-1, 1)
     # Scales of full mantissas, subnormal and large ones: results are rounded once, wherever they lie.
     mantissa = torch.rand(256, 1, generator=generator()) + 0.5
-    scales = [None, mantissa, -mantissa * 2.0**-20, mantissa * 2.0**-127, -mantissa * 2.0**126]
+    scales = [None, torch.zeros(256, 1), mantissa, -mantissa * 2.0**-20, mantissa * 2.0**-127, -mantissa * 2.0**126]
     for scale in scales:
         check_unpack(stored, n1, scale, 1 << fmt.bits, fmt, dtype)
 

@@ -130,9 +130,11 @@ def unpack_kernel(
     e = tl.load(weight_exp + n, mask=n < N, other=0).to(tl.int32)[:, None] + index + (1 - MAGNITUDES)
     value = (power_bits(e) | (sign << 31)).to(tl.float32, bitcast=True)
     if HAS_SCALE:
-        value = value * tl.load(weight_scale + n, mask=n < N, other=0)[:, None]
-    # Zeros are +0, those of a row scale 0 too.
-    value = tl.where(nonzero & (value != 0), value, 0.0)
+        scale = tl.load(weight_scale + n, mask=n < N, other=0)[:, None]
+        value = value * scale
+        # Zeros are +0, those of a row scale 0 too; what underflows keeps its sign, as the reference's rounding does.
+        nonzero = nonzero & (scale != 0)
+    value = tl.where(nonzero, value, 0.0)
     tl.store(out + wide * K + k[None, :], rounded(value, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
