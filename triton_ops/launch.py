@@ -22,6 +22,11 @@ def round_up(a: int, b: int) -> int:
     return cdiv(a, b) * b
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device and stream: this device's, for the with block."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device and stream: those of the tensor's device, for the with block."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    """``on_device`` of the tensor's device."""
+    return on_device(t.device)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tables
+from .launch import on_device
 from .tables import CHUNK, DTYPES, GROUPS, WARPS
 
 # Columns of the table after the first program; state that there is none of has address 0.
@@ -200,7 +201,7 @@ def _step(
     )
     programs = tables.chunks(params)
     table, owners = tables.build(list(columns), programs, params[0].device)
-    with tables.on(params[0].device):
+    with on_device(params[0].device):
         if sum(programs):
             kernel[(sum(programs),)](
                 table, owners, *map(float, numbers), DTYPE=DTYPES[params[0].dtype], **constants,

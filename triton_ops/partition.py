@@ -28,7 +28,7 @@ from torch import Tensor
 from ..format import MSE_OCTAVES, N1_ZERO_ROW, Format
 from ..reference import exponent_limits
 from . import tables
-from .launch import cdiv
+from .launch import cdiv, on_device
 from .tables import CHUNK, DTYPES, GROUPS, WARPS
 
 # (shift, bits) of each digit of a 31-bit key. 2048 counters of 8 bytes a copy stay in the second-level cache for a
@@ -506,7 +506,7 @@ class Keys:
         parts = 2 if frozen_too else 1
         counters = torch.zeros(max(self._copies, 1) * parts << bits, dtype=torch.int64, device=self.device)
         out = torch.empty((len(self._ws), parts, 2, 1 << bits), dtype=torch.int64, device=self.device)
-        with tables.on(self.device):
+        with on_device(self.device):
             if self._programs:
                 count_digits[(self._programs,)](
                     self._table, self._owners, selection, counters, DTYPE=DTYPES[self.dtype], RANDOM=self.random,
@@ -525,7 +525,7 @@ class Keys:
         _, bits = self.digits[digit]
         last = digit == len(self.digits) - 1
         selected = torch.empty_like(selection)
-        with tables.on(self.device):
+        with on_device(self.device):
             select_digit[(len(self._ws),)](
                 histograms, selection, selected, DTYPE=tl.float32 if self.random else DTYPES[self.dtype],
                 DIGIT=min(digit, 1), LAST=last, BITS=bits, PARTS=histograms.shape[1], num_warps=WARPS,
@@ -548,7 +548,7 @@ class Keys:
         n1 = torch.empty(sum(self._rows), dtype=torch.int8, device=self.device)
         shift, bits = self.digits[0]
         lo, hi = exponent_limits(self.dtype)
-        with tables.on(self.device):
+        with on_device(self.device):
             tensor_exponents[(len(self._ws),)](
                 self._table, histograms, n1, DTYPE=DTYPES[self.dtype], MAGNITUDES=fmt.magnitudes,
                 MSE=fmt.exponent == "mse", LO=lo, HI=hi, SHIFT=shift, BITS=bits, PARTS=histograms.shape[1],
@@ -581,7 +581,7 @@ def _channel_exponents(ws: Sequence[Tensor], keeps: Sequence[Tensor | None], fmt
     mse = fmt.exponent == "mse"
     counters = torch.zeros(sum(programs) * _ROW_BINS if mse else 1, dtype=torch.int64, device=device)
     options = {"num_warps": WARPS, "num_stages": tables.STAGES}
-    with tables.on(device):
+    with on_device(device):
         grid = (sum(programs),)
         if sum(programs):
             row_largest[grid](table, owners, largest, DTYPE=dtype, SEGMENT=_SEGMENT, TILE=_ROW_TILE, **options)

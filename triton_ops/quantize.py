@@ -22,6 +22,7 @@ from torch import Tensor
 from ..format import Format
 from ..reference import exponent_limits
 from . import tables
+from .launch import on_device
 from .tables import CHUNK, DTYPES, GROUPS, WARPS
 
 # Chunks whose ties the adding kernel reads at once.
@@ -283,7 +284,7 @@ def freeze_(
         "GROUPS": GROUPS,
     }
     options = {"num_warps": WARPS, "num_stages": tables.STAGES}
-    with tables.on(device):
+    with on_device(device):
         if total:
             freeze_above[(total,)](table, owners, tied, frozen, **constants, **options)
         count_before[(len(ws),)](table, tied, frozen, before, totals, SCAN=_SCAN, **options)

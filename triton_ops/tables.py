@@ -12,7 +12,6 @@ float32, in *tiles* of groups of eight: one byte of a mask each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -69,11 +68,6 @@ def build(rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.
     both = torch.cat([table.view(-1), pad, owners]).to(device, non_blocking=True)
     split = table.numel() + pad.numel()
     return both[:split], both[split:]
-
-
-def on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device: makes it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_weights(name: str, ws: Sequence[Tensor], masks: Sequence[Tensor | None], keeps: Sequence[Tensor | None]):
