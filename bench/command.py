@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,12 @@ from ..backends import BACKENDS
 from ..format import BITS
 from ..table import render
 from . import bars, compare, gpu, machine, report
-from .case import DTYPES, Request
+from .case import DTYPES, Op, Request
 from .registry import ALL, BY_DEVICE
 
 _PACKAGE = Path(__file__).resolve().parent
 # Options that a process for another set of instructions gets as they are.
-_PASSED = ("quick", "op", "shape", "m", "bits", "dtype", "threads", "seconds_per_case", "backend", "device")
+_PASSED = ("quick", "shape", "m", "bits", "dtype", "threads", "seconds_per_case", "backend", "device")
 # Kinds of GPU for static: those of triton_ops.tiles, which is not imported for a command line's help.
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
@@ -161,12 +162,12 @@ def _bench(args: argparse.Namespace) -> int:
     sections = []
     for isa in args.isa:
         print(f"== {isa} ==", flush=True)
-        sections.append(_section(args, isa) if isa == "native" else _section_in_new_process(args, isa))
+        sections.append(_section_of(args, isa))
     results = {
         "schema": report.SCHEMA,
         "created": began.isoformat(timespec="seconds"),
         "seconds": round((datetime.datetime.now(datetime.timezone.utc) - began).total_seconds(), 1),
-        "arguments": {name: getattr(args, name) for name in _PASSED},
+        "arguments": {name: getattr(args, name) for name in ("op", *_PASSED)},
         "software": software,
         "sections": sections,
     }
@@ -188,23 +189,50 @@ def _bench(args: argparse.Namespace) -> int:
     return 1 if red else missed
 
 
+def _section_of(args: argparse.Namespace, isa: str) -> dict:
+    """A process for each operator in a full run on the CPU: gigabytes of another operator's weights, given back, leave
+    memory so scattered that a step over a model's weights ran up to a third slower."""
+    if args.quick or args.device != "cpu" or len(_ops(args)) == 1:
+        return _section(args, isa) if isa == "native" else _section_in_new_process(args, isa, args.op, args.within)
+    began = time.monotonic()
+    sections = []
+    for op in _ops(args):
+        if next(iter(op.cases(_request(args, isa))), None) is None:
+            continue
+        left = None if args.within is None else max(args.within - (time.monotonic() - began), 1e-9)
+        sections.append(_section_in_new_process(args, isa, [op.name], left))
+        if "skipped" in sections[-1]:
+            return sections[-1]
+    from . import measure
+
+    return measure.joined(sections) if sections else {"isa": isa, "rows": []}
+
+
+def _request(args: argparse.Namespace, isa: str) -> Request:
+    few = (tuple(args.shape), tuple(args.m), tuple(args.bits), tuple(args.dtype))
+    return Request(args.quick, isa, *few, device=args.device)
+
+
+def _ops(args: argparse.Namespace) -> list[Op]:
+    known = BY_DEVICE[args.device]
+    return [known[name] for name in dict.fromkeys(args.op or known) if name in known]
+
+
 def _section(args: argparse.Namespace, isa: str) -> dict:
     from . import measure
 
     measure.thread_count(args.threads)
-    few = (tuple(args.shape), tuple(args.m), tuple(args.bits), tuple(args.dtype))
-    request = Request(args.quick, isa, *few, device=args.device)
     seconds = args.seconds_per_case or (0.4 if args.quick else 2.0)
-    known = BY_DEVICE[args.device]
-    ops = [known[name] for name in dict.fromkeys(args.op or known) if name in known]
 
     def emit(row: dict) -> None:
         print(*report.row_lines(row), sep="\n", flush=True)
 
-    return measure.run_section(request, ops, args.backend or [""], seconds, emit, args.device, args.within)
+    return measure.run_section(
+        _request(args, isa), _ops(args), args.backend or [""], seconds, emit, args.device, args.within
+    )
 
 
-def _section_in_new_process(args: argparse.Namespace, isa: str) -> dict:
+def _section_in_new_process(args: argparse.Namespace, isa: str, ops: list[str], within: float | None) -> dict:
     """Libraries read what they may use when they are loaded, so a set of instructions takes a process."""
     if reason := machine.lacks(isa):
         print(f"skipped: {reason}")
@@ -215,15 +243,17 @@ def _section_in_new_process(args: argparse.Namespace, isa: str) -> dict:
     environment["PYTHONPATH"] = os.pathsep.join(places)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "section.json")
-        words = [sys.executable, "-m", "inq_kernels.cli", "bench", *_words(args), "--section", isa, str(path)]
+        words = [sys.executable, "-m", "inq_kernels.cli", "bench", *_words(args, ops, within)]
+        words += ["--section", isa, str(path)]
         done = subprocess.run(words, env=environment, check=False)
         if done.returncode or not path.exists():
             raise BenchError(f"{isa}: the process for it ended with status {done.returncode}")
         return json.loads(path.read_text())
 
 
-def _words(args: argparse.Namespace) -> list[str]:
-    words = []
+def _words(args: argparse.Namespace, ops: list[str], within: float | None) -> list[str]:
+    words = ["--op", *ops] if ops else []
+    words += [] if within is None else ["--within", str(within)]
     for name in _PASSED:
         value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is True:

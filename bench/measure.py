@@ -79,6 +79,18 @@ def run_section(
     return section | ({"left_out": left_out} if left_out else {})
 
 
+def joined(sections: list[dict]) -> dict:
+    """One section of those that processes of their own made; all rows beside the best of their ceilings."""
+    limits = sections[0]["ceilings"]
+    for section in sections[1:]:
+        limits = machine.better(limits, section["ceilings"])
+    rows = [row for section in sections for row in section["rows"]]
+    for row in rows:
+        _shares(row, limits)
+    left_out = sum(section.get("left_out", 0) for section in sections)
+    return sections[0] | {"ceilings": limits, "rows": rows} | ({"left_out": left_out} if left_out else {})
+
+
 def run_case(case: Case, context: Context, clock: Clock, seconds: float, limits: dict) -> dict:
     """One row. ``error`` is None and there are times, or it says what is wrong and there are none."""
     row = {

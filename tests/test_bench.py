@@ -648,6 +648,30 @@ def test_each_set_of_instructions_has_a_process(tmp_path, capfd):
     assert "== avx2 ==" in capfd.readouterr().out
 
 
+def test_each_operator_of_a_full_run_has_a_process_of_its_own(tmp_path):
+    """Rows of all of them, in one section, beside the best of their ceilings."""
+    words = ("--op", "pack", "masked_sgd", "--shape", "64,40", "--bits", "4", "--seconds-per-case", "0.001")
+    assert run(tmp_path, *words, "--no-plots") == 0
+    results = results_of(tmp_path)
+    assert results["arguments"]["op"] == ["pack", "masked_sgd"]
+    (section,) = results["sections"]
+    assert {row["op"] for row in section["rows"]} == {"pack", "masked_sgd"}
+    copy = section["ceilings"]["copy_gb_s"]
+    assert copy != 10.0, "small_machine's: measured in this process"
+    assert all(row["of_copy"] == pytest.approx(row["gb_s"] / copy) for row in section["rows"])
+
+
+def test_joined_sections_keep_the_best_of_their_ceilings():
+    def section(copy):
+        row = {"op": "pack", "time": {}, "gb_s": 6.0, "product": "float32"}
+        return {"isa": "native", "ceilings": {"copy_gb_s": copy, "product_gflop_s": {"float32": 1.0}}, "rows": [row]}
+
+    joined = measure.joined([section(10.0) | {"left_out": 2}, section(12.0) | {"left_out": 1}])
+    assert joined["ceilings"]["copy_gb_s"] == 12.0
+    assert [row["of_copy"] for row in joined["rows"]] == [0.5, 0.5]
+    assert joined["left_out"] == 3
+
+
 def test_a_set_of_instructions_that_is_not_there_is_skipped(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_cpuinfo", lambda field: "sse2" if field == "flags" else None)
     assert run(tmp_path, "--op", "linear", *TINY, "--isa", "native,avx512", "--no-plots") == 0
