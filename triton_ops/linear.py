@@ -55,52 +55,96 @@ def finish(
 
 
 @triton.jit
+def add_products(
+    acc, weights, rows, word, K, words, CODES: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr,
+    FIELD: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr,
+    ASSEMBLY: tl.constexpr, LIFT: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SKIP: tl.constexpr, MASKED: tl.constexpr, PROMOTE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """acc [BN, BM] and the products of words ``word + SKIP`` of each row.
+
+    weights, rows: pointers to a row's first word, and to the x of its first slice. Offsets have 32 bits, whose sum with
+    a pointer is one instruction; SKIP is added behind them, since load instructions have room for a constant.
+    """
+    inside = word < words - SKIP
+    pointers = weights + word[None, :] + SKIP
+    if MASKED:
+        q = tl.load(pointers, mask=inside[None, :], other=0)
+    else:
+        q = tl.load(pointers)
+    a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
+    for j in tl.static_range(CODES):
+        pointers = rows + (word + j * words)[:, None] + SKIP
+        if MASKED:
+            xs = tl.load(pointers, mask=(inside & (word < K - j * words - SKIP))[:, None], other=0.0)
+        else:
+            xs = tl.load(pointers)
+        w = a if j == 0 else b if j == 1 else c if j == 2 else d
+        left, right = as_operand(w, DOT, LIFT, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
+        if PROMOTE:
+            # Sums of e4m3 products keep 14 bits in the tensor core: they begin anew after PROMOTE slices of a part.
+            if j % PROMOTE == 0:
+                part = tl.zeros((BN, BM), dtype=tl.float32)
+            part = tl.dot(left, right, part, input_precision="ieee")
+            if j % PROMOTE == PROMOTE - 1 or j == CODES - 1:
+                acc = acc + part
+        else:
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+    return acc
+
+
+# Values of these arguments make no other kernel: one less is compiled when M changes, and what is compiled is known.
+@triton.jit(do_not_specialize=["M", "steps"])
 def linear_kernel(
     x, weight, weight_exp, weight_scale, bias, rows_exp, out, M, N, K, words, stride_m, steps,
     EXPONENT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr,
     CODES: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr, FIELD: tl.constexpr, BASE: tl.constexpr,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr, LIFT: tl.constexpr,
-    DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WHOLE_K: tl.constexpr,
-    WHOLE_WORDS: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+    MASKED: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A [BN, BM] tile of yᵀ; with SPLIT, sums over ``steps`` tiles of words to out[split, m, n], float32.
 
-    weight: words [N, words]; x [M, K], rows stride_m apart; out [M, N]. WHOLE_K: K is CODES·words, so no mask along it;
-    WHOLE_WORDS: words is a multiple of BK.
+    weight: words [N, words]; x [M, K], rows stride_m apart; out [M, N]. MASKED: 0 if K is CODES·words, and words a
+    multiple of BK; 1: a second loop, with masks, does what is left behind whole steps; 2: masks in the only loop.
+    A step reads its BK words in parts of PART, whose addresses are the same but for a constant.
     """
     pid = tl.program_id(0)
     m_tiles = tl.cdiv(M, BM)
     # Programs of one block of weights run next to each other and share it in the second-level cache.
     n = (pid // m_tiles) * BN + tl.arange(0, BN)
     m = (pid % m_tiles) * BM + tl.arange(0, BM)
-    i = tl.arange(0, BK)
+    i = tl.arange(0, PART)
     # Rows past the end repeat the first ones: what they give is not stored.
     weights = weight + (n % N).to(tl.int64)[:, None] * words
     rows = x + (m % M).to(tl.int64)[None, :] * stride_m
-    first = tl.program_id(1) * steps if SPLIT else 0
+    # Without SPLIT 0, too, but the compiler must not know: it would keep an address of 64 bits for each row of words,
+    # and add to each at every step, where the sum of a pointer and an offset of 32 bits is one instruction.
+    first = tl.program_id(1) * steps
+    # Steps without masks.
+    whole = words // BK if MASKED == 0 else tl.maximum(K - (CODES - 1) * words, 0) // BK if MASKED == 1 else 0
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    at = first * BK + i
-    for _ in tl.range(0, tl.minimum(steps, tl.cdiv(words, BK) - first), num_stages=STAGES):
-        if WHOLE_WORDS:
-            q = tl.load(weights + at[None, :])
-        else:
-            q = tl.load(weights + at[None, :], mask=(at < words)[None, :], other=0)
-        a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
-        # Sums of e4m3 products keep 14 bits in the tensor core: they begin anew for every step and are added here.
-        part = tl.zeros((BN, BM), dtype=tl.float32) if PROMOTE else acc
-        for j in tl.static_range(CODES):
-            k = at + j * words
-            pointers = rows + k[:, None]
-            if WHOLE_K and WHOLE_WORDS:
-                xs = tl.load(pointers)
-            else:
-                xs = tl.load(pointers, mask=((k < K) & (at < words))[:, None], other=0.0)
-            w = a if j == 0 else b if j == 1 else c if j == 2 else d
-            left, right = as_operand(w, DOT, LIFT, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
-            part = tl.dot(left, right, part, input_precision="ieee")
-        acc = acc + part if PROMOTE else part
-        at += BK
+    word = first * BK + i
+    last = tl.minimum(first + steps, tl.cdiv(words, BK))
+    for _ in tl.range(first, last if MASKED == 2 else tl.minimum(last, whole), num_stages=STAGES):
+        for part in tl.static_range(BK // PART):
+            acc = add_products(
+                acc, weights, rows, word, K, words, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY,
+                LIFT, DOT, BM, BN, part * PART, MASKED == 2, PROMOTE, INTERPRETED,
+            )  # fmt: skip
+        word += BK
+    if MASKED == 1:
+        # Small pieces: these loads wait in registers.
+        PIECE: tl.constexpr = 32 if PART > 32 else PART
+        first = tl.maximum(first, whole) * (BK // PIECE)
+        word = first * PIECE + tl.arange(0, PIECE)
+        for _ in tl.range(first, tl.minimum(last * (BK // PIECE), tl.cdiv(words, PIECE)), num_stages=1):
+            acc = add_products(
+                acc, weights, rows, word, K, words, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY,
+                LIFT, DOT, BM, BN, 0, True, PROMOTE, INTERPRETED,
+            )  # fmt: skip
+            word += PIECE
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT:
@@ -125,7 +169,7 @@ def linear_kernel(
         tl.store(out + place, rounded(y, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def reduce_kernel(
     parts, weight_exp, weight_scale, bias, rows_exp, out, M, N, splits, EXPONENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -152,6 +196,8 @@ def reduce_kernel(
 
 # The tile of reduce_kernel: memory bound, a few KB a program.
 _REDUCE_M, _REDUCE_N = 4, 256
+# Products of e4m3 that tensor cores add up by themselves; 256 in parts of 128 words, where registers spilled otherwise.
+_PROMOTE_K = 128
 # Small fp16 numbers of dense levels, 2^-14 and up, come into e4m3's range by this.
 _LIFT = 256
 # What Triton takes a multiple of for granted where it loads whole vectors, of elements and of bytes.
@@ -176,6 +222,17 @@ def aligned(x: Tensor) -> Tensor:
     return padded
 
 
+def masks(decode: Decoder, tile: tiles.Tile, k: int, words: int) -> int:
+    """What linear_kernel masks along K, as its MASKED.
+
+    At 5 bits, three codes a word, hardly any K is whole: masks cost them less than a loop whose loads are waited for.
+    Beside a loop of long parts, on Hopper, a second one made registers spill in the first.
+    """
+    if decode.codec.codes * words == k and words % tile.bk == 0:
+        return 0
+    return 2 if decode.codec.codes == 3 or (decode.codec.width == 16 and tile.part > 32) else 1
+
+
 def constants(decode: Decoder, dot: str, tile: tiles.Tile, k: int, words: int) -> dict[str, Any]:
     """linear_kernel's constants for a decoder, a type of products and a tile."""
     lifted = lift(decode, dot)
@@ -186,9 +243,9 @@ def constants(decode: Decoder, dot: str, tile: tiles.Tile, k: int, words: int) -
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,
-        "WHOLE_K": decode.codec.codes * words == k,
-        "WHOLE_WORDS": words % tile.bk == 0,
-        "PROMOTE": dot == "e4m3",
+        "PART": tile.part,
+        "MASKED": masks(decode, tile, k, words),
+        "PROMOTE": max(_PROMOTE_K // tile.part, 2) if dot == "e4m3" else 0,
         "STAGES": tile.stages,
         "INTERPRETED": INTERPRETED,
     }
@@ -233,8 +290,11 @@ def multiply(
         parts = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else out
         steps = choice.steps if splits > 1 else cdiv(words, tile.bk)
         with on_device_of(x):
+            # Sums that are parts have no epilogue yet: one kernel for all of those there can be.
+            split = splits > 1
+            given, used = ((weight_exp,) * 4, dict.fromkeys(flags, False)) if split else (epilogue, flags)
             linear_kernel[cdiv(n, tile.bn) * cdiv(m, tile.bm), splits](
-                x, q, *epilogue, parts, m, n, k, words, x.stride(0), steps, **fixed, **flags, SPLIT=splits > 1,
+                x, q, *given, parts, m, n, k, words, x.stride(0), steps, **fixed, **used, SPLIT=split,
                 num_warps=tile.warps,
             )  # fmt: skip
     if parts is not out:

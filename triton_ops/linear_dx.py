@@ -19,7 +19,8 @@ from .launch import INTERPRETED, cdiv, on_device_of
 from .linear import aligned
 
 
-@triton.jit
+# The number of rows makes no other kernel: one less is compiled when it changes.
+@triton.jit(do_not_specialize=["M"])
 def linear_dx_kernel(
     grad, weight, weight_exp, weight_scale, out, M, N, K, words, stride_m, EXPONENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, CODES: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr, FIELD: tl.constexpr,
@@ -27,30 +28,35 @@ def linear_dx_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """[BK, BM] tiles of dxᵀ, one in each slice of K. grad [M, N], rows stride_m apart; out [M, K]."""
+    """[BM, BK] tiles of dx, one in each slice of K. grad [M, N], rows stride_m apart; out [M, K].
+
+    The weights are the right operand, which goes into tensor cores through shared memory: as the left one they would
+    have to be transposed in registers, several instructions a weight.
+    """
     pid = tl.program_id(0)
     m_tiles = tl.cdiv(M, BM)
     i = (pid // m_tiles) * BK + tl.arange(0, BK)
     m = (pid % m_tiles) * BM + tl.arange(0, BM)
     j = tl.arange(0, BN)
-    gradients = grad + (m % M).to(tl.int64)[None, :] * stride_m
-    sum_a = tl.zeros((BK, BM), dtype=tl.float32)
-    sum_b = tl.zeros((BK, BM), dtype=tl.float32)
-    sum_c = tl.zeros((BK, BM), dtype=tl.float32)
-    sum_d = tl.zeros((BK, BM), dtype=tl.float32)
-    for step in tl.range(0, tl.cdiv(N, BN), num_stages=STAGES):
-        n = step * BN + j
+    # Rows and words past the end repeat the first ones: what they give is not stored.
+    gradients = grad + (m % M).to(tl.int64)[:, None] * stride_m + j[None, :]
+    weights = weight + j.to(tl.int64)[:, None] * words + (i % words)[None, :]
+    step = tl.full((), BN, tl.int64) * words
+    sum_a = tl.zeros((BM, BK), dtype=tl.float32)
+    sum_b = tl.zeros((BM, BK), dtype=tl.float32)
+    sum_c = tl.zeros((BM, BK), dtype=tl.float32)
+    sum_d = tl.zeros((BM, BK), dtype=tl.float32)
+    for start in tl.range(0, N, BN, num_stages=STAGES):
+        n = start + j
         here = n < N
-        q = tl.load(
-            weight + n.to(tl.int64)[:, None] * words + i[None, :], mask=here[:, None] & (i < words)[None, :], other=0
-        )
+        q = tl.load(weights, mask=here[:, None], other=0)
         a, b, c, d = decode(q, CODES, SHIFTS, MASK, FIELD, BASE, UNIT, WIDTH, SOURCE, ASSEMBLY, INTERPRETED)
-        g = widened(tl.load(gradients + n[:, None], mask=here[:, None], other=0), INTERPRETED)
+        g = widened(tl.load(gradients + start, mask=here[None, :], other=0), INTERPRETED)
         # 2^n1 alone, as in the definition: all of the factor would leave few bits of small weights.
         e = tl.load(weight_exp + n, mask=here, other=0).to(tl.int32)
-        g = scaled(g, e[:, None])
+        g = scaled(g, e[None, :])
         if HAS_SCALE:
-            g = g * tl.load(weight_scale + n, mask=here, other=0)[:, None]
+            g = g * tl.load(weight_scale + n, mask=here, other=0)[None, :]
         if HAS_SCALE and PRECISION == "tf32":
             # A gradient times a row scale has more bits than TF32, whose tensor cores cut them off: nearest even here.
             bits = g.to(tl.int32, bitcast=True)
@@ -58,17 +64,18 @@ def linear_dx_kernel(
         if INTERPRETED and DOT == "bf16":
             g = rounded(g, tl.bfloat16, INTERPRETED)
         g = as_operand(g, DOT, 1, INTERPRETED)
-        sum_a = tl.dot(tl.trans(as_operand(a, DOT, 1, INTERPRETED)), g, sum_a, input_precision=PRECISION)
-        sum_b = tl.dot(tl.trans(as_operand(b, DOT, 1, INTERPRETED)), g, sum_b, input_precision=PRECISION)
+        sum_a = tl.dot(g, as_operand(a, DOT, 1, INTERPRETED), sum_a, input_precision=PRECISION)
+        sum_b = tl.dot(g, as_operand(b, DOT, 1, INTERPRETED), sum_b, input_precision=PRECISION)
         if CODES > 2:
-            sum_c = tl.dot(tl.trans(as_operand(c, DOT, 1, INTERPRETED)), g, sum_c, input_precision=PRECISION)
+            sum_c = tl.dot(g, as_operand(c, DOT, 1, INTERPRETED), sum_c, input_precision=PRECISION)
         if CODES > 3:
-            sum_d = tl.dot(tl.trans(as_operand(d, DOT, 1, INTERPRETED)), g, sum_d, input_precision=PRECISION)
+            sum_d = tl.dot(g, as_operand(d, DOT, 1, INTERPRETED), sum_d, input_precision=PRECISION)
+        weights += step
     for s in tl.static_range(CODES):
         acc = sum_a if s == 0 else sum_b if s == 1 else sum_c if s == 2 else sum_d
         k = s * words + i
-        inside = ((i < words) & (k < K))[:, None] & (m < M)[None, :]
-        place = m.to(tl.int64)[None, :] * K + k[:, None]
+        inside = (m < M)[:, None] & ((i < words) & (k < K))[None, :]
+        place = m.to(tl.int64)[:, None] * K + k[None, :]
         acc = scaled(acc, tl.full((), EXPONENT, tl.int32))
         tl.store(out + place, rounded(acc, out.dtype.element_ty, INTERPRETED), mask=inside)
 

@@ -1,5 +1,8 @@
 """``linear_fp8``: rows of x rounded to e4m3 with a power-of-two scale each, times weights that e4m3 holds exactly.
 
+Tensor cores add e4m3 products to 14 bits; every 128 k their sum is added to one in float32, and begins anew. In tiles of
+more than 32 rows on Hopper that is every 256 k: they have no registers for more (docs/performance.md).
+
 On GPUs without e4m3 products (before sm_89) the same numbers are multiplied as float16: the same sums.
 """
 
@@ -20,7 +23,7 @@ from .linear import multiply
 # Elements of a row at a time; a row is read twice, the second time from the cache.
 _BLOCK = 1024
 # sm_89, Ada, is the first with e4m3 tensor cores.
-_FIRST_E4M3 = 89
+FIRST_E4M3 = 89
 
 
 @triton.jit
@@ -82,7 +85,7 @@ def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, 
     dot = "e4m3"
     if INTERPRETED:
         x8 = x8.float()
-    elif operands.capability(x.device) < _FIRST_E4M3:
+    elif operands.capability(x.device) < FIRST_E4M3:
         x8, dot = x8.to(torch.float16), "fp16"
         if layout == slices.E4M3:
             weight, layout = storage.ready_as(weight, n, k, fmt, layout, slices.FP16), slices.FP16

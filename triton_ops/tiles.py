@@ -29,13 +29,22 @@ _LEAST_WORDS = 256
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of a product: BN outputs (weights' rows) × BM rows of x, BK words of each slice a step."""
+    """A tile of a product: BN outputs (weights' rows) × BM rows of x, BK words of each slice a step.
+
+    ``part``: words of a row that one load of ``linear`` reads; BK where it is not given. Of more parts fewer addresses
+    are computed, but Hopper's tensor cores take a descriptor for each.
+    """
 
     bn: int
     bm: int
     bk: int
     warps: int
     stages: int
+    part: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.part:
+            object.__setattr__(self, "part", self.bk)
 
 
 @dataclass(frozen=True)
@@ -49,47 +58,57 @@ class Choice:
 
 
 # Chosen by what machine code they become (`inq bench static`), not yet by time: at most 1.3 integer instructions a
-# weight for 16-bit products, 0.7 for e4m3 with few rows, no spills, and shared memory that a block can have: 163 KB on
-# sm_80, 227 on sm_90 and sm_100, 99 on the others. A step of 128×64 16-bit words is 16 KB; x takes S·BM·BK elements.
+# weight for 16-bit products on sm_80 to sm_90, 0.7 for e4m3 on sm_90, no spills, and shared memory that a block can
+# have: 163 KB on sm_80, 227 on sm_90 and sm_100, 99 on the others. What a step costs beside decoding is nearly the same
+# for all, 20 to 80 instructions, so a thread decodes 256 weights or more in it. A step of 128×64 16-bit words is 16 KB,
+# and x takes S·BM·BK elements. With two stages a step's loads are in flight while the one before is multiplied in
+# another block: what they need of shared memory leaves room for two or three.
 _16 = {
+    16: Tile(128, 16, 64, 4, 3, 32),
+    32: Tile(128, 32, 64, 4, 3, 32),
+    64: Tile(128, 64, 64, 4, 2, 32),
+    128: Tile(128, 64, 64, 4, 2, 32),  # twice as large, it spilled where K is masked
+}
+# Hopper's tensor cores read x through descriptors, some ten instructions for each part: the same for more weights. With
+# 128 rows of x a thread has no registers for as many.
+_16_HOPPER = {
+    16: Tile(256, 16, 64, 4, 2),
+    32: Tile(256, 32, 64, 4, 2),
+    64: Tile(256, 64, 64, 4, 2),
+    128: Tile(256, 64, 64, 4, 2),
+}
+# Blackwell's sums lie in tensor memory, 512 columns of it, and each slice of K has its own.
+_16_BLACKWELL = {
     16: Tile(128, 16, 64, 4, 3),
     32: Tile(128, 32, 64, 4, 3),
     64: Tile(128, 64, 32, 4, 3),
-    128: Tile(128, 64, 32, 4, 3),  # twice as large, it spilled where K is masked
+    128: Tile(128, 64, 32, 4, 3),
 }
-# Hopper's tensor cores read x through descriptors, some 50 instructions a step: more weights for each of them.
-_16_HOPPER = {
-    16: Tile(128, 16, 128, 4, 3),
-    32: Tile(256, 32, 64, 4, 3),
-    64: Tile(256, 64, 32, 4, 3),
-    128: Tile(256, 128, 32, 8, 3),
-}
-# Blackwell's sums lie in tensor memory, 512 columns of it, and each slice of K has its own.
-_16_BLACKWELL = _16 | {128: _16[64]}
 _FP8 = {
-    16: Tile(128, 16, 128, 4, 3),
-    32: Tile(128, 32, 128, 4, 3),
+    16: Tile(128, 16, 128, 4, 3, 64),
+    32: Tile(128, 32, 128, 4, 3, 64),
     64: Tile(128, 64, 64, 4, 3),
     128: Tile(128, 128, 64, 8, 3),
 }
 _FP8_HOPPER = {
-    16: Tile(256, 16, 128, 4, 3),
-    32: Tile(128, 32, 128, 4, 3),
-    64: Tile(128, 64, 128, 4, 3),
-    128: Tile(128, 128, 128, 8, 3),
+    16: Tile(256, 16, 128, 4, 3, 64),
+    32: Tile(256, 32, 128, 4, 3, 64),
+    64: Tile(256, 64, 256, 8, 2, 128),
+    128: Tile(256, 64, 256, 8, 2, 128),
 }
 # Words of 16 bits whose numbers are converted take more registers.
 _FP8_OF_16 = {
     16: Tile(128, 16, 64, 4, 3),
     32: Tile(128, 32, 64, 4, 3),
-    64: Tile(128, 64, 64, 4, 3),
-    128: Tile(128, 128, 64, 8, 2),
+    64: Tile(128, 64, 64, 4, 3, 32),
+    128: Tile(128, 128, 64, 8, 2, 32),
 }
 # No tensor cores: IEEE float32 products.
 _FP32 = {rows: Tile(64, min(rows, 64), 16, 4 if rows < 64 else 8, 2) for rows in ROWS}
 # The gradient: BN rows of weights are summed over a step, BK words give BK columns in each slice, so S accumulators.
-# Of 64 rows of x they spilled on sm_120.
-_DX = {rows: Tile(32, min(rows, 32), 32, 4, 2) for rows in ROWS}
+_DX = {rows: Tile(64, 16 if rows == 16 else 32, 64, 4, 2) for rows in ROWS}
+# 64 rows of x are the least of Hopper's own product instructions.
+_DX_HOPPER = {rows: Tile(64, 64, 64, 4, 2) for rows in ROWS}
 DEFAULTS: dict[str, dict[int, Tile]] = {
     "linear fp16": _16,
     "linear bf16": _16,
@@ -104,6 +123,8 @@ HOPPER: dict[str, dict[int, Tile]] = DEFAULTS | {
     "linear fp16": _16_HOPPER,
     "linear bf16": _16_HOPPER,
     "linear e4m3": _FP8_HOPPER,
+    "linear_dx fp16": _DX_HOPPER,
+    "linear_dx bf16": _DX_HOPPER,
 }
 # There, Triton 3.6 makes TF32 products of float32 tiles of 64 rows, whatever precision is asked for.
 _FP32_BLACKWELL = {rows: Tile(32, min(rows, 64), 16, 4, 2) for rows in ROWS}
@@ -193,9 +214,10 @@ def _known_rows(text: str) -> int:
 
 def _tile(name: str, fields: Mapping[str, object]) -> Tile:
     expected = [field.name for field in dataclasses.fields(Tile)]
-    if sorted(fields) != sorted(expected):
+    if sorted({*fields, "part"}) != sorted(expected):
         raise ValueError(f"{name}: expected {expected}, got {sorted(fields)}")
     limits = {"bn": (16, 256), "bm": (16, 256), "bk": (16, 256), "warps": (1, 16), "stages": (1, 8)}
+    limits |= {"part": (16, fields["bk"])} if "part" in fields else {}
     for field, (least, most) in limits.items():
         value = fields[field]
         power = field != "stages"
