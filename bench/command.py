@@ -102,6 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--sm", type=int, choices=CAPABILITIES, help="of static: only these GPUs (90: Hopper)", **many)
     parser.add_argument("--only", metavar="WORD", help="of static: only names with one of these words", **many)
+    parser.add_argument(
+        "--check", action="store_true",
+        help="of static: write nothing; compile the extremes of the committed table again and compare",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=_positive(int), default=2, metavar="N", help="of static: processes (default: 2)")
     parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
 
@@ -116,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         if args.what == "static":
             from . import static
 
-            return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs)
+            return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs, args.check)
         if args.compare:
             files = [report.read(path) for path in args.compare]
             with _whole(*args.compare):

@@ -6,14 +6,13 @@ datasheets; the rest is read off the kernels' machine code (``inq bench static``
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import slices
 from ..format import Format
 from ..triton_ops import tiles
-from . import shapes
+from . import shapes, static
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -91,7 +90,7 @@ class Product:
         parts = 8 * choice.splits * self.m * self.n if choice.splits > 1 else 0
         quantized = 2 * self.m * self.k if self.dot == "e4m3" else 0
         size = 1 if self.dot == "e4m3" else 2
-        name = f"linear {self.dot} {slices.kind(self.fmt)} m{tiles.rows_class(self.m)}"
+        name = f"linear {self.dot} {slices.kind(self.fmt)} m{_first_rows(tiles.HOPPER, self.dot, tile)}"
         each = instructions[name] * n_tiles * tile.bn * m_tiles * words * codec.codes
         terms = {
             "memory": (self.bytes + quantized) / (STREAM * gpu.bandwidth),
@@ -107,9 +106,14 @@ class Product:
         return terms[bound] + start * (1 + (choice.splits > 1) + (self.dot == "e4m3")), bound
 
 
+def _first_rows(table: dict[str, dict[int, tiles.Tile]], dot: str, tile: tiles.Tile) -> int:
+    """The column of a table that first has a tile: configurations are named for it."""
+    return next(rows for rows, each in table[f"linear {dot}"].items() if each == tile)
+
+
 def instructions_a_weight() -> dict[str, float]:
     """All instructions of the main loop for each weight that a thread decodes, on sm_90, by configuration."""
-    rows = json.loads(STATIC.read_text())["rows"]
+    rows = static.read(STATIC)["rows"]
     return {
         row["name"]: sum(row["per_weight"].values())
         for row in rows
@@ -154,10 +158,14 @@ def instructions() -> str:
     capabilities = (80, 86, 89, 90)
     lines = [BEGIN_STATIC, "| product | M up to | " + " | ".join(f"sm_{sm}" for sm in capabilities) + " |"]
     lines.append("|" + "---|" * (2 + len(capabilities)))
-    rows = {(row["name"], row["sm"]): row for row in json.loads(STATIC.read_text())["rows"]}
+    rows = {(row["name"], row["sm"]): row for row in static.read(STATIC)["rows"]}
     for dot in ("fp16", "bf16", "e4m3"):
         for m in tiles.ROWS:
-            found = [rows.get((f"linear {dot} paper4 m{m}", sm)) for sm in capabilities]
+            found = []
+            for sm in capabilities:
+                table = tiles.defaults(sm)
+                tile = table[f"linear {dot}"][m]
+                found.append(rows.get((f"linear {dot} paper4 m{_first_rows(table, dot, tile)}", sm)))
             cells = ["–" if row is None else f"{row['per_weight']['integer']:.2f}" for row in found]
             lines.append(f"| {dot} | {m if m < tiles.ROWS[-1] else '2047'} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, END_STATIC])

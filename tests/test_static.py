@@ -1,9 +1,8 @@
 """``inq bench static``: kernels compile for GPUs that are not here, within their budgets, and the committed table is
 whole. Counting is tested on small disassemblies; one fresh compile holds the key configurations to their budgets."""
 
-import json
+import itertools
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,8 @@ from inq_kernels.triton_ops.configurations import configurations
 
 from inq_kernels.cli import main
 
-ROOT = Path(__file__).resolve().parent.parent
-KEY = ("linear fp16 paper4 m16", "linear fp16 paper4 m64", "linear bf16 paper4 m16", "linear bf16 paper4 m64")
-FP8 = "linear e4m3 paper4 m16"
+KEY = ("linear fp16 paper4 m16", "linear bf16 paper4 m16", "linear bf16 paper4 m64", "linear bf16 paper4 m64 masked")
+FP8 = ("linear e4m3 paper4 m16", "linear e4m3 paper4 m64")
 
 
 def sass(*lines, loop=None):
@@ -103,6 +101,7 @@ def test_instructions_a_weight(turns):
     # 16·16 weights by 32 threads: 8 for each.
     assert found["per_weight"] == pytest.approx({"integer": 1 / 8, "tensor": 1 / 8, "other": 1 / 8 / turns})
     assert found["tensor"] == {"HMMA": turns}
+    assert found["tensor_anywhere"] == turns
     assert found["local"] == 0
 
 
@@ -118,7 +117,11 @@ def row(**more):
     facts = {"DOT": "fp16", "SOURCE": "fp16", "BM": 16}
     found = {"name": KEY[0], "kernel": "linear_kernel", "sm": 90, "error": None, "facts": facts, "stack": 0, "local": 0}
     found |= {"shared": 1000, "tensor_memory": 0, "tensor": {"HGMMA": 4}, "per_weight": {"integer": 1.3}}
+    found |= {"key": "0", "warps": 4, "registers": 100, "instructions": 10, "unrolled": 1, "tensor_anywhere": 4}
     return found | more
+
+
+IEEE = {"facts": {"DOT": "fp32", "SOURCE": "fp16", "BM": 16}, "tensor": {}}
 
 
 @pytest.mark.parametrize(
@@ -133,12 +136,19 @@ def row(**more):
         ({"tensor": {"HMMA": 4}}, "tensor cores: expected HGMMA"),
         ({"tensor": {}, "sm": 80}, "tensor cores: expected HMMA in the main loop, got none"),
         ({"per_weight": {"integer": 1.31}}, "integer instructions a weight: expected at most 1.3, got 1.31"),
+        (IEEE, "tensor cores: expected none for float32, got 4"),
     ],
 )
 def test_problems(change, message):
     assert static.problems(row()) == []
     (found,) = static.problems(row(**change))
     assert message in found
+
+
+def test_float32_products_that_are_tf32_may_be_tensor_cores():
+    assert static.problems(row(**IEEE, tensor_anywhere=0)) == []
+    tf32 = {"DOT": "fp32", "SOURCE": "fp16", "PRECISION": "tf32", "BM": 16}
+    assert static.problems(row(kernel="linear_dx_kernel", facts=tf32)) == []
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -148,12 +158,25 @@ def test_problems(change, message):
 def test_every_tile_that_select_can_return_is_compiled(sm):
     found = list(configurations(sm))
     assert len({each.name for each in found}) == len(found)
-    compiled = [each for _, each in static.wanted(found, sm)]
+    compiled = list(static.wanted(found, sm))
     kernels = {"linear": "linear_kernel", "linear_dx": "linear_dx_kernel"}
     have = {
         (each.kernel.__name__, *(each.constexprs.get(n) for n in ("BN", "BM", "BK")), each.num_warps)
         for each in compiled
     }
+    # Each tile with each value of what is in its loop, and each epilogue.
+    variants: dict[tuple, set] = {}
+    for each in compiled:
+        if each.kernel.__name__ == "linear_kernel":
+            c = each.constexprs
+            tile = (c["DOT"], c["SOURCE"], c["CODES"], c["BN"], c["BM"], c["BK"], each.num_warps)
+            variants.setdefault(tile, set()).add((c["MASKED"], c["SPLIT"], c["HAS_SCALE"], c["HAS_BIAS"]))
+    for tile, seen in variants.items():
+        masked = 2 if tile[2] == 3 else 1
+        assert {v[:2] for v in seen} == set(itertools.product((0, masked), (False, True))), tile
+        assert {v[2:] for v in seen} >= {(False, False), (True, True)}, tile
+    epilogues = {v[2:] for seen in variants.values() for v in seen}
+    assert epilogues == set(itertools.product((False, True), repeat=2))
     for key, by_rows in tiles.defaults(sm).items():
         op, dot = key.split(maxsplit=1)
         if dot.startswith("e4m3") and sm < static.FIRST_E4M3:
@@ -162,54 +185,100 @@ def test_every_tile_that_select_can_return_is_compiled(sm):
             assert (kernels[op], tile.bn, tile.bm, tile.bk, tile.warps) in have, (key, tile)
 
 
-def test_the_committed_table_is_whole():
-    """It was made with the Triton that constraints.txt names, has every configuration, and keeps its budgets."""
+@pytest.fixture(scope="module")
+def committed():
+    """(path, table) of this version of Triton."""
     version = metadata.version("triton")
-    path = ROOT / "bench" / "results" / f"static-{version}" / "static.json"
+    path = static.folder(version) / "static.json"
     if not path.exists():
         pytest.skip(f"there is no committed table for Triton {version}")
-    results = json.loads(path.read_text())
+    return path, static.read(path)
+
+
+def test_the_committed_table_is_of_these_sources(committed):
+    """Kernels that changed since have other machine code than it says."""
+    assert static.changed(committed[1]) == [], "make static writes the table again"
+
+
+def test_the_committed_table_is_whole(committed):
+    """It has every configuration, as it is launched now, and keeps the budgets."""
+    path, results = committed
     assert results["capabilities"] == list(CAPABILITIES)
     rows = {(each["name"], each["sm"]): each for each in results["rows"]}
-    expected = {(each.name, sm): each for sm in CAPABILITIES for _, each in static.wanted(configurations(sm), sm)}
-    assert rows.keys() == expected.keys(), "make static writes the table again"
-    for key, each in expected.items():
-        facts = rows[key]["facts"]
-        assert all(each.constexprs.get(name) == value for name, value in facts.items()), f"{key}: make static"
+    expected = {
+        (each.name, sm): static.fingerprint(each)
+        for sm in CAPABILITIES
+        for each in static.wanted(configurations(sm), sm)
+    }
+    assert {key: each["key"] for key, each in rows.items()} == expected, "make static writes the table again"
     assert [f"{key}: {found}" for key, each in rows.items() for found in static.problems(each)] == []
     assert (path.parent / "static.md").read_text() == static.markdown(results)
 
 
+def test_what_is_compiled_again_stands_for_all(committed):
+    """Each kernel on each kind of GPU, in no more than CI has time for."""
+    rows = committed[1]["rows"]
+    chosen = static.extremes(rows)
+    assert {(each["kernel"], each["sm"]) for each in chosen} == {(each["kernel"], each["sm"]) for each in rows}
+    assert len(chosen) <= 400
+
+
+def test_comments_make_no_table_old():
+    code = "def f():\n    # why\n    return 1  # one\n"
+    assert static._code(code) == static._code("def f():\n\n    return 1\n") != static._code(code.replace("1", "2"))
+
+
 def test_key_configurations_keep_their_budgets():
     """Compiled afresh, in processes that interpret nothing."""
-    rows = static.compile_all((80, 86, 89, 90), [*KEY, FP8])
-    found = {(each["name"], each["sm"]): each for each in rows}
+    exact = [(name, sm) for name in KEY for sm in (80, 90)] + [(name, 90) for name in FP8]
+    found = {(each["name"], each["sm"]): each for each in static.compile_all((80, 90), exact=exact)}
+    assert found.keys() == set(exact)
     assert [f"{key}: {problem}" for key, each in found.items() for problem in static.problems(each)] == []
-    for sm in (80, 86, 89, 90):
+    for sm in (80, 90):
         for name in KEY:
             each = found[name, sm]
-            assert static.budget(each) == (1.43 if "bf16" in name else 1.3)
-            assert 0.8 < each["per_weight"]["integer"] <= static.budget(each)
+            assert static.budget(each) == 1.3
+            assert 0.8 < each["per_weight"]["integer"] <= 1.3
             assert each["tensor"].keys() == {"HGMMA" if sm == 90 else "HMMA"}
             assert each["per_weight"]["global"] < 0.3
-    fp8 = found[FP8, 90]
-    assert 0.5 <= fp8["per_weight"]["integer"] <= static.budget(fp8) == 0.7
-    assert fp8["tensor"].keys() == {"QGMMA"}
-    assert (FP8, 80) not in found
+    for name in FP8:
+        fp8 = found[name, 90]
+        assert 0.5 <= fp8["per_weight"]["integer"] <= static.budget(fp8) == 0.7
+        assert fp8["tensor"].keys() == {"QGMMA"}
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    rows = [row(registers=100, warps=4, unrolled=1, instructions=10, counts={})]
+    rows = [row()]
     monkeypatch.setattr(static, "compile_all", lambda capabilities, only, jobs: rows)
     assert main(["bench", "static", "--sm", "90", "--only", "m16", "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "static.json").read_text())["rows"] == rows
-    assert KEY[0] in (tmp_path / "static.md").read_text()
+    assert static.read(tmp_path / "static.json")["rows"] == rows
+    assert "| linear_kernel | fp16 |" in (tmp_path / "static.md").read_text()
     rows[0]["local"] = 2
     assert main(["bench", "static", "--out", str(tmp_path)]) == 1
     assert f"inq bench: {KEY[0]} on sm_90: spills: 0 bytes of stack, 2 instructions" in capsys.readouterr().err
     rows.clear()
     assert main(["bench", "static", "--only", "nothing", "--out", str(tmp_path)]) == 1
     assert "no configuration is like that" in capsys.readouterr().err
+
+
+def test_what_comes_out_is_compared_with_the_table(tmp_path, capsys, monkeypatch):
+    made = [row()]
+    results = {"schema": 2, "triton": "3", "capabilities": [90], "sources": static.sources(), "rows": made}
+    static.write(tmp_path / "static.json", results)
+    now = [row()]
+    monkeypatch.setattr(static, "folder", lambda version: tmp_path)
+    monkeypatch.setattr(static, "compile_all", lambda capabilities, only, jobs, exact: now)
+    command = ["bench", "static", "--check", "--sm", "90"]
+    assert main(command) == 0
+    assert "1 of 1 kernels compiled again, 0 problems" in capsys.readouterr().out
+    now[0]["registers"] = 101
+    assert main(command) == 1
+    assert f"{KEY[0]} on sm_90: registers 100 → 101" in capsys.readouterr().err
+    now[0]["registers"] = 100
+    results["sources"]["linear.py"] = "another"
+    static.write(tmp_path / "static.json", results)
+    assert main(command) == 1
+    assert "inq bench: linear.py: changed since the table was made" in capsys.readouterr().err
 
 
 def test_the_capabilities_are_those_of_the_tiles():

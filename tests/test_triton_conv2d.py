@@ -245,7 +245,9 @@ def test_a_choice_covers_the_product():
         tile, words = choice.tile, ((k + codes - 1) // codes + 31) // 32 * 32
         if choice.kernel == "direct":
             assert k <= 1024
+            assert tile in triton_conv2d._DIRECT_TILES
             continue
+        assert tile in triton_conv2d.tiles_of(dot)
         assert min(tile.bn, tile.bm) >= 16
         assert max(tile.bn, tile.bm) <= 128
         assert tile.bn * tile.bm <= 128 * 64

@@ -1,7 +1,8 @@
 """Every kernel as it can be launched: what ``inq bench static`` compiles for each kind of GPU, without one.
 
-For products these are the tiles that ``tiles.select`` can return, with each codec that a product type meets. A module
-that has its own kernels has a function ``configurations()`` beside them, which yields what this one yields.
+For products these are the tiles that ``tiles.select`` can return on that GPU, with each codec that a product type meets
+and each value of each constant. A module that has its own kernels has a function ``configurations()`` beside them,
+which yields what this one yields.
 
 A type in a signature that ends with ``:16`` says that launches pass a multiple of 16, as Triton finds out by itself
 when it launches. Pointers always are.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from .codec import decoder
 from .dense import _BK, _BN, dense_kernel
 from .linear import _REDUCE_M, _REDUCE_N, linear_kernel, reduce_kernel
 from .linear_dx import linear_dx_kernel
-from .linear_fp8 import _BLOCK, quantize_rows_kernel
+from .linear_fp8 import _BLOCK, FIRST_E4M3, quantize_rows_kernel
 
 # Modules beside this one that may have configurations of their own.
 MODULES = ("partition", "quantize", "masked_steps", "storage", "conv2d")
@@ -72,15 +74,17 @@ def configuration(name: str, kernel, types: dict[str, str], constants: dict[str,
 
 def configurations(capability: int = 90) -> Iterator[Configuration]:
     """All there are on a kind of GPU, names unique."""
-    yield from _linear(tiles.defaults(capability))
+    table = tiles.defaults(capability)
+    yield from _linear(table, capability)
     yield from _reduce()
-    yield from _linear_dx(tiles.defaults(capability))
+    yield from _linear_dx(table)
     yield from _dense()
     for dtype in _DTYPES:
         types = {"x": _POINTERS[dtype], "values": "*u8", "exponents": "*i32", "K": "i32:16", "stride_m": "i32:16"}
-        yield configuration(
-            f"quantize_rows {dtype}", quantize_rows_kernel, types, {"BLOCK": _BLOCK, "INTERPRETED": False}
-        )
+        constants = {"BLOCK": _BLOCK, "INTERPRETED": False}
+        yield configuration(f"quantize_rows {dtype}", quantize_rows_kernel, types, constants)
+        types |= {"K": "i32", "stride_m": "i32"}
+        yield configuration(f"quantize_rows {dtype} ragged", quantize_rows_kernel, types, constants)
     for module in MODULES:
         name = f"{__package__}.{module}"
         if importlib.util.find_spec(name) is not None:
@@ -107,32 +111,48 @@ def _tiles(row: Mapping[int, tiles.Tile]) -> Iterator[tuple[int, tiles.Tile]]:
             yield rows, tile
 
 
-def _linear(table: Table) -> Iterator[Configuration]:
-    for dot in ("fp16", "bf16", "e4m3", "fp32"):
-        for kind, fmt in KINDS.items():
-            layout = layout_for(dot, fmt)
-            # Three codes a word: no usual K is a multiple of 3·32, so products of 5 bits are masked.
-            whole = decoder(layout, fmt).codec.codes != 3
-            for rows, tile in _tiles(_row(table, dot, layout, fmt)):
-                name = f"linear {dot} {kind} m{rows}"
-                yield _linear_one(name, dot, fmt, layout, tile, whole=whole)
-                if kind == "paper4":
-                    yield _linear_one(f"{name} masked", dot, fmt, layout, tile, whole=False, ragged=True)
-                    yield _linear_one(f"{name} split", dot, fmt, layout, tile, split=True)
-                    yield _linear_one(f"{name} scale bias", dot, fmt, layout, tile, epilogue=True)
-                    if rows == tiles.ROWS[0]:
-                        yield _linear_one(f"{name} one row split", dot, fmt, layout, tile, split=True, one_row=True)
-            # Weights stay in the layout that a module was given, whatever is multiplied with them.
-            for other in slices.LAYOUTS:
-                if slices.has(other, fmt) and other != layout:
-                    whole = decoder(other, fmt).codec.codes != 3
-                    rows, tile = next(_tiles(_row(table, dot, other, fmt)))
-                    name = f"linear {dot} {kind} m{rows} from {other}"
-                    yield _linear_one(name, dot, fmt, other, tile, whole=whole)
+def _codecs(dot: str) -> Iterator[tuple[str, Format, str, str]]:
+    """(kind, format, layout, what a name says of it): the words that products of a type decode, their own first.
+
+    Weights stay in the layout that a module was given; words of e4m3 alone are for e4m3's products alone.
+    """
+    for kind, fmt in KINDS.items():
+        own = layout_for(dot, fmt)
+        for layout in (own, *(each for each in (slices.FP16, slices.BF16) if each != own)):
+            if slices.has(layout, fmt):
+                yield kind, fmt, layout, "" if layout == own else f" from {layout}"
 
 
-def _row(table: Table, dot: str, layout: str, fmt: Format) -> Mapping[int, tiles.Tile]:
-    return table[f"linear {tiles.product(dot, decoder(layout, fmt).constants['SOURCE'])}"]
+# Of linear_kernel's constants and sizes. ``masked``: not all of K is whole steps; ``ragged``: N is no multiple of 16.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    " masked scale bias": {"masked": True, "scale": True, "bias": True, "ragged": True},
+    " split": {"split": True},
+    " masked split": {"masked": True, "split": True, "ragged": True},
+}
+# What is added after the loop has no part in what the loop has: the first tile stands for others.
+_EPILOGUES: dict[str, dict[str, Any]] = {
+    " masked": {"masked": True},
+    " scale": {"scale": True},
+    " bias": {"bias": True},
+    " scale bias": {"scale": True, "bias": True},
+}
+
+
+def _linear(table: Table, capability: int) -> Iterator[Configuration]:
+    # Before sm_89 rows of e4m3 numbers are multiplied as float16: kernels of fp16 but for their epilogue.
+    e4m3 = capability >= FIRST_E4M3
+    for dot, rows_exp in (("fp16", False), ("bf16", False), ("fp32", False), ("e4m3" if e4m3 else "fp16", True)):
+        for kind, fmt, layout, words in _codecs(dot):
+            source = decoder(layout, fmt).constants["SOURCE"]
+            for rows, tile in _tiles(table[f"linear {tiles.product(dot, source)}"]):
+                name = f"linear {'e4m3 as fp16' if rows_exp and not e4m3 else dot} {kind} m{rows}{words}"
+                first = rows == tiles.ROWS[0]
+                for variant, facts in (_VARIANTS | (_EPILOGUES if first and not words else {})).items():
+                    if e4m3 or not (rows_exp and facts.get("split")):
+                        yield _linear_one(f"{name}{variant}", dot, fmt, layout, tile, rows_exp, **facts)
+                for out in ("fp16", "fp32") if rows_exp and first else ():
+                    yield _linear_one(f"{name} to {out}", dot, fmt, layout, tile, rows_exp, out=out)
 
 
 def _linear_one(
@@ -141,27 +161,29 @@ def _linear_one(
     fmt: Format,
     layout: str,
     tile: tiles.Tile,
-    whole: bool = True,
+    rows_exp: bool,
+    masked: bool = False,
     ragged: bool = False,
     split: bool = False,
-    epilogue: bool = False,
-    one_row: bool = False,
+    scale: bool = False,
+    bias: bool = False,
+    out: str = "",
 ) -> Configuration:
-    """linear_kernel. ``whole``: nothing is masked along K; ``ragged``: N is no multiple of 16, as K always is."""
     made = decoder(layout, fmt)
     words = 16 * tile.bk
-    constants = linear_module.constants(made, dot, tile, made.codec.codes * words, words)
-    constants |= {"WHOLE_K": whole, "WHOLE_WORDS": whole, "SPLIT": split}
-    constants |= {"HAS_SCALE": epilogue, "HAS_BIAS": epilogue, "HAS_ROWS": dot == "e4m3"}
-    constants |= {"M": 1} if one_row else {}
-    out = "bf16" if dot == "e4m3" else dot
+    constants = linear_module.constants(made, dot, tile, made.codec.codes * words - 16 * masked, words)
+    constants["SPLIT"] = split
+    # Sums that are parts have no epilogue yet.
+    rows_exp = rows_exp and not split
+    constants |= {"HAS_SCALE": scale, "HAS_BIAS": bias, "HAS_ROWS": rows_exp}
+    out = out or ("bf16" if rows_exp else "fp32" if split else dot)
     types = {
         "x": _POINTERS[dot],
         "weight": "*i8" if made.codec.width == 8 else "*i16",
         "weight_exp": "*i8",
-        "weight_scale": "*fp32" if epilogue else "*i8",
-        "bias": _POINTERS[out] if epilogue else "*i8",
-        "rows_exp": "*i32" if dot == "e4m3" else "*i8",
+        "weight_scale": "*fp32" if scale else "*i8",
+        "bias": _POINTERS[out] if bias else "*i8",
+        "rows_exp": "*i32" if rows_exp else "*i8",
         "out": "*fp32" if split else _POINTERS[out],
         "M": "i32",
         "N": "i32" if ragged else "i32:16",
@@ -175,37 +197,36 @@ def _linear_one(
 
 def _reduce() -> Iterator[Configuration]:
     for out in _DTYPES:
-        for rows in (False, True):
-            constants = {"EXPONENT": -3, "HAS_SCALE": True, "HAS_BIAS": True, "HAS_ROWS": rows}
+        for rows, scale, bias in itertools.product((False, True), (False, True), (False, True)):
+            constants = {"EXPONENT": -3, "HAS_SCALE": scale, "HAS_BIAS": bias, "HAS_ROWS": rows}
             constants |= {"BM": _REDUCE_M, "BN": _REDUCE_N, "INTERPRETED": False}
-            types = dict(parts="*fp32", weight_exp="*i8", weight_scale="*fp32", bias=_POINTERS[out])
-            types |= dict(rows_exp="*i32" if rows else "*i8", out=_POINTERS[out])
-            types |= dict(M="i32", N="i32:16", splits="i32")
-            yield configuration(f"reduce {out}{' rows' if rows else ''}", reduce_kernel, types, constants)
-            if not rows:
-                for name, ones in (("one row", {"M": 1}), ("one part", {"splits": 1})):
-                    yield configuration(f"reduce {out} {name}", reduce_kernel, types, constants | ones)
+            types = dict(parts="*fp32", weight_exp="*i8", weight_scale="*fp32" if scale else "*i8")
+            types |= dict(bias=_POINTERS[out] if bias else "*i8", rows_exp="*i32" if rows else "*i8")
+            types |= dict(out=_POINTERS[out], M="i32", N="i32", splits="i32")
+            words = " rows" * rows + " scale" * scale + " bias" * bias
+            yield configuration(f"reduce {out}{words}", reduce_kernel, types, constants)
 
 
 def _linear_dx(table: Table) -> Iterator[Configuration]:
     for dtype in ("fp16", "bf16", "fp32"):
-        for rows, tile in _tiles(table[f"linear_dx {dtype}"]):
-            for kind, fmt in KINDS.items():
-                made = decoder(slices.best(_DTYPES[dtype], fmt), fmt)
-                for variant in ("", " scale", " ragged") if kind == "paper4" else ("",):
-                    scale, size = variant == " scale", "i32" if variant == " ragged" else "i32:16"
+        for kind, fmt, layout, words in _codecs(dtype):
+            made = decoder(layout, fmt)
+            for rows, tile in _tiles(table[f"linear_dx {dtype}"]):
+                for variant in ("", " scale ragged"):
+                    scale, size = "scale" in variant, "i32" if "ragged" in variant else "i32:16"
                     constants = linear_dx.constants(made, _DTYPES[dtype], tile, scale)
                     types = dict(grad=_POINTERS[dtype], weight="*i16", weight_exp="*i8", out=_POINTERS[dtype])
                     types |= dict(weight_scale="*fp32" if scale else "*i8")
-                    types |= dict(M="i32", N=size, K=size, words="i32:16", stride_m=size)
-                    name = f"linear_dx {dtype} {kind} m{rows}{variant}"
+                    types |= dict(M="i32", N=size, K=size, words="i32:16", stride_m="i32:16")
+                    name = f"linear_dx {dtype} {kind} m{rows}{words}{variant}"
                     yield configuration(name, linear_dx_kernel, types, constants, tile.warps)
 
 
 def _dense() -> Iterator[Configuration]:
     for dtype in ("fp16", "bf16"):
-        for kind, fmt in KINDS.items():
-            made = decoder(slices.best(_DTYPES[dtype], fmt), fmt)
+        for kind, fmt, layout, words in _codecs(dtype):
+            made = decoder(layout, fmt)
             constants = made.constants | {"BN": _BN, "BK": _BK, "INTERPRETED": False}
-            types = {"weight": "*i16", "out": _POINTERS[dtype], "N": "i32:16", "K": "i32:16", "words": "i32:16"}
-            yield configuration(f"dense {dtype} {kind}", dense_kernel, types, constants)
+            for name, size in (("", "i32:16"), (" ragged", "i32")):
+                types = {"weight": "*i16", "out": _POINTERS[dtype], "N": size, "K": size, "words": "i32:16"}
+                yield configuration(f"dense {dtype} {kind}{words}{name}", dense_kernel, types, constants)

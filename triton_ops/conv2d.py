@@ -11,6 +11,7 @@ kernel of their own, without tl.dot.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -226,6 +227,8 @@ _LARGEST_SIDES = {"fp16": (128, 64), "bf16": (128, 64), "fp32": (32, 64)}
 _LARGEST_TILE = 128 * 64  # by eight warps: addresses of x take more registers than four have
 # A tile whose products are nearly all with padding, less than one in 16 of use, is slower than no tensor core.
 _DIRECT_USE = 16
+# Pixels are neighbours in memory, or channels are.
+_DIRECT_TILES = (Tile(2, 256, 1, 4, 1), Tile(32, 16, 1, 4, 1))
 # Beyond, one program's loop over the weights of an output would take longer than anything else.
 _DIRECT_K = 1024
 # Programs for each processor that are worth a split, and the steps that a split must leave (128 weights each).
@@ -250,7 +253,7 @@ def select(
     """
     words = round_up(cdiv(k, codes), slices.ALIGN)
     if k <= _DIRECT_K and rows * k * _DIRECT_USE <= round_up(rows, _LEAST_SIDE) * cdiv(k, words) * words:
-        return Choice("direct", Tile(32, 16, 1, 4, 1) if channels_last else Tile(2, 256, 1, 4, 1))
+        return Choice("direct", _DIRECT_TILES[channels_last])
     bk, sides = _BK[dot], zip((rows, m), _LARGEST_SIDES[dot], strict=True)
     bn, bm = (min(max(_power_of_two(size), _LEAST_SIDE), largest) for size, largest in sides)
     bm = min(bm, _LARGEST_TILE // bn)
@@ -260,8 +263,11 @@ def select(
     programs, steps = _programs(rows, groups, m, bn, bm), words // bk
     splits = max(min(_WAVES * processors // programs, steps // _LEAST_STEPS), 1)
     each = cdiv(steps, splits)
-    tile = Tile(bn, bm, bk, 8 if bn * bm == _LARGEST_TILE else 4, 2 if dot == "fp32" else 3)
-    return Choice("tile", tile, cdiv(steps, each), each)
+    return Choice("tile", _tile(dot, bn, bm), cdiv(steps, each), each)
+
+
+def _tile(dot: str, bn: int, bm: int) -> Tile:
+    return Tile(bn, bm, _BK[dot], 8 if bn * bm == _LARGEST_TILE else 4, 2 if dot == "fp32" else 3)
 
 
 def _power_of_two(size: int) -> int:
@@ -333,10 +339,15 @@ def _launch(x: Tensor, out: Tensor, q: Tensor, epilogue: tuple[Tensor, ...], fla
             )
             return
         split = choice.splits > 1
+        if split:
+            # Sums that are parts have no epilogue yet: one kernel for all of those there can be.
+            fixed, epilogue_here = fixed | dict.fromkeys(flags, False), (epilogue[0],) * 3
+        else:
+            epilogue_here = epilogue
         sums = torch.empty(choice.splits, n, m, dtype=torch.float32, device=x.device) if split else out
         steps = choice.steps if split else words // tile.bk
         conv2d_kernel[_programs(rows, groups, m, tile.bn, tile.bm), choice.splits](
-            x, q, *epilogue, sums, m, n, k, words, steps, *geometry, **fixed, num_warps=tile.warps
+            x, q, *epilogue_here, sums, m, n, k, words, steps, *geometry, **fixed, num_warps=tile.warps
         )
         if split:
             conv2d_reduce_kernel[(cdiv(n, _REDUCE_N) * cdiv(m, _REDUCE_M),)](
@@ -406,32 +417,101 @@ def conv2d_dx(
 _TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 
 
+def tiles_of(dot: str) -> Iterator[Tile]:
+    """The tiles that ``select`` can return for products of a type."""
+    sides = (16, 32, 64, 128)
+    largest_n, largest_m = _LARGEST_SIDES[dot]
+    for bn, bm in itertools.product(sides, sides):
+        if bn <= largest_n and bm <= largest_m and bn * bm <= _LARGEST_TILE:
+            yield _tile(dot, bn, bm)
+
+
+# The window's side, PADDED, WHOLE_K and SPLIT. Beyond these a window changes numbers of the same kernel.
+_WINDOWS = (*((1, False, True, False), (3, True, False, False), (3, False, False, False), (3, True, False, True)),)
+# Strides that are 1 are constants of the kernel, and such memory is read in vectors.
+_MEMORY = {
+    "": {},
+    " contiguous": dict.fromkeys(("x_w", "out_w", "stride_h", "stride_w", "dilation_h", "dilation_w"), 1),
+    " channels last": dict.fromkeys(("x_c", "out_c", "stride_h", "stride_w", "dilation_h", "dilation_w"), 1),
+}
+# Of other strides and sizes there, the usual ones are multiples of 16.
+_MULTIPLES = {
+    "": {},
+    " contiguous": dict.fromkeys(("N", "K", "x_b", "x_c", "out_b", "out_c"), "i32:16"),
+    " channels last": dict.fromkeys(("N", "K", "x_b", "x_h", "x_w", "out_b", "out_h", "out_w"), "i32:16"),
+}
+
+
 def configurations() -> Iterator[Configuration]:
-    """(name, kernel, signature, constants, warps, stages) of variants that are launched: to compile without a GPU."""
-    # A dot, a layout and a format, pixels, outputs, channels, groups, the window, processors.
-    for dot, layout, fmt, m, n, channels, groups, size, processors in (
-        ("bf16", slices.BF16, Format(4), 32 * 56 * 56, 128, 128, 1, 3, 132),
-        ("bf16", slices.BF16, Format(5), 49, 512, 512, 1, 3, 132),
-        ("bf16", slices.FP16, Format(5, "dense"), 32 * 196, 64, 64, 1, 3, 132),
-        ("fp16", slices.FP16, Format(4), 32 * 49, 512, 2048, 1, 1, 132),
-        ("fp16", slices.FP16, Format(4, "dense"), 32 * 196, 128, 128, 32, 3, 132),
-        ("fp16", slices.BF16, Format(3), 32 * 196, 32, 3, 1, 7, 132),
-        ("fp32", slices.FP16, Format(5), 32 * 196, 128, 128, 1, 3, 132),
-        ("bf16", slices.BF16, Format(4), 32 * 196, 96, 96, 96, 3, 132),
-        ("fp32", slices.FP16, Format(4, "dense"), 32 * 196, 96, 96, 96, 7, 132),
-    ):
-        made, k = decoder(layout, fmt), channels // groups * size * size
-        choice = select(dot, m, n // groups, groups, k, made.codec.codes, dot == "bf16", processors)
-        words, padded = slices.words_of_slice(made.codec, k), size > 1
-        flags = {"HAS_SCALE": dot == "bf16", "HAS_BIAS": True, "INTERPRETED": False}
-        fixed = constants(made, choice, dot, k, words, (size, size), padded) | flags
-        types = {"x": _TYPES[dot], "weight": "*i16", "weight_exp": "*i8", "bias": _TYPES[dot], "out": _TYPES[dot]}
-        types["weight_scale"] = "*fp32" if flags["HAS_SCALE"] else "*i8"
-        types |= {} if choice.splits == 1 else {"out": "*fp32"}
-        kernel = conv2d_direct_kernel if choice.kernel == "direct" else conv2d_kernel
-        name = f"conv2d {choice.kernel} {dot}, {fmt.bits}-bit {fmt.levels} in {layout}, {size}×{size}, {groups} groups"
-        yield configuration(name, kernel, types, fixed, choice.tile.warps, choice.tile.stages)
-        if choice.splits > 1:
-            fixed = flags | {"EXPONENT": made.exponent, "BM": _REDUCE_M, "BN": _REDUCE_N}
-            types |= {"parts": "*fp32", "out": _TYPES[dot]}
-            yield configuration(f"{name}, the sum", conv2d_reduce_kernel, types, fixed, 4, 3)
+    """(name, kernel, signature, constants, warps, stages) of what is launched: to compile without a GPU.
+
+    Each tile with each kind of window; the largest with all words, numbers of slices and kinds of memory as well.
+    """
+    for dot, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        own, every = slices.best(dtype, Format(4)), list(tiles_of(dot))
+        largest = max(every, key=lambda tile: (tile.bn * tile.bm, tile.bn))
+        for tile, window in itertools.product(every, _WINDOWS):
+            yield _tiled(dot, own, Format(4), tile, *window)
+        for fmt, layout in itertools.product(
+            (Format(4), Format(4, "dense"), Format(5), Format(5, "dense")), slices.LAYOUTS
+        ):
+            # Words of e4m3 are for products of e4m3 alone.
+            if layout != slices.E4M3 and slices.has(layout, fmt) and (layout, fmt) != (own, Format(4)):
+                for window in _WINDOWS[:2]:
+                    yield _tiled(dot, layout, fmt, largest, *window)
+        for memory, window in itertools.product(_MEMORY, _WINDOWS):
+            if memory:
+                yield _tiled(dot, own, Format(4), largest, *window, memory=memory)
+        for used, flags in ((1, {}), (2, {"HAS_BIAS": True}), (3, {"HAS_SCALE": True})):
+            yield _tiled(dot, own, Format(4), largest, 3, True, False, False, used=used, **flags)
+        types = {
+            "weight": "*i16",
+            "weight_exp": "*i8",
+            "weight_scale": "*fp32",
+            "bias": _TYPES[dot],
+            "out": _TYPES[dot],
+        }
+        for scale, bias in itertools.product((False, True), (False, True)):
+            fixed = {"HAS_SCALE": scale, "HAS_BIAS": bias, "INTERPRETED": False, "EXPONENT": -3}
+            words = " scale" * scale + " bias" * bias
+            more = fixed | {"BM": _REDUCE_M, "BN": _REDUCE_N}
+            yield configuration(
+                f"conv2d reduce {dot}{words}", conv2d_reduce_kernel, types | {"parts": "*fp32"}, more, 4, 3
+            )
+        for (layout, fmt), tile, padded in itertools.product(
+            ((own, Format(4)), (slices.FP16, Format(5, "dense"))), _DIRECT_TILES, (False, True)
+        ):
+            made = decoder(layout, fmt)
+            usual = " contiguous" if tile.bm > tile.bn else " channels last"
+            for used, memory in ((made.codec.codes, ""), (1, usual)):
+                choice = Choice("direct", tile)
+                words = slices.ALIGN
+                fixed = constants(made, choice, dot, used * words, words, (3, 3), padded)
+                fixed |= {"HAS_SCALE": True, "HAS_BIAS": True, "INTERPRETED": False} | _MEMORY[memory]
+                name = f"conv2d direct {dot} {fmt.bits}-bit {fmt.levels} {tile.bn}×{tile.bm}{' padded' * padded}"
+                name += f" {used} slices{memory}"
+                yield configuration(
+                    name, conv2d_direct_kernel, types | {"x": _TYPES[dot]}, fixed, tile.warps, tile.stages
+                )
+
+
+def _tiled(
+    dot: str, layout: str, fmt: Format, tile: Tile, size: int, padded: bool, whole: bool, split: bool, used: int = 0,
+    memory: str = "", HAS_SCALE: bool = True, HAS_BIAS: bool = True,
+):  # fmt: skip
+    """conv2d_kernel in one configuration; ``used``: slices that K reaches, all if 0."""
+    made = decoder(layout, fmt)
+    used = used or made.codec.codes
+    words = 4 * tile.bk
+    k = used * words if whole else used * words - 1
+    fixed = constants(made, Choice("tile", tile, 2 if split else 1, 1), dot, k, words, (size, size), padded)
+    # Sums that are parts have no epilogue yet.
+    scale, bias = HAS_SCALE and not split, HAS_BIAS and not split
+    fixed |= {"HAS_SCALE": scale, "HAS_BIAS": bias, "INTERPRETED": False} | _MEMORY[memory]
+    types = {"x": _TYPES[dot], "weight": "*i16", "weight_exp": "*i8", "words": "i32:16"} | _MULTIPLES[memory]
+    types |= {"weight_scale": "*fp32" if scale else "*i8", "bias": _TYPES[dot] if bias else "*i8"}
+    types["out"] = "*fp32" if split else _TYPES[dot]
+    name = f"conv2d {dot} {fmt.bits}-bit {fmt.levels} in {layout} {tile.bn}×{tile.bm}, {size}×{size}"
+    name += " padded" * padded + " whole" * whole + " split" * split + memory
+    name += f" {used} slices" if used != made.codec.codes else ""
+    return configuration(name, conv2d_kernel, types, fixed, tile.warps, tile.stages)
