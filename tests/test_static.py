@@ -15,7 +15,12 @@ from inq_kernels.triton_ops.configurations import configurations
 
 from inq_kernels.cli import main
 
-KEY = ("linear fp16 paper4 m16", "linear bf16 paper4 m16", "linear bf16 paper4 m64", "linear fp16 paper4 m64 masked split")
+KEY = (
+    "linear fp16 paper4 m16",
+    "linear bf16 paper4 m16",
+    "linear bf16 paper4 m64",
+    "linear fp16 paper4 m64 masked split",
+)
 FP8 = ("linear e4m3 paper4 m16", "linear e4m3 paper4 m64")
 
 

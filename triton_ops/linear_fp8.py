@@ -1,7 +1,7 @@
 """``linear_fp8``: rows of x rounded to e4m3 with a power-of-two scale each, times weights that e4m3 holds exactly.
 
-Tensor cores add e4m3 products to 14 bits; every 128 k their sum is added to one in float32, and begins anew. In tiles of
-more than 32 rows on Hopper that is every 256 k: they have no registers for more (docs/performance.md).
+Tensor cores add e4m3 products to 14 bits; every 128 k their sum is added to one in float32, and begins anew. In tiles
+of more than 32 rows on Hopper that is every 256 k: they have no registers for more (docs/performance.md).
 
 On GPUs without e4m3 products (before sm_89) the same numbers are multiplied as float16: the same sums.
 """
