@@ -146,7 +146,10 @@ def linear_kernel(
             )  # fmt: skip
             word += PIECE
     inside = (n < N)[:, None] & (m < M)[None, :]
-    place = m.to(tl.int64)[None, :] * N + n[:, None]
+    # A tile's offsets have 32 bits: sums whose addresses are all different, where N is no multiple of 16, took twice the
+    # registers otherwise.
+    place = tl.arange(0, BM)[None, :] * N + tl.arange(0, BN)[:, None]
+    out += (pid % m_tiles * BM).to(tl.int64) * N + (pid // m_tiles) * BN
     if SPLIT:
         tl.store(out + tl.program_id(1).to(tl.int64) * M * N + place, acc, mask=inside)
     else:
@@ -284,6 +287,8 @@ def multiply(
         parts = product(x, w)
     else:
         tile, x = choice.tile, aligned(x)
+        if n * tile.bm >= 2**31:
+            raise ValueError(f"inq.linear: weight: expected fewer than {2**31 // tile.bm} rows, got {n}")
         k = x.shape[1]
         fixed = constants(made, dot, tile, k, words)
         exponent = fixed["EXPONENT"]
