@@ -215,7 +215,7 @@ def test_an_uncertain_ratio_is_measured_again(busy, again, expected):
     clock = BusyClock(busy + sum(which == 2 for which, _ in clock.samples) - 3)  # those of the warm-up
     mine, theirs = time_pairs(clock, a, b, 0.0)
     assert (3 < len(mine) <= 3 * PATIENCE) if again else (len(mine) == 3)
-    assert ratio(mine, theirs)["ratio"] == expected
+    assert ratio(mine, theirs)["ratio"] == pytest.approx(expected)
 
 
 def test_a_reset_runs_before_every_sample_and_calls_are_not_repeated():
