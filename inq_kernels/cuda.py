@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import fragments, layouts, reference
+from . import fragments, layouts
 from .format import Format
 from .layouts import STORAGE
 from .library import FAKES
@@ -68,22 +68,126 @@ def _ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, wanted: str
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
+def _factors(weight_exp: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight_exp.contiguous(), None if weight_scale is None else weight_scale.contiguous()
+
+
 def linear(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
-    fmt, k = Format(bits, levels), x.shape[-1]
-    weight = _ready(weight, weight_exp.shape[0], k, fmt, layout, LAYOUTS[x.dtype])
-    factors = (weight_exp.contiguous(), None if weight_scale is None else weight_scale.contiguous())
-    if x.numel() >= DENSE_ROWS * k > 0:
-        # Sums in float32, so that rounding is the epilogue's alone.
-        w = _leaf.decode(weight, weight_exp.shape[0], k, bits, levels == "dense", x.dtype)
-        rows = x.reshape(-1, k)
-        return _leaf.finish(torch.mm(rows, w.T, out_dtype=torch.float32), *factors, bias, bits, levels == "dense", x.dtype).view(
-            *x.shape[:-1], -1
-        )
-    return _leaf.linear(x, weight, *factors, bias, bits, levels == "dense")
+    k, n, form = x.shape[-1], weight_exp.shape[0], (bits, levels == "dense")
+    weight = _ready(weight, n, k, Format(bits, levels), layout, LAYOUTS[x.dtype])
+    factors = _factors(weight_exp, weight_scale)
+    if math.prod(x.shape[:-1]) < DENSE_ROWS or k == 0:
+        return _leaf.linear(x, weight, *factors, bias, *form)
+    # Sums in float32: they are rounded once, by the epilogue.
+    sums = torch.mm(x.reshape(-1, k), _leaf.decode(weight, n, k, *form, x.dtype).T, out_dtype=torch.float32)
+    return _leaf.finish(sums, *factors, bias, *form, x.dtype).view(*x.shape[:-1], n)
 
 
 def linear_dx(grad, weight, weight_exp, weight_scale, k, bits, levels, layout, backend):
-    fmt = Format(bits, levels)
-    weight = _ready(weight, weight_exp.shape[0], k, fmt, layout, LAYOUTS[grad.dtype])
-    scale = None if weight_scale is None else weight_scale.contiguous()
-    return _leaf.linear_dx(grad, weight, weight_exp.contiguous(), scale, k, bits, levels == "dense")
+    weight = _ready(weight, weight_exp.shape[0], k, Format(bits, levels), layout, LAYOUTS[grad.dtype])
+    return _leaf.linear_dx(grad, weight, *_factors(weight_exp, weight_scale), k, bits, levels == "dense")
+
+
+def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
+    weight = _ready(weight, weight_exp.shape[0], x.shape[-1], Format(bits, levels), layout, fragments.E4M3)
+    return _leaf.linear_fp8(x, weight, *_factors(weight_exp, weight_scale), bias, bits, levels == "dense")
+
+
+# --- storage ----------------------------------------------------------------------------------------------------------
+
+
+def pack(w, n1, bits, levels):
+    return _leaf.pack(w.contiguous(), n1.contiguous(), bits, levels == "dense")
+
+
+def unpack(weight, weight_exp, weight_scale, k, bits, levels, dtype):
+    return _leaf.unpack(weight.contiguous(), *_factors(weight_exp, weight_scale), k, bits, levels == "dense", dtype)
+
+
+def unpack_(out, weight, weight_exp, weight_scale, k, bits, levels):
+    flat = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    _leaf.unpack_(flat, weight.contiguous(), *_factors(weight_exp, weight_scale), k, bits, levels == "dense")
+    if flat is not out:
+        out.copy_(flat)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def exponents(w, bits, levels, granularity, exponent):
+    return _leaf.exponents(w.contiguous(), bits, levels == "dense", granularity == "channel", exponent == "mse")
+
+
+def partition_threshold(w, mask, keep, count, random, seed):
+    return _leaf.partition_threshold(w.contiguous(), mask, keep, count, random, seed)
+
+
+def exponents_and_threshold(w, mask, keep, count, random, seed, bits, levels, granularity, exponent):
+    rule = (levels == "dense", granularity == "channel", exponent == "mse")
+    return _leaf.exponents_and_threshold(w.contiguous(), mask, keep, count, random, seed, bits, *rule)
+
+
+def quantize_with_mask_(w, mask, n1, threshold, keep, bits, levels, random, seed):
+    # Flat indices are those of the shape, whatever the strides.
+    flat = w.contiguous()
+    _leaf.quantize_with_mask_(flat, mask, n1.contiguous(), threshold, keep, bits, levels == "dense", random, seed)
+    if flat is not w:
+        w.copy_(flat)
+
+
+def freeze_portion_(ws, masks, n1s, keeps, counts, derive, bits, levels, granularity, exponent, random, seeds):
+    flat = [w.contiguous() for w in ws]
+    exps = [n1.contiguous() for n1 in n1s]
+    none = masks[0].new_empty(0)
+    rule = (bits, levels == "dense", granularity == "channel", exponent == "mse")
+    keeps = [none if keep is None else keep for keep in keeps]
+    _leaf.freeze_portion_(flat, masks, exps, keeps, counts, derive, *rule, random, seeds)
+    for given, used in ((ws, flat), (n1s, exps)):
+        for t, contiguous in zip(given, used, strict=True):
+            if contiguous is not t:
+                t.copy_(contiguous)
+
+
+def masked_sgd_(params, grads, momentum_buffers, masks, *numbers):
+    _step(_leaf.masked_sgd_, (params, grads, momentum_buffers), masks, numbers)
+
+
+def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, *numbers):
+    _step(_leaf.masked_adamw_, (params, grads, exp_avgs, exp_avg_sqs), masks, numbers)
+
+
+def _step(leaf: Callable, lists: tuple[list[Tensor], ...], masks: list[Tensor], numbers: tuple) -> None:
+    """One call for all parameters of a dtype. Bits of a mask count in the order of the shape: others' strides cost a
+    copy."""
+    alike: dict[torch.dtype, list[int]] = {}
+    for i, p in enumerate(lists[0]):
+        alike.setdefault(p.dtype, []).append(i)
+    for places in alike.values():
+        given = [[tensors[i] for i in places] if tensors else [] for tensors in lists]
+        used = [[t.contiguous() for t in tensors] for tensors in given]
+        leaf(*used, [masks[i] for i in places], *numbers)
+        # Gradients are only read.
+        for before, after in zip((given[0], *given[2:]), (used[0], *used[2:]), strict=True):
+            for t, contiguous in zip(before, after, strict=True):
+                if contiguous is not t:
+                    t.copy_(contiguous)
+
+
+# What the library has; everything else is Triton's.
+OPERATORS: dict[str, Callable] = {
+    f.__name__: f
+    for f in (
+        *(linear, linear_dx, linear_fp8, pack, unpack, unpack_),
+        *(exponents, partition_threshold, exponents_and_threshold, quantize_with_mask_, freeze_portion_),
+        *(masked_sgd_, masked_adamw_),
+    )
+}
+
+
+# --- shapes for tracing -----------------------------------------------------------------------------------------------
+
+_FAKES: dict[str, Callable] = {
+    **{name: FAKES[name] for name in OPERATORS if name in FAKES},
+    "decode": lambda weight, n, k, bits, dense, dtype: weight.new_empty((n, k), dtype=dtype),
+    "finish": lambda sums, exp, scale, bias, bits, dense, dtype: torch.empty_like(sums, dtype=dtype),
+}

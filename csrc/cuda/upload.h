@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "platform.cuh"
+#include "host.h"
 
 namespace inq::cuda {
 
