@@ -102,7 +102,8 @@ class _PackedModule:
             dtype: of the activations; None: of the bias, or float32 without one.
         """
         dtype = self._float_dtype(dtype)
-        layout = backends.preferred_layout(self.weight.device.type, dtype, self.format, self.backend or "")
+        device = self.weight.device.type
+        layout = backends.preferred_layout(device, dtype, self.format, self.backend or "", self._product)
         if layout != STORAGE:
             self._lay_out(layout)
 
