@@ -16,7 +16,7 @@
 
 namespace inq::cuda {
 
-// The type of products: its layout is fragments_f16 (…).
+// The type of products: its layout is fragments_fp16 (…).
 enum class Number : int { f16, bf16, e4m3 };
 // slices.kind: which magnitudes a format has. 2 and 3 bits take the place of 4.
 enum class Levels : int { paper4, dense4, paper5, dense5 };
@@ -65,11 +65,11 @@ struct C : FourBits {  // dense, fp16
   static constexpr int kBase = -14;
   static INQ_DEVICE void decode(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4]) {
     constexpr uint32_t kMask = 0x9C009C00u;
-    const uint32_t q = words[step], t = q << 2 ^ rotate_left(q, 4);
+    const uint32_t q = words[step], s = q << 2, t = rotate_left(q, 4);
     a[0] = q & kMask;
     a[1] = q << 8 & kMask;
-    a[2] = t & kMask;
-    a[3] = (t & 0x009C009Cu) << 8;
+    a[2] = xor_and(s, t, kMask);
+    a[3] = xor_and(s, t, 0x009C009Cu) << 8;
   }
 };
 
