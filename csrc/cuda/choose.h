@@ -18,20 +18,21 @@ struct Choice {
   int shared_bytes;  // of a block
   int64_t tiles;     // of rows
   int64_t m_tiles;   // of tokens
-  int64_t steps;     // pipeline stages along the depth of a tile
-  int64_t ctas;      // blocks that share the tiles·steps of one tile of tokens, an equal part each
+  int64_t units;     // parts of a tile's depth between which the sum over it may be cut
+  int64_t ctas;      // blocks that share the tiles · units of one tile of tokens equally
   int64_t partials;  // float32 numbers of workspace
   int64_t flags;     // int32 counters, zero before and after a launch
 };
 
-// A tile's fixed sizes. Weights in flight for each SM: (stages − 1) · 8 KB a block of 128 rows and two blocks, so
-// 2·5·8 = 80 KB at 8 and 16 tokens, 2·3·8 = 48 KB at 32 and 2·2·8 = 32 KB at 64, which is bound by mma.sync. All tiles
-// fit in the 99 KB that a block may have on sm_86, 89 and 120.
+// A tile's fixed sizes. A block of 128 rows has (stages − 1) stages of weights in flight: 2 · 16 KB at 8 and 16 tokens,
+// 3 · 8 KB at 32 and 2 · 8 KB at 64, which mma.sync bounds; for an SM, which has two blocks, 64, 48 and 32 KB. Two
+// blocks fit in an A100's 164 KB, and one in the 99 KB that a block may have on sm_86, 89 and 120.
 struct Tiling {
   int stripes;       // units of weights across the rows that a warp has: 16 output features (linear), a block (dx)
   int warp_rows;     // rows of a warp
   int depth_blocks;  // blocks of weights along the depth in a stage
   int depth;         // of a stage
+  int unit_steps;    // stages in a unit (Choice::units), the same depth for any number of tokens
   int pitch;         // bytes between tokens in shared memory: 16 more than the depth's, an odd number of 16 bytes
                      // modulo 128, so that ldmatrix's eight rows are in different banks
   int planes;        // of 16-bit numbers that the staged tokens become: 0 where they are used as they come
@@ -52,13 +53,13 @@ struct Tiling {
 constexpr Tiling tiling(Op op, bool f16, int bits, int tokens) {
   const int block_k = bits == 5 ? 48 : 64;
   if (op == Op::linear) {
-    // From 32 tokens on two stripes share what ldmatrix reads: 128 bytes a clock would bind before mma.sync.
-    const int stripes = tokens >= 32 ? 2 : 1;
-    const int stages = tokens == 64 ? 3 : tokens == 32 ? 4 : 6;
-    return {stripes, 16 * stripes, 2, 2 * block_k, 4 * block_k + 16, 0, stages, 8 / stripes};
+    // From 32 tokens on two stripes share what ldmatrix reads: 128 bytes a clock would bind before mma.sync. For few
+    // tokens a stage is deep, since its barrier and addresses cost as much as the products of 64 k.
+    if (tokens >= 32) return {2, 32, 2, 2 * block_k, 2, 4 * block_k + 16, 0, tokens == 32 ? 4 : 3, 4};
+    return {1, 16, 4, 4 * block_k, 1, 8 * block_k + 16, 0, 3, 8};
   }
   // Gradients times row factors: bf16, or for fp16, whose range they leave, two bf16 numbers that are their sum.
-  return {1, block_k, 4, 64, 144, f16 ? 2 : 1, 4, 4};
+  return {1, block_k, 4, 64, 1, 144, f16 ? 2 : 1, 4, 4};
 }
 
 // Blocks of a tile of tokens; the sum over a tile's depth is cut where their parts end.
@@ -71,7 +72,8 @@ inline Choice choose(Op op, int sm_count, int capability, int64_t m, int64_t n, 
   const int64_t rows = op == Op::linear ? n : k, depth = op == Op::linear ? k : n;
   c.stages = t.stages;
   c.m_tiles = (m + c.tokens - 1) / c.tokens;
-  c.steps = std::max<int64_t>((depth + t.depth - 1) / t.depth, 1);
+  const int64_t unit = int64_t{t.depth} * t.unit_steps;
+  c.units = std::max<int64_t>((depth + unit - 1) / unit, 1);
   // 100 KB of shared memory hold one block on these; 164 KB and more hold two.
   const bool small = capability == 86 || capability == 89 || capability >= 120;
   const int64_t wanted = int64_t{sm_count} * (small ? 1 : 2);
@@ -82,12 +84,12 @@ inline Choice choose(Op op, int sm_count, int capability, int64_t m, int64_t n, 
   for (c.warps = t.most_warps; true; c.warps /= 2, parts *= 2) {
     c.rows = c.warps * t.warp_rows;
     c.tiles = (rows + c.rows - 1) / c.rows;
-    const int64_t most = cut ? c.tiles * std::min(kMostParts, c.steps) : c.tiles * c.m_tiles;
+    const int64_t most = cut ? c.tiles * std::min(kMostParts, c.units) : c.tiles * c.m_tiles;
     if (parts == 4 || c.warps == 1 || most >= wanted) break;
   }
   c.ctas = c.tiles;
   if (cut && c.tiles > 0) {
-    c.ctas = std::min({wanted, c.tiles * c.steps, c.tiles * kMostParts});
+    c.ctas = std::min({wanted, c.tiles * c.units, c.tiles * kMostParts});
     // Whole fractions of a tile leave half of the parts to add; worth one block in 16.
     const int64_t even = c.ctas / c.tiles * c.tiles;
     if (even * 16 >= c.ctas * 15) c.ctas = even;

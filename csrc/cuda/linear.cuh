@@ -18,25 +18,25 @@
 
 namespace inq::cuda {
 
-// How `ctas` blocks share the stages of all tiles, `steps` of each: block c has those from begin(c) to begin(c + 1).
+// How `ctas` blocks share all tiles, `units` of depth each: block c has units begin(c) to begin(c + 1).
 // 32-bit: a division of 64-bit numbers takes as long as a stage.
 struct Ranges {
-  uint32_t steps;
-  uint32_t parts;       // blocks of a tile where each has one tile's stages alone, else 0 …
-  uint32_t each, more;  // … and block c has `each` stages, and one more for c < more
+  uint32_t units;
+  uint32_t parts;       // blocks of a tile where each has one tile's units alone, else 0 …
+  uint32_t each, more;  // … and block c has `each` units, and one more for c < more
 
   Ranges() = default;
-  Ranges(uint32_t tiles, uint32_t steps, uint32_t ctas) : steps(steps) {
+  Ranges(uint32_t tiles, uint32_t units, uint32_t ctas) : units(units) {
     parts = ctas % tiles == 0 ? ctas / tiles : 0;
-    const uint64_t units = uint64_t{tiles} * steps;
-    each = static_cast<uint32_t>(units / ctas), more = static_cast<uint32_t>(units % ctas);
+    const uint64_t all = uint64_t{tiles} * units;
+    each = static_cast<uint32_t>(all / ctas), more = static_cast<uint32_t>(all % ctas);
   }
   INQ_DEVICE uint32_t begin(uint32_t cta) const {
-    if (parts > 0) return cta / parts * steps + cta % parts * steps / parts;
+    if (parts > 0) return cta / parts * units + cta % parts * units / parts;
     return cta * each + (cta < more ? cta : more);
   }
   INQ_DEVICE uint32_t owner(uint32_t unit) const {
-    if (parts > 0) return unit / steps * parts + ((unit % steps + 1) * parts - 1) / steps;
+    if (parts > 0) return unit / units * parts + ((unit % units + 1) * parts - 1) / units;
     const uint32_t longer = more * (each + 1);
     return unit < longer ? unit / (each + 1) : more + (unit - longer) / each;
   }
@@ -55,7 +55,7 @@ struct LinearKernel {
   int64_t m, rows, depth;
   int64_t row_blocks, depth_blocks;  // blocks of weights along the rows and the depth …
   int64_t row_stride, depth_stride;  // … and the bytes from one to the next
-  uint32_t m_tiles, steps;
+  uint32_t m_tiles;
   Ranges ranges;
   int exponent;  // a decoded number times 2^(n1 + exponent) is the weight
   int access;    // bytes that x may be read by: 16, 4 or 2
@@ -101,6 +101,7 @@ struct Plan {
   static constexpr int kDepth = kTiling.depth;
   static constexpr int kPitch = kTiling.pitch;
   static constexpr int kStages = kTiling.stages;
+  static constexpr uint32_t kUnitSteps = kTiling.unit_steps;
   static constexpr int kThreads = 32 * kTiling.most_warps;  // at most
   static constexpr int kPlanes = kTiling.planes;
   static constexpr int kTokenBytes = kTiling.token_bytes(kTokens), kWarpBytes = kTiling.warp_bytes();
@@ -110,71 +111,108 @@ struct Plan {
   static_assert(kGroups == (kDx ? Codec::kSteps : kStripes));
 };
 
-// A stage of all tiles': tile number and stage of it.
-struct Cursor {
-  uint32_t tile, step;
-  INQ_DEVICE void next(uint32_t steps) {
-    if (++step == steps) step = 0, tile++;
-  }
-};
-
 struct Thread {
   int index, warp, lane, threads, warps;
 };
 
 // --- loads ------------------------------------------------------------------------------------------------------------
 
+// The next stage to load: addresses move along with it, so that a stage costs few instructions beside its copies.
 template <class P>
-INQ_DEVICE void load_weights(const LinearKernel& p, const Thread& t, const Cursor& at, char* to) {
-  const int64_t row_block = (int64_t{at.tile} * t.warps + t.warp) * P::kStripes;
-  const int64_t depth_block = int64_t{at.step} * P::kDepthBlocks;
-  const uint8_t* from = p.weight + row_block * p.row_stride + depth_block * p.depth_stride + 16 * t.lane;
-  to += t.warp * P::kWarpBytes + 16 * t.lane;
-#pragma unroll
-  for (int s = 0; s < P::kStripes; s++) {
-#pragma unroll
-    for (int b = 0; b < P::kDepthBlocks; b++) {
-      const bool inside = row_block + s < p.row_blocks && depth_block + b < p.depth_blocks;
-      cp_async_16(to + (s * P::kDepthBlocks + b) * 512, inside ? from + s * p.row_stride + b * p.depth_stride : p.weight,
-                  inside);
-    }
-  }
-}
+struct Loader {
+  static constexpr int kPieces = 2 * P::kDepth / 16;             // of 16 bytes in a token's part of a stage …
+  static constexpr int kSlots = kPieces > 16 ? 32 : kPieces > 8 ? 16 : 8;  // … and threads that bring them
+  static_assert(kPieces <= kSlots && kSlots <= 32);
 
-// kBytes of each row of tokens at a time, zeros outside.
-template <class P, int kBytes>
-INQ_DEVICE void load_tokens_by(const LinearKernel& p, const Thread& t, int64_t m0, int64_t depth0, char* to) {
-  constexpr int kPieces = 2 * P::kDepth / kBytes;
+  uint32_t tile, step;
+  const uint8_t* weight;       // of this lane
+  int depth_blocks;            // left from here on
+  uint32_t stripes;            // a bit for each stripe with rows
+  const char* x;               // of this thread's first token, at the start of the depth
+  int x_to, tokens;            // where that goes; tokens left from it on
+  int slot;                    // its piece
+
+  INQ_DEVICE Loader(const LinearKernel& p, const Thread& t, uint32_t tile, uint32_t step, int64_t m0)
+      : tile(tile), step(step), slot(t.index % kSlots) {
+    const int token = t.index / kSlots;
+    const int64_t left = p.m - m0 - token;
+    tokens = left > P::kTokens ? P::kTokens : static_cast<int>(left);
+    x = p.x + (m0 + token) * p.x_stride + 16 * slot;
+    x_to = token * P::kPitch + 16 * slot;
+    enter_tile(p, t);
+  }
+  INQ_DEVICE void enter_tile(const LinearKernel& p, const Thread& t) {
+    const int64_t row_block = (int64_t{tile} * t.warps + t.warp) * P::kStripes;
+    const int64_t depth_block = int64_t{step} * P::kDepthBlocks;
+    weight = p.weight + row_block * p.row_stride + depth_block * p.depth_stride + 16 * t.lane;
+    depth_blocks = static_cast<int>(p.depth_blocks - depth_block);
+    stripes = 0;
+#pragma unroll
+    for (int s = 0; s < P::kStripes; s++) stripes |= (row_block + s < p.row_blocks ? 1u : 0u) << s;
+  }
+
+  // Zeros outside of the tensors.
+  INQ_DEVICE void load(const LinearKernel& p, const Thread& t, int64_t m0, char* stage) const {
+    char* to = stage + P::kTokenBytes + t.warp * P::kWarpBytes + 16 * t.lane;
+#pragma unroll
+    for (int s = 0; s < P::kStripes; s++) {
+#pragma unroll
+      for (int b = 0; b < P::kDepthBlocks; b++) {
+        cp_async_16(to + (s * P::kDepthBlocks + b) * 512, weight + s * p.row_stride + b * p.depth_stride,
+                    b < depth_blocks && (stripes >> s & 1) != 0);
+      }
+    }
+    if (p.access == 16) {
+      const int64_t depth = int64_t{step} * P::kDepth;
+      const bool inside = depth + 8 * slot < p.depth;
+      if (slot < kPieces) {
+        const char* from = x + 2 * depth;
+        const int tokens_a_turn = t.threads / kSlots;
+        const int64_t stride = tokens_a_turn * p.x_stride;
+        char* place = stage + x_to;
 #pragma unroll 1
-  for (int i = t.index; i < P::kTokens * kPieces; i += t.threads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const int64_t token = m0 + row, depth = depth0 + piece * (kBytes / 2);
-    const bool inside = token < p.m && depth < p.depth;
-    const char* from = inside ? p.x + token * p.x_stride + 2 * depth : p.x;
-    char* place = to + row * P::kPitch + piece * kBytes;
-    if constexpr (kBytes == 16) {
-      cp_async_16(place, from, inside);
-    } else if constexpr (kBytes == 4) {
-      cp_async_4(place, from, inside);
+        for (int i = t.index / kSlots, left = tokens; i < P::kTokens; i += tokens_a_turn, left -= tokens_a_turn) {
+          cp_async_16(place, from, inside && left > 0);
+          from += stride, place += tokens_a_turn * P::kPitch;
+        }
+      }
+    } else if (p.access == 4) {
+      load_tokens<4>(p, t, m0, stage);
     } else {
-      st_shared(reinterpret_cast<uint16_t*>(place),
-                inside ? ld_global(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0});
+      load_tokens<2>(p, t, m0, stage);
     }
   }
-}
 
-template <class P>
-INQ_DEVICE void load_stage(const LinearKernel& p, const Thread& t, const Cursor& at, int64_t m0, char* stage) {
-  load_weights<P>(p, t, at, stage + P::kTokenBytes);
-  const int64_t depth0 = int64_t{at.step} * P::kDepth;
-  if (p.access == 16) {
-    load_tokens_by<P, 16>(p, t, m0, depth0, stage);
-  } else if (p.access == 4) {
-    load_tokens_by<P, 4>(p, t, m0, depth0, stage);
-  } else {
-    load_tokens_by<P, 2>(p, t, m0, depth0, stage);
+  // Rows of any alignment, kBytes at a time.
+  template <int kBytes>
+  INQ_DEVICE void load_tokens(const LinearKernel& p, const Thread& t, int64_t m0, char* stage) const {
+    constexpr int kParts = 2 * P::kDepth / kBytes;
+#pragma unroll 1
+    for (int i = t.index; i < P::kTokens * kParts; i += t.threads) {
+      const int row = i / kParts, part = i % kParts;
+      const int64_t token = m0 + row, depth = int64_t{step} * P::kDepth + part * (kBytes / 2);
+      const bool inside = token < p.m && depth < p.depth;
+      const char* from = inside ? p.x + token * p.x_stride + 2 * depth : p.x;
+      char* place = stage + row * P::kPitch + part * kBytes;
+      if constexpr (kBytes == 4) {
+        cp_async_4(place, from, inside);
+      } else {
+        st_shared(reinterpret_cast<uint16_t*>(place),
+                  inside ? ld_global(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0});
+      }
+    }
   }
-}
+
+  INQ_DEVICE void next(const LinearKernel& p, const Thread& t) {
+    if (++step == p.ranges.units * P::kUnitSteps) {
+      step = 0, tile++;
+      enter_tile(p, t);
+    } else {
+      weight += P::kDepthBlocks * p.depth_stride;
+      depth_blocks -= P::kDepthBlocks;
+    }
+  }
+};
 
 // --- operands ---------------------------------------------------------------------------------------------------------
 
@@ -381,8 +419,8 @@ template <class P>
 INQ_DEVICE bool exchange(const LinearKernel& p, const Thread& t, uint32_t cta, uint32_t tile, uint32_t m_tile,
                          bool first_range, int* flag, Accumulators<P>& acc) {
   constexpr int kFours = P::kGroups * P::kTokenTiles;
-  const uint32_t begin = tile * p.steps;
-  const uint32_t first = p.ranges.owner(begin), last = p.ranges.owner(begin + p.steps - 1);
+  const uint32_t begin = tile * p.ranges.units;
+  const uint32_t first = p.ranges.owner(begin), last = p.ranges.owner(begin + p.ranges.units - 1);
   // A block leaves parts of two tiles at most: where its range begins, and where it ends.
   const auto part = [&](uint32_t block, bool at_begin) {
     const int64_t slot = (2 * int64_t{block} + (at_begin ? 0 : 1)) * p.m_tiles + m_tile;
@@ -435,27 +473,28 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const __grid_consta
   // Blocks of one range are neighbours: they share its weights in the second-level cache.
   const uint32_t m_tile = blockIdx.x % p.m_tiles, cta = blockIdx.x / p.m_tiles;
   const int64_t m0 = int64_t{m_tile} * P::kTokens;
-  const uint32_t begin = p.ranges.begin(cta);
-  const int count = static_cast<int>(p.ranges.begin(cta + 1) - begin);
-  Cursor loading{begin / p.steps, begin % p.steps}, at = loading;
+  const uint32_t begin = p.ranges.begin(cta), steps = p.ranges.units * P::kUnitSteps;
+  const int count = static_cast<int>((p.ranges.begin(cta + 1) - begin) * P::kUnitSteps);
+  uint32_t tile = begin / p.ranges.units, step = begin % p.ranges.units * P::kUnitSteps;
+  Loader<P> loader(p, t, tile, step, m0);
   int filling = 0, current = 0;
 
   Accumulators<P> acc;
   clear<P>(acc);
   bool first_range = true;
-  uint32_t part_begin = at.step;
+  uint32_t part_begin = step;
   for (int i = 1 - P::kStages; i < count; i++) {
     [[maybe_unused]] RowFactors factors;
     if (i >= 0) {
-      if constexpr (P::kGradient) factors = load_factors(p, t.lane, int64_t{at.step} * P::kDepth);
+      if constexpr (P::kGradient) factors = load_factors(p, t.lane, int64_t{step} * P::kDepth);
       cp_async_wait<P::kStages - 2>();
       // Stage i is here for all, and all are done with the one before, whose place is filled next.
       sync_threads();
     }
     // One group of copies for each stage, empty past the end: so many groups later a stage has landed.
     if (i + P::kStages - 1 < count) {
-      load_stage<P>(p, t, loading, m0, ring + filling * stage_bytes);
-      loading.next(p.steps);
+      loader.load(p, t, m0, ring + filling * stage_bytes);
+      loader.next(p, t);
       filling = filling + 1 == P::kStages ? 0 : filling + 1;
     }
     cp_async_commit();
@@ -471,14 +510,14 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const __grid_consta
       multiply<P>(stage, t, acc);
     }
 
-    const bool tile_ends = at.step + 1 == p.steps;
+    const bool tile_ends = step + 1 == steps;
     if (tile_ends || i + 1 == count) {
       const bool whole = tile_ends && part_begin == 0;
-      if (whole || exchange<P>(p, t, cta, at.tile, m_tile, first_range, flag, acc)) store<P>(p, t, at.tile, m0, acc);
+      if (whole || exchange<P>(p, t, cta, tile, m_tile, first_range, flag, acc)) store<P>(p, t, tile, m0, acc);
       clear<P>(acc);
       part_begin = 0, first_range = false;
     }
-    at.next(p.steps);
+    if (++step == steps) step = 0, tile++;
   }
 }
 
@@ -534,9 +573,9 @@ cudaError_t product(const LinearParams& p, const Choice& c, cudaStream_t stream)
   LinearKernel k{};
   k.rows = kDx ? p.k : p.n, k.depth = kDx ? p.n : p.k;
   if (p.m == 0 || k.rows == 0) return cudaSuccess;
-  // A grid has no more blocks, and 2^31 stages of 32 rows by 96 are more weights than any memory holds.
+  // A grid has no more blocks, and 2^30 units of 32 rows by 64 are more weights than any memory holds.
   constexpr int64_t kMost = 0x7FFFFFFF;
-  if (c.ctas * c.m_tiles > kMost || c.tiles * c.steps > kMost) return cudaErrorInvalidValue;
+  if (c.ctas * c.m_tiles > kMost || c.tiles * c.units > kMost / 2) return cudaErrorInvalidValue;
   const int64_t block_k = p.levels == Levels::paper5 || p.levels == Levels::dense5 ? 48 : 64;
   const int64_t n_blocks = (p.n + 15) / 16, k_blocks = (p.k + block_k - 1) / block_k;
   k.x = static_cast<const char*>(p.x), k.x_stride = 2 * p.stride;
@@ -545,8 +584,9 @@ cudaError_t product(const LinearParams& p, const Choice& c, cudaStream_t stream)
   k.m = p.m;
   k.row_blocks = kDx ? k_blocks : n_blocks, k.depth_blocks = kDx ? n_blocks : k_blocks;
   k.row_stride = kDx ? 512 : 512 * k_blocks, k.depth_stride = kDx ? 512 * k_blocks : 512;
-  k.m_tiles = static_cast<uint32_t>(c.m_tiles), k.steps = static_cast<uint32_t>(c.steps);
-  k.ranges = Ranges(static_cast<uint32_t>(c.tiles), k.steps, static_cast<uint32_t>(c.ctas));
+  k.m_tiles = static_cast<uint32_t>(c.m_tiles);
+  k.ranges =
+      Ranges(static_cast<uint32_t>(c.tiles), static_cast<uint32_t>(c.units), static_cast<uint32_t>(c.ctas));
   k.exponent = 1 - p.magnitudes - base_of(p.number, p.levels);
   k.access = access_of(p.x, p.stride, k.depth, p.m);
   k.bias_type = p.bias_type;

@@ -41,7 +41,7 @@ PYBIND11_MODULE(emulated_linear, m) {
       .def_readonly("shared_bytes", &Choice::shared_bytes)
       .def_readonly("tiles", &Choice::tiles)
       .def_readonly("m_tiles", &Choice::m_tiles)
-      .def_readonly("steps", &Choice::steps)
+      .def_readonly("units", &Choice::units)
       .def_readonly("ctas", &Choice::ctas)
       .def_readonly("partials", &Choice::partials)
       .def_readonly("flags", &Choice::flags);
