@@ -37,11 +37,14 @@ INQ_DEVICE Sums block_sums(unsigned long long x, SumShared<kThreads>* shared) {
 
 // Whether this block is the last of `blocks` to come here: what all of them wrote before is then seen by all of it.
 INQ_DEVICE bool is_last_block(int* arrivals, int64_t blocks, int* shared) {
-  thread_fence();
   sync_threads();
-  if (threadIdx.x == 0) st_shared(shared, atomic_add(arrivals, 1) == blocks - 1 ? 1 : 0);
+  if (threadIdx.x == 0) {
+    // What the barrier made known to this thread it passes on, and the other way round.
+    thread_fence();
+    st_shared(shared, atomic_add(arrivals, 1) == blocks - 1 ? 1 : 0);
+    thread_fence();
+  }
   sync_threads();
-  thread_fence();
   return ld_shared(shared) != 0;
 }
 
