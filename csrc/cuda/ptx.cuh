@@ -138,6 +138,8 @@ INQ_DEVICE void registers_down() {
 
 INQ_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 INQ_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+// popc.b32
+INQ_DEVICE int popc(uint32_t x) { return __popc(x); }
 // cvt.f32.f16, cvt.f32.bf16
 INQ_DEVICE float from_f16(uint16_t bits) {
   float x;
