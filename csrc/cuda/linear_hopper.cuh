@@ -129,14 +129,18 @@ INQ_DEVICE Item item_of(const Params& p, int index) {
 
 // --- producers ---------------------------------------------------------------------------------------------------------
 
+// They have few registers: their loops are not unrolled.
+
 template <class S>
 INQ_DEVICE void load_boxes(const Params& p, int lane) {
   auto ring = box_ring<S>();
   if (lane != 0) return;
+#pragma unroll 1
   for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
     const Item item = item_of<S>(p, index);
     const int first = item.first * S::kSlotSteps / S::kBoxSteps;
     const int boxes = (item.slots * S::kSlotSteps + S::kBoxSteps - 1) / S::kBoxSteps;
+#pragma unroll 1
     for (int box = first; box < first + boxes; ++box) {
       ring.wait_emptied();
       mbarrier_arrive_expect(ring.filled(), S::kBoxBytes);
@@ -151,12 +155,14 @@ template <class S>
 INQ_DEVICE void load_slots(const Params& p, int lane) {
   constexpr int kBlockBytes = S::Codec::kBlockBytes;
   auto ring = slot_ring<S>();
+#pragma unroll 1
   for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
     const Item item = item_of<S>(p, index);
     // Past the end the last block comes again, so that all memory that is read holds numbers: rows past N are not
     // stored, and x is 0 past K.
     const int row_block = min(item.n / 16 + lane, p.row_blocks - 1);
     const uint8_t* row = p.weight + static_cast<int64_t>(row_block) * p.k_blocks * kBlockBytes;
+#pragma unroll 1
     for (int slot = item.first; slot < item.first + item.slots; ++slot) {
       ring.wait_emptied();
       if (lane == 0) mbarrier_arrive_expect(ring.filled(), S::kSlotBytes);
@@ -261,20 +267,23 @@ struct Multiplier {
   INQ_DEVICE void run(Sums<S>& sums, int count) {
     // Named by the parity of a quarter: registers of products in flight stay as they are.
     Operands<S> even[S::kPieces], odd[S::kPieces];
-    for (int slot = 0; slot < count; slot += S::kPeriodSlots) {
+    const int whole = count - count % S::kPeriodSlots;
+    for (int slot = 0; slot < whole; slot += S::kPeriodSlots) {
       quarter<0>(sums, even, slot == 0);
       quarter<1>(sums, odd, slot == 0);
       if constexpr (kQuarters == 4) {
-        if (slot + 1 == count) break;
         quarter<2>(sums, even, slot == 0);
         quarter<3>(sums, odd, slot == 0);
       }
     }
     wgmma_wait<0>();
-    if (count == 0) return;
-    release_box();
+    if (whole > 0) release_box();
     // Half a period ends within a box.
-    if (S::kPeriodSlots == 2 && count % 2 == 1) {
+    if (whole < count) {
+      quarter<0>(sums, even, true);
+      quarter<1>(sums, odd, true);
+      wgmma_wait<0>();
+      release_box();
       boxes.advance();
       release_box();
     }
