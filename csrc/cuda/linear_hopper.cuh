@@ -204,7 +204,11 @@ INQ_DEVICE void decode_block(Operands<S>& a, const char* slot, const Thread& t, 
   uint32_t words[Codec::kWords] = {four.x, four.y, four.z, four.w};
   if constexpr (Codec::kWords == 5) words[4] = ld_shared(reinterpret_cast<const uint32_t*>(block + 512) + t.lane);
 #pragma unroll
-  for (int step = 0; step < Codec::kSteps; ++step) Codec::decode(words, step, a[step]);
+  for (int step = 0; step < Codec::kSteps; ++step) {
+    Codec::decode(words, step, a[step]);
+#pragma unroll
+    for (uint32_t& r : a[step]) settle(r);
+  }
 }
 
 // 16-bit products. The state of a consumer's main loop and its pieces; a "quarter" is one weight block, and a period has

@@ -302,6 +302,9 @@ INQ_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::
 
 // wgmma.fence, .commit_group, .wait_group
 INQ_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// No instruction: the register's value is computed by here. What is left to compute behind wgmma_fence would make the
+// compiler fence, and end a group of wgmma, anew.
+INQ_DEVICE void settle(uint32_t& a) { asm volatile("" : "+r"(a)::"memory"); }
 INQ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
 INQ_DEVICE void wgmma_wait() {
