@@ -22,7 +22,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars bench static gpu test mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars bench static gpu test emulate mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
@@ -31,6 +31,7 @@ help:
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
 	@echo "make gpu       on a machine with one: the tests that need it, then the benchmarks (under 8 minutes)"
 	@echo "make test      the whole test suite"
+	@echo "make emulate   CUDA kernels on the CPU, 20 schedules of each (make test runs 3)"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
 	@echo "make sanitize   the C++ kernels' own tests under the address, undefined-behaviour and thread sanitizers"
@@ -62,6 +63,10 @@ gpu: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)
+
+# Tests that use the emulator import its support.
+emulate: $(READY)
+	INQ_EMULATOR_SEEDS=20 $(PY) -m pytest $(PYTEST) $(shell grep -l support_emulator tests/test_*.py)
 
 mutants: $(READY)
 	$(PY) tests/mutants.py
