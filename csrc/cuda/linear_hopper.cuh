@@ -450,16 +450,17 @@ INQ_DEVICE bool add_splits(const Params& p, Sums<S>& sums, const Item& item, con
     st_global(parts + (static_cast<int64_t>(item.split) * kSums + i) * 128, sums[i / (S::kTokens / 2)][i % (S::kTokens / 2)]);
   }
   int* last = reinterpret_cast<int*>(dynamic_shared() + S::kFlagsAt) + t.group;
-  thread_fence();
   bar_sync(1 + t.group, 128);
   if (thread == 0) {
+    // Releases what the barrier brought together, and acquires what others released, for all of the group.
+    thread_fence();
     const bool is_last = atomic_add(p.arrivals + place, 1) == p.splits - 1;
     if (is_last) atomic_add(p.arrivals + place, -p.splits);
+    thread_fence();
     st_shared(last, static_cast<int>(is_last));
   }
   bar_sync(1 + t.group, 128);
   if (ld_shared(last) == 0) return false;
-  thread_fence();
 #pragma unroll
   for (int i = 0; i < kSums; ++i) sums[i / (S::kTokens / 2)][i % (S::kTokens / 2)] = 0;
   for (int split = 0; split < p.splits; ++split) {

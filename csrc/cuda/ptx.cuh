@@ -11,6 +11,7 @@
 
 namespace inq::cuda {
 INQ_DEVICE uint32_t xor_and(uint32_t a, uint32_t b, uint32_t mask) { return (a ^ b) & mask; }
+INQ_DEVICE void settle(uint32_t&) {}
 }  // namespace inq::cuda
 
 #else
