@@ -36,7 +36,8 @@ def padded(x, extra=0):
     return wide[:, :k]
 
 
-def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dtype=None, processors=3):
+def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dtype=None, processors=3,
+           **options):
     """[M, N] from x [M, K]: float16, bfloat16, or uint8, the bits of e4m3."""
     fmt, (m, k), n = packed.format, x.shape, packed.shape[0]
     number = NUMBERS["e4m3" if x.dtype == torch.uint8 else x.dtype]
@@ -45,7 +46,7 @@ def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dt
     exponent = 1 - fmt.magnitudes - fragments.codec(LAYOUTS[number], fmt).base
     choice = (*tile, splits)
     partials, arrivals = library.sizes(m, n, choice)
-    with emulated(library, seed=seed) as device:
+    with emulated(library, seed=seed, **options) as device:
         y = device.output((m, n), out_dtype, "y")
         parts = device.output((partials,), torch.float32, "partials")
         counts = device.inout(torch.zeros(arrivals, dtype=torch.int32), "arrivals")
@@ -80,7 +81,7 @@ CASES = pairwise(
     tile=TILES,
     m=(1, 9, 64, 130),
     n=(1, 20, 132, 300),
-    k=(1, 40, 96, 200, 330),
+    k=(1, 40, 96, 200, 330, 1000),
     splits=(1, 2, 3),
     bias=(None, torch.float16, torch.bfloat16, torch.float32),
     scale=(False, True),
@@ -126,7 +127,7 @@ FP8_CASES = pairwise(
     dtype=(torch.float16, torch.bfloat16, torch.float32),
     m=(1, 9, 64, 130),
     n=(1, 20, 132, 300),
-    k=(1, 40, 128, 200, 330),
+    k=(1, 40, 128, 200, 330, 1000),
     splits=(1, 2),
     bias=(False, True),
     scale=(False, True),
@@ -155,6 +156,19 @@ def test_linear_fp8_beside_the_exact_oracle(library, case, seed):
         rounding = (exact.abs() * finfo.eps / 2).clamp(min=finfo.smallest_normal * finfo.eps / 2)
         size = torch.nn.functional.linear(x8.abs(), w.abs(), b.abs())
         assert ((y.double() - exact).abs() <= (k + 3) * 2.0**-24 * size + rounding).all()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("bits", [4, 5])
+def test_sums_of_e4m3_leave_the_tensor_core_every_128(library, bits, tile):
+    """Hopper keeps 14 bits of them: enough for 128 products of these numbers, and not for all 4000."""
+    fmt, k = inq.Format(bits, "paper"), 4000
+    n1 = torch.zeros(9, 1, dtype=torch.int8)
+    w = 2.0 ** -torch.randint(0, 4, (9, k), generator=generator()).float()
+    packed, x = inq.pack(w, fmt, n1), torch.ones(3, k, dtype=torch.float32)
+    values, t = quantize_rows(library, 0, x)
+    y = linear(library, 0, values, packed, None, tile, 1, t, torch.float32, short_accumulator=1)
+    assert torch.equal(y, x @ w.T)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -195,7 +209,8 @@ def test_empty_sizes(library):
     packed = random_packed(inq.Format(4), 3, 8)
     x = torch.zeros(0, 8, dtype=torch.float16)
     assert linear(library, 0, x, packed, None, (128, 64)).shape == (0, 3)
-    packed, bias = random_packed(inq.Format(4), 3, 0), torch.tensor([1.0, 2.0, -3.0])
+    parts = (torch.zeros(3, 0, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.int8), None)
+    packed, bias = inq.PackedWeight(*parts, inq.Format(4), torch.Size((3, 0))), torch.tensor([1.0, 2.0, -3.0])
     y = linear(library, 0, torch.zeros(2, 8, dtype=torch.float16)[:, :0], packed, bias, (128, 64))
     assert torch.equal(y, bias.half().expand(2, 3))
 

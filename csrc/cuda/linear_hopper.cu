@@ -39,10 +39,13 @@ int64_t linear_hopper_arrivals(int64_t m, int64_t n, const HopperChoice& choice)
 cudaError_t linear_hopper(const LinearHopperParams& p, const HopperChoice& choice, int processors,
                           cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return cudaSuccess;
-  const int64_t x_bytes = p.number == Number::e4m3 ? 1 : 2;
-  const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride * x_bytes % 16 == 0;
-  if (!choice.use || choice.splits < 1 || processors < 1 || !aligned || p.m < 0 || p.n < 0 || p.k < 0 ||
-      p.m > hopper::kLargest || p.n > hopper::kLargest || p.k > hopper::kLargest) {
+  const bool fp8 = p.number == Number::e4m3;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride * (fp8 ? 1 : 2) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+  const auto in_range = [](int64_t size) { return size >= 0 && size <= hopper::kLargest; };
+  if (!choice.use || choice.splits < 1 || processors < 1 || !aligned || !in_range(p.m) || !in_range(p.n) ||
+      !in_range(p.k) || fp8 != (p.rows_exp != nullptr) ||
+      (!fp8 && p.out_type != (p.number == Number::f16 ? Float::f16 : Float::bf16))) {
     return cudaErrorInvalidValue;
   }
   switch (p.number) {

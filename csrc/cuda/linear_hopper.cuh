@@ -47,6 +47,7 @@ struct Params {
   int row_blocks, k_blocks;   // blocks of the weight, along N and K
   int slots, split_slots;     // slots along K, and of a split: a multiple of a period
   int m_tiles, items, splits; // items: tiles times splits
+  bool whole_stores;          // four neighbours of a row of out may be stored at once
 };
 
 // What follows from a codec, the 64-row pieces of a group and the tokens of a tile.
@@ -348,32 +349,50 @@ INQ_DEVICE float load_float(const void* p, Float type, int64_t i) {
   return type == Float::f16 ? from_f16(bits) : from_bf16(bits);
 }
 
-// 2^e for −126 ≤ e ≤ 127
-INQ_DEVICE float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
+// An exponent field of float32: as bits, factors 2^e multiply by adding.
+INQ_DEVICE int exponent_bits(int e) { return e * (1 << 23); }
 
-// What a row of sums is multiplied by and gets added.
+// What a row of sums is multiplied by and gets added. Its power of two is two factors, bits of float32: one alone may be
+// out of range.
 struct Row {
-  int exponent = 0;
+  int first = exponent_bits(127), second = exponent_bits(127);
   float scale = 1, bias = 0;
-
-  // e ≤ 254 as two factors: one alone may be out of range. 2^-252 makes any sum 0, as less would.
-  INQ_DEVICE float finish(const Params& p, float sum, int row_exponent) const {
-    const int e = max(exponent - row_exponent, -252), half = e >> 1;
-    float y = mul(mul(sum, power_of_two(half)), power_of_two(e - half));
-    if (p.weight_scale != nullptr) y = mul(y, scale);
-    if (p.bias != nullptr) y = add(y, bias);
-    return y;
-  }
+};
+// A token's part of both: bits to subtract.
+struct Token {
+  int first = 0, second = 0;
 };
 
 INQ_DEVICE Row load_row(const Params& p, int n) {
   Row row;
   if (n < p.n) {
-    row.exponent = ld_global(p.weight_exp + n) + p.exponent;
+    const int e = ld_global(p.weight_exp + n) + p.exponent;
+    row.first = exponent_bits((e >> 1) + 127);
+    row.second = exponent_bits(e - (e >> 1) + 127);
     if (p.weight_scale != nullptr) row.scale = ld_global(p.weight_scale + n);
     if (p.bias != nullptr) row.bias = load_float(p.bias, p.bias_type, n);
   }
   return row;
+}
+
+INQ_DEVICE Token load_token(const Params& p, int m) {
+  if (m >= p.m) return {};
+  const int t = ld_global(p.rows_exp + m);
+  return {exponent_bits(t >> 1), exponent_bits(t - (t >> 1))};
+}
+
+template <class S>
+INQ_DEVICE float finish(const Params& p, const Row& row, const Token& token, float sum) {
+  int first = row.first, second = row.second;
+  if constexpr (S::kPromote) {
+    // Below 2^-126 is below 2^-252 together, which makes any sum 0, as less would.
+    first = max(first - token.first, exponent_bits(1));
+    second = max(second - token.second, exponent_bits(1));
+  }
+  float y = mul(mul(sum, bits_to_float(static_cast<uint32_t>(first))), bits_to_float(static_cast<uint32_t>(second)));
+  if (p.weight_scale != nullptr) y = mul(y, row.scale);
+  if (p.bias != nullptr) y = add(y, row.bias);
+  return y;
 }
 
 // Rows n and n + 8 of a warp's 16, tokens m and m + 1 of eight, as 16-bit numbers: transposed, so that a lane has four
@@ -390,7 +409,7 @@ INQ_DEVICE void store_16(const Params& p, const float (&y)[4], int warp_n, int w
   const int n = warp_n + (odd ? 8 : 0) + (lane & 2) * 2, m = warp_m + lane / 4;
   if (m >= p.m || n >= p.n) return;
   uint16_t* out = static_cast<uint16_t*>(p.out) + static_cast<int64_t>(m) * p.n + n;
-  if (p.n % 4 == 0) {
+  if (p.whole_stores) {
     st_global(reinterpret_cast<Two*>(out), four);
   } else {
 #pragma unroll
@@ -411,28 +430,28 @@ INQ_DEVICE void store_32(const Params& p, const float (&y)[4], int n, int m) {
 
 template <class S>
 INQ_DEVICE void store(const Params& p, const Sums<S>& sums, const Item& item, const Thread& t) {
+  const int n = item.n + 64 * t.group * S::kPieces + 16 * t.warp;
+  Row rows[S::kPieces][2];
 #pragma unroll
   for (int piece = 0; piece < S::kPieces; ++piece) {
-    const int n = item.n + 64 * (t.group * S::kPieces + piece) + 16 * t.warp;
-    const Row rows[2] = {load_row(p, n + t.lane / 4), load_row(p, n + t.lane / 4 + 8)};
+    rows[piece][0] = load_row(p, n + 64 * piece + t.lane / 4);
+    rows[piece][1] = load_row(p, n + 64 * piece + t.lane / 4 + 8);
+  }
 #pragma unroll
-    for (int i = 0; i < S::kTokens / 8; ++i) {
-      const int m = item.m + 8 * i;
-      int exponents[2] = {0, 0};
-      if (p.rows_exp != nullptr) {
+  for (int i = 0; i < S::kTokens / 8; ++i) {
+    const int m = item.m + 8 * i, token = m + 2 * (t.lane % 4);
+    if (m >= p.m) return;
+    Token tokens[2];
+    if constexpr (S::kPromote) tokens[0] = load_token(p, token), tokens[1] = load_token(p, token + 1);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int token = m + 2 * (t.lane % 4) + j;
-          if (token < p.m) exponents[j] = ld_global(p.rows_exp + token);
-        }
-      }
+    for (int piece = 0; piece < S::kPieces; ++piece) {
       float y[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) y[j] = rows[j / 2].finish(p, sums[piece][4 * i + j], exponents[j % 2]);
-      if (p.out_type == Float::f32) {
-        store_32(p, y, n + t.lane / 4, m + 2 * (t.lane % 4));
+      for (int j = 0; j < 4; ++j) y[j] = finish<S>(p, rows[piece][j / 2], tokens[j % 2], sums[piece][4 * i + j]);
+      if (S::kPromote && p.out_type == Float::f32) {
+        store_32(p, y, n + 64 * piece + t.lane / 4, token);
       } else {
-        store_16(p, y, n, m, t.lane);
+        store_16(p, y, n + 64 * piece, m, t.lane);
       }
     }
   }
@@ -531,6 +550,7 @@ cudaError_t run(const LinearHopperParams& p, const HopperChoice& choice, int pro
   q.row_blocks = static_cast<int>(ceil_div(p.n, 16));
   q.k_blocks = static_cast<int>(ceil_div(p.k, Codec::kBlockK));
   q.slots = static_cast<int>(ceil_div(q.k_blocks, 2));
+  q.whole_stores = p.n % 4 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0;
   q.splits = choice.splits;
   q.split_slots = static_cast<int>(ceil_div(ceil_div(q.slots, S::kPeriodSlots), q.splits)) * S::kPeriodSlots;
   q.m_tiles = static_cast<int>(ceil_div(p.m, S::kTokens));

@@ -19,8 +19,8 @@ struct LinearHopperParams {
   const int8_t* weight_exp;   // [N]
   const float* weight_scale;  // [N], or null
   const void* bias;           // [N] of bias_type, or null
-  const int32_t* rows_exp;    // [M], or null
-  void* out;                  // [M, N] of out_type, contiguous
+  const int32_t* rows_exp;    // [M] for e4m3, else null
+  void* out;                  // [M, N] of out_type, contiguous; x's type but for e4m3
   // Where splits > 1: floats of linear_hopper_partials, and ints of linear_hopper_arrivals that are 0 before the launch
   // and after it.
   float* partials;
@@ -37,7 +37,7 @@ int64_t linear_hopper_partials(int64_t m, int64_t n, const HopperChoice& choice)
 int64_t linear_hopper_arrivals(int64_t m, int64_t n, const HopperChoice& choice);
 
 // `processors`: blocks to launch at most, of which each takes tiles in turn.
-// cudaErrorInvalidValue: x is not aligned, a size is out of range, or there is no such tile.
+// cudaErrorInvalidValue: x or weight is not aligned, a size is out of range, types do not fit, or there is no such tile.
 cudaError_t linear_hopper(const LinearHopperParams& params, const HopperChoice& choice, int processors,
                           cudaStream_t stream);
 
