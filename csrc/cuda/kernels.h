@@ -2,7 +2,7 @@
 #pragma once
 
 #include "params.h"
-#include "platform.cuh"
+#include "host.h"
 
 namespace inq::cuda {
 

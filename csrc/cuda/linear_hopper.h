@@ -2,12 +2,9 @@
 #pragma once
 
 #include "choose_hopper.h"
-#include "decode.cuh"
+#include "host.h"
 
 namespace inq::cuda {
-
-// The type of bias, of linear's output and of the rows that are quantized.
-enum class Float : int { f16, bf16, f32 };
 
 // out[m, n] = 2^(weight_exp[n] + exponent − rows_exp[m]) · weight_scale[n] · Σ_k x[m, k]·decode(weight)[n, k] + bias[n]
 struct LinearHopperParams {
