@@ -1,6 +1,7 @@
 // The entry points of the CUDA kernels: each launches what it needs on `stream` and waits for nothing.
 #pragma once
 
+#include "decode.cuh"
 #include "params.h"
 #include "host.h"
 
@@ -20,5 +21,13 @@ cudaError_t masked_adamw(const AdamwParams& params, AdamwChoice choice, cudaStre
 // Quantized weights to the storage layout, and back.
 cudaError_t pack(const PackParams& params, StorageChoice choice, cudaStream_t stream);
 cudaError_t unpack(const UnpackParams& params, StorageChoice choice, cudaStream_t stream);
+
+// The storage layout to what products read, and back.
+struct FragmentsChoice {
+  Number number;
+  Levels levels;
+};
+cudaError_t prepack(const PrepackParams& params, FragmentsChoice choice, cudaStream_t stream);
+cudaError_t unprepack(const UnprepackParams& params, FragmentsChoice choice, cudaStream_t stream);
 
 }  // namespace inq::cuda

@@ -198,4 +198,20 @@ struct StorageChoice {
   DType dtype;
 };
 
+// The storage layout and a "fragments" layout (inq_kernels/fragments.py): [ceil(n/16), ceil(k/block)] blocks.
+struct PrepackParams {
+  const uint8_t* codes;   // [n, row_bytes(k)]
+  uint8_t* out;           // aligned to 16 bytes
+  const uint32_t* table;  // fragments._encode_table: [register, number, code, word]
+  int64_t n, k;
+  Format format;
+};
+
+struct UnprepackParams {
+  const uint8_t* fragments;  // aligned to 16 bytes
+  uint8_t* codes;            // [n, row_bytes(k)]
+  int64_t n, k;
+  Format format;
+};
+
 }  // namespace inq::cuda
