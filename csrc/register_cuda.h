@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cuda/host.h"
 #include "register.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -44,6 +45,23 @@ inline void check_same_device(const std::string& where, const Tensor& t, const T
     fail(where, "a tensor on cuda:" + std::to_string(like.get_device()),
          t.is_cuda() ? "one on cuda:" + std::to_string(t.get_device()) : "one that is not on CUDA");
   }
+}
+
+// --- weights in the layouts of fragments.py ---------------------------------------------------------------------------
+
+inline cuda::Levels levels_of(Format f) {
+  using cuda::Levels;
+  if (f.bits == 5) return f.dense ? Levels::dense5 : Levels::paper5;
+  // Fewer bits are held in four, and at two bits both kinds of levels are the same.
+  return f.dense && f.bits > 2 ? Levels::dense4 : Levels::paper4;
+}
+
+// The shape of an [n, k] weight: fragments.shape.
+inline std::vector<int64_t> shape_of_weight(cuda::Number number, Format f, int64_t n, int64_t k) {
+  using cuda::Number;
+  const int64_t last = number == Number::f16 ? 16 : number == Number::bf16 ? 8 : 4;
+  const int64_t width = cuda::block_k_of(number, levels_of(f));
+  return {(n + 15) / 16, (k + width - 1) / width, cuda::block_bytes_of(number, levels_of(f)) / last, last};
 }
 
 }  // namespace inq::registration

@@ -28,19 +28,6 @@ struct Weight {
   int64_t n, k;
 };
 
-Levels levels_of(Format f) {
-  if (f.bits == 5) return f.dense ? Levels::dense5 : Levels::paper5;
-  // Fewer bits are held in four, and at two bits both kinds of levels are the same.
-  return f.dense && f.bits > 2 ? Levels::dense4 : Levels::paper4;
-}
-
-// The shape of an [n, k] weight: fragments.shape.
-std::vector<int64_t> shape_of_weight(Number number, Format f, int64_t n, int64_t k) {
-  const int64_t last = number == Number::f16 ? 16 : number == Number::bf16 ? 8 : 4;
-  const int64_t width = block_k_of(number, levels_of(f));
-  return {(n + 15) / 16, (k + width - 1) / width, block_bytes_of(number, levels_of(f)) / last, last};
-}
-
 // A decoded number times 2^(n1 + exponent) is the weight.
 int exponent_of(Number number, Levels levels, Format f) {
   return 1 - magnitudes(f) - base_of(number, levels);

@@ -387,6 +387,46 @@ void unpack_in_place(Tensor out, Tensor weight, Tensor weight_exp, OptionalTenso
   unpack_into("unpack_", out, weight, weight_exp, weight_scale, k, format_of("unpack_", bits, dense), here);
 }
 
+Number number_of(const std::string& where, int64_t number) {
+  if (number < 0 || number > 2) fail(where, "0 (fp16), 1 (bf16) or 2 (e4m3)", std::to_string(number));
+  return static_cast<Number>(number);
+}
+
+// `table`: fragments.encode_table, int32 on the weight's device. `number`: the type of products.
+Tensor prepack_op(Tensor weight, Tensor table, int64_t k, int64_t bits, bool dense, int64_t number) {
+  const Format format = format_of("prepack", bits, dense);
+  const Number type = number_of("prepack: number", number);
+  check_at_least("prepack: k", k, 0);
+  if (weight.dim() != 2) fail("prepack: weight", "two dimensions", shape_of(weight));
+  const int64_t n = weight.size(0);
+  check("prepack: weight", weight, ScalarType::Byte, {n, row_bytes(format, k)});
+  check("prepack: table", table, ScalarType::Int, sizes_of(table));
+  check_same_device("prepack: table", table, weight);
+  const OnDevice here(weight);
+  Tensor out = new_tensor(shape_of_weight(type, format, n, k), ScalarType::Byte, here.index);
+  if (out.numel() == 0) return out;
+  check_cuda("prepack", prepack({static_cast<const uint8_t*>(weight.const_data_ptr()),
+                                 static_cast<uint8_t*>(out.mutable_data_ptr()),
+                                 static_cast<const uint32_t*>(table.const_data_ptr()), n, k, format},
+                                {type, levels_of(format)}, here.stream));
+  return out;
+}
+
+Tensor unprepack_op(Tensor weight, int64_t n, int64_t k, int64_t bits, bool dense, int64_t number) {
+  const Format format = format_of("unprepack", bits, dense);
+  const Number type = number_of("unprepack: number", number);
+  check_at_least("unprepack: n", n, 0);
+  check_at_least("unprepack: k", k, 0);
+  check("unprepack: weight", weight, ScalarType::Byte, shape_of_weight(type, format, n, k));
+  const OnDevice here(weight);
+  Tensor out = new_tensor({n, row_bytes(format, k)}, ScalarType::Byte, here.index);
+  if (out.numel() == 0) return out;
+  check_cuda("unprepack", unprepack({static_cast<const uint8_t*>(weight.const_data_ptr()),
+                                     static_cast<uint8_t*>(out.mutable_data_ptr()), n, k, format},
+                                    {type, levels_of(format)}, here.stream));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(inq_cuda, m) {
@@ -415,6 +455,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(inq_cuda, m) {
   m.def(
       "unpack_(Tensor(a!) out, Tensor weight, Tensor weight_exp, Tensor? weight_scale, SymInt k, int bits, bool dense) "
       "-> ()");
+  m.def("prepack(Tensor weight, Tensor table, SymInt k, int bits, bool dense, int number) -> Tensor");
+  m.def("unprepack(Tensor weight, SymInt n, SymInt k, int bits, bool dense, int number) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inq_cuda, CUDA, m) {
@@ -428,4 +470,6 @@ STABLE_TORCH_LIBRARY_IMPL(inq_cuda, CUDA, m) {
   m.impl("pack", TORCH_BOX(&pack_op));
   m.impl("unpack", TORCH_BOX(&unpack_op));
   m.impl("unpack_", TORCH_BOX(&unpack_in_place));
+  m.impl("prepack", TORCH_BOX(&prepack_op));
+  m.impl("unprepack", TORCH_BOX(&unprepack_op));
 }

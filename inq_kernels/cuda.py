@@ -60,9 +60,10 @@ def _ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, wanted: str
     """``weight`` in the layout that the kernels read. A module has done this once; here it is for this call alone."""
     if layout == wanted:
         return weight
+    tail = (fmt.bits, fmt.levels)
     if layout != STORAGE:
-        weight = layouts.unprepack(weight, n, k, fmt, layout)
-    return layouts.prepack(weight, k, fmt, wanted)
+        weight = unprepack(weight, n, k, *tail, layout)
+    return prepack(weight, k, *tail, wanted)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -109,6 +110,20 @@ def unpack_(out, weight, weight_exp, weight_scale, k, bits, levels):
     _leaf.unpack_(flat, weight.contiguous(), *_factors(weight_exp, weight_scale), k, bits, levels == "dense")
     if flat is not out:
         out.copy_(flat)
+
+
+def prepack(weight, k, bits, levels, layout):
+    fmt = Format(bits, levels)
+    if layout not in fragments.LAYOUTS:
+        return layouts.prepack(weight, k, fmt, layout)
+    table = fragments.encode_table(layout, fmt, weight.device)
+    return _leaf.prepack(weight.contiguous(), table, k, bits, levels == "dense", fragments.LAYOUTS.index(layout))
+
+
+def unprepack(weight, n, k, bits, levels, layout):
+    if layout not in fragments.LAYOUTS:
+        return layouts.unprepack(weight, n, k, Format(bits, levels), layout)
+    return _leaf.unprepack(weight.contiguous(), n, k, bits, levels == "dense", fragments.LAYOUTS.index(layout))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -177,7 +192,7 @@ def _step(leaf: Callable, lists: tuple[list[Tensor], ...], masks: list[Tensor], 
 OPERATORS: dict[str, Callable] = {
     f.__name__: f
     for f in (
-        *(linear, linear_dx, linear_fp8, pack, unpack, unpack_),
+        *(linear, linear_dx, linear_fp8, pack, unpack, unpack_, prepack, unprepack),
         *(exponents, partition_threshold, exponents_and_threshold, quantize_with_mask_, freeze_portion_),
         *(masked_sgd_, masked_adamw_),
     )
@@ -187,7 +202,11 @@ OPERATORS: dict[str, Callable] = {
 # --- shapes for tracing -----------------------------------------------------------------------------------------------
 
 _FAKES: dict[str, Callable] = {
-    **{name: FAKES[name] for name in OPERATORS if name in FAKES},
+    **{name: FAKES[name] for name in OPERATORS if name not in ("prepack", "unprepack")},
+    "prepack": lambda weight, table, k, bits, dense, number: weight.new_empty(
+        layouts.shape(fragments.LAYOUTS[number], weight.shape[0], k, Format(bits, "dense" if dense else "paper"))
+    ),
+    "unprepack": lambda weight, n, k, bits, dense, number: weight.new_empty((n, (k + 7) // 8 * bits)),
     "decode": lambda weight, n, k, bits, dense, dtype: weight.new_empty((n, k), dtype=dtype),
     "finish": lambda sums, exp, scale, bias, bits, dense, dtype: torch.empty_like(sums, dtype=dtype),
 }

@@ -202,7 +202,7 @@ struct StorageChoice {
 struct PrepackParams {
   const uint8_t* codes;   // [n, row_bytes(k)]
   uint8_t* out;           // aligned to 16 bytes
-  const uint32_t* table;  // fragments._encode_table: [register, number, code, word]
+  const uint32_t* table;  // fragments.encode_table: [register, number, code, word]
   int64_t n, k;
   Format format;
 };
