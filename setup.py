@@ -4,8 +4,8 @@ They hold no Python and no torch C++ symbol (torch's stable ABI), so one file se
 (the CUDA one: of its CUDA major). Where one cannot be built the package installs all the same, runs on what there is,
 and ``inq doctor`` says why: the reason is left in ``inq_kernels/_cpu_build.txt`` and ``_cuda_build.txt``.
 
-The CUDA library is built wherever nvcc is found, and needs no GPU. ``INQ_CUDA_ARCHS``: ``all`` (the default), ``native``
-(the GPUs of this machine), ``none``, or a list such as ``80,90a``.
+The CUDA library is built wherever nvcc is found, and needs no GPU. ``INQ_CUDA_ARCHS``: ``all`` (the default),
+``native`` (the GPUs of this machine), ``none``, or a list such as ``80,90a``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CUDA_ARCHS = ("80", "86", "89", "90a", "100a", "120a")
 # wgmma and setmaxnreg exist on Hopper alone: *_hopper.cu is compiled for it and for nothing else.
 HOPPER = "90a"
 NVCC_FLAGS = (
-    "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -DNDEBUG --fmad=false -lineinfo --expt-relaxed-constexpr "
-    "-Werror all-warnings"
+    "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas -DNDEBUG --fmad=false -lineinfo "
+    "--expt-relaxed-constexpr -Werror all-warnings"
 )
 
 
@@ -109,9 +109,9 @@ def cuda_ninja_file(include: Path, compiler: str, nvcc: str, archs: Sequence[str
         f"  command = $cxx -shared -o $out $in -L{_escape(include.parent / 'lib')} -L{_escape(cuda / 'lib64')} "
         "-Wl,--no-as-needed -ltorch_cpu -L. -l:libtorch_cuda.so -Wl,--as-needed -Wl,--exclude-libs,ALL "
         f"-lcudart_static -ldl -lrt -lpthread {os.environ.get('LDFLAGS', '')}",
-        "build stub.cpp: write",
         "rule write",
         "  command = echo 'extern \"C\" void aoti_torch_get_current_cuda_stream() {}' > $out",
+        "build stub.cpp: write",
         "build libtorch_cuda.so: stub stub.cpp",
     ]
     objects = []
@@ -256,7 +256,7 @@ class build_ext(_build_ext):
         done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             print(done.stdout, file=sys.stderr)
-            lines = [line for line in done.stdout.splitlines() if "error" in line.lower()] or ["ninja failed"]
+            lines = [line for line in done.stdout.splitlines() if "error:" in line.lower()] or ["ninja failed"]
             raise RuntimeError(f"the compiler failed: {lines[0].strip()}")
 
 

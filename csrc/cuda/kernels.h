@@ -1,9 +1,8 @@
 // The entry points of the CUDA kernels: each launches what it needs on `stream` and waits for nothing.
 #pragma once
 
-#include "decode.cuh"
-#include "params.h"
 #include "host.h"
+#include "params.h"
 
 namespace inq::cuda {
 

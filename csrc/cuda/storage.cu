@@ -3,6 +3,7 @@
 // Eight codes of b bits are a *group*, b bytes. Rows follow one another without gaps, so groups have one number through
 // the tensor, and the 32 of a warp are 32·b bytes side by side: a warp collects them in shared memory and moves them 16
 // bytes a lane. Weights are rounded by bits alone; a row scale is multiplied in float32, which holds every level.
+#include "decode.cuh"
 #include "kernels.h"
 #include "weights.cuh"
 
