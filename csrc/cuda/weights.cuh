@@ -185,13 +185,6 @@ INQ_DEVICE void store_bits(uint8_t* tile, int64_t left, uint32_t bits) {
   if (byte * 8 < left) st_global(tile + byte, static_cast<uint8_t>(bits));
 }
 
-// kRun neighbours in one or two 32-bit words each.
-template <class T, int kRun>
-struct alignas(kRun * sizeof(T)) Run {
-  static constexpr int kWords = kRun * static_cast<int>(sizeof(T)) / 4;
-  uint32_t words[kWords];
-};
-
 template <class T>
 INQ_DEVICE bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
@@ -200,12 +193,19 @@ INQ_DEVICE bool is_aligned(const T* p) {
 // A run of raw bits: of those that `wanted` has. Where `vector`, all are there and at a multiple of the run's size.
 template <class T, int kRun>
 INQ_DEVICE void load_run(const T* run, bool vector, uint32_t wanted, uint32_t* raw) {
+  constexpr int kBytes = kRun * static_cast<int>(sizeof(T));
+  static_assert(kBytes == 16 || kBytes == 8);
   if (vector) {
-    const auto v = ld_global(reinterpret_cast<const Run<T, kRun>*>(run));
-#pragma unroll
-    for (int j = 0; j < kRun; ++j) {
-      raw[j] = sizeof(T) == 4 ? v.words[j] : v.words[j / 2] >> (j % 2 * 16) & 0xFFFF;
+    uint32_t words[kBytes / 4];
+    if constexpr (kBytes == 16) {
+      const Four v = ld_global(reinterpret_cast<const Four*>(run));
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else {
+      const Two v = ld_global(reinterpret_cast<const Two*>(run));
+      words[0] = v.x, words[1] = v.y;
     }
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) raw[j] = sizeof(T) == 4 ? words[j] : words[j / 2] >> (j % 2 * 16) & 0xFFFF;
   } else {
 #pragma unroll
     for (int j = 0; j < kRun; ++j) raw[j] = wanted >> j & 1 ? ld_global(run + j) : 0;
@@ -213,13 +213,17 @@ INQ_DEVICE void load_run(const T* run, bool vector, uint32_t wanted, uint32_t* r
 }
 template <class T, int kRun>
 INQ_DEVICE void store_run(T* run, bool vector, uint32_t wanted, const uint32_t* raw) {
+  constexpr int kBytes = kRun * static_cast<int>(sizeof(T));
+  static_assert(kBytes == 16 || kBytes == 8);
   if (vector) {
-    Run<T, kRun> v;
+    uint32_t words[kBytes / 4];
 #pragma unroll
-    for (int i = 0; i < Run<T, kRun>::kWords; ++i) {
-      v.words[i] = sizeof(T) == 4 ? raw[i] : raw[2 * i] | raw[2 * i + 1] << 16;
+    for (int i = 0; i < kBytes / 4; ++i) words[i] = sizeof(T) == 4 ? raw[i] : raw[2 * i] | raw[2 * i + 1] << 16;
+    if constexpr (kBytes == 16) {
+      st_global(reinterpret_cast<Four*>(run), Four{words[0], words[1], words[2], words[3]});
+    } else {
+      st_global(reinterpret_cast<Two*>(run), Two{words[0], words[1]});
     }
-    st_global(reinterpret_cast<Run<T, kRun>*>(run), v);
   } else {
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
