@@ -246,5 +246,6 @@ def test_the_choice(library):
                 assert 1 <= splits <= 8
                 assert splits == 1 or k >= 512 * splits
     # Every tile is chosen somewhere.
-    chosen = {choose(m, n, 4096)[:2] for m in range(65, 2048, 62) for n in (512, 1024, 4096, 8192)}
+    ms, sizes = range(65, 2048, 62), (512, 1024, 4096, 8192, 14336)
+    chosen = {choose(m, n, k)[:2] for m in ms for n in sizes for k in sizes}
     assert chosen == set(TILES)
