@@ -1,11 +1,11 @@
 """Running emulated kernels from tests: guarded tensors, seeds, and one error that lists what the emulator saw.
 
-    library = load("linear")                       # tests/emulator/bind_linear.cpp and csrc/cuda/linear.cu
-    with emulated(library, seed=3) as device:
-        x = device.input(x)                        # a copy between guards that kernels may only read
-        y = device.output((m, n), torch.float16)   # unwritten: reading it is a fault
-        device.call(library.linear, x.data_ptr(), y.data_ptr(), …)
-    y  # checked: the with statement raises EmulatorError if anything was wrong
+library = load("linear")                       # tests/emulator/bind_linear.cpp and csrc/cuda/linear.cu
+with emulated(library, seed=3) as device:
+    x = device.input(x)                        # a copy between guards that kernels may only read
+    y = device.output((m, n), torch.float16)   # unwritten: reading it is a fault
+    device.call(library.linear, x.data_ptr(), y.data_ptr(), …)
+y  # checked: the with statement raises EmulatorError if anything was wrong
 """
 
 import contextlib

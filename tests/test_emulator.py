@@ -141,14 +141,13 @@ def test_the_short_accumulator_of_e4m3(good):
 
 
 def kernels_that_are_wrong():
-    """(name, {(kind, line), …}) of each kernel, from its comments."""
-    kernels, name = [], None
+    """(name, its first line, {(kind, line), …}) of each kernel, from its comments."""
+    kernels = []
     for number, line in enumerate((FOLDER / "kernels_bad.cu").read_text().splitlines(), 1):
         if found := re.match(r"__global__ void (\w+)\(", line):
-            name = found[1]
-            kernels.append((name, set()))
+            kernels.append((found[1], number, set()))
         elif found := re.search(r"// caught: (.*)$", line):
-            kernels[-1][1].update((kind, number) for kind in re.split(r"\s*(?:,|\bor\b)\s*", found[1]) if kind)
+            kernels[-1][2].update((kind, number) for kind in re.split(r"\s*(?:,|\bor\b)\s*", found[1]) if kind)
     return kernels
 
 
@@ -164,8 +163,9 @@ def run_bad(library, name, seed):
 
 
 @pytest.mark.parametrize("seed", seeds())
-@pytest.mark.parametrize(("name", "expected"), kernels_that_are_wrong(), ids=lambda x: x if isinstance(x, str) else "")
-def test_a_wrong_kernel_is_caught(bad, name, expected, seed):
+@pytest.mark.parametrize("kernel", kernels_that_are_wrong(), ids=lambda kernel: kernel[0])
+def test_a_wrong_kernel_is_caught(bad, kernel, seed):
+    name, first, expected = kernel
     if not expected:
         assert name == "wrong_swizzle"
         c = run_bad(bad, name, seed)
@@ -175,8 +175,13 @@ def test_a_wrong_kernel_is_caught(bad, name, expected, seed):
     with pytest.raises(EmulatorError) as caught:
         run_bad(bad, name, seed)
     faults = caught.value.faults
-    assert {(kind, line) for kind, file, line, *_ in faults} <= expected, str(caught.value)
-    assert all(file.endswith("kernels_bad.cu") for kind, file, *_ in faults)
+    # One mistake shows in several ways (a race from either side, and what has not been written); the one that the
+    # comment says is among them, and nothing is said of lines outside the kernel.
+    assert {(kind, line) for kind, file, line, *_ in faults} & expected, str(caught.value)
+    last = max(line for kind, line in expected) + 8
+    for kind, file, line, *_ in faults:
+        assert file.endswith("kernels_bad.cu"), str(caught.value)
+        assert first < line <= last or kind == "race", str(caught.value)
 
 
 def test_conversions_round_to_nearest_even(good):
@@ -185,7 +190,7 @@ def test_conversions_round_to_nearest_even(good):
         codes = torch.arange(2**bits).to(torch.int16 if bits == 16 else torch.uint8)
         values = codes.view(dtype).float()
         back = torch.tensor([getattr(good, f"_from_{name}")(int(c) & (2**bits - 1)) for c in codes])
-        assert torch.equal(back.nan_to_num(1e30), values.nan_to_num(1e30, float("inf"), float("-inf")))
+        assert ((back == values) | (back.isnan() & values.isnan())).all()
         finite = values[values.isfinite()].sort().values.unique()
         middles = ((finite[1:].double() + finite[:-1].double()) / 2).float()
         steps = torch.cat([middles, middles.nextafter(middles + 1), middles.nextafter(middles - 1), finite])

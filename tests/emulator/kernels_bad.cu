@@ -43,7 +43,7 @@ __global__ void missing_second_barrier(const __grid_constant__ Params p) {
 // 16 and 8 bits: neighbours share a word, which is no race; the same byte is one.
 __global__ void same_byte(const __grid_constant__ Params p) {
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(dynamic_shared());
-  st_shared(bytes + thread(), uint8_t{1});
+  st_shared(bytes + thread(), uint8_t{1});  // caught: race, or
   if (thread() >= 64) st_shared(bytes + thread() - 63, uint8_t{2});  // caught: race
   sync_threads();
   st_global(p.c + thread(), uint32_t{ld_shared(bytes + thread())});

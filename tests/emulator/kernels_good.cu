@@ -101,9 +101,10 @@ struct RingParams {
   int k;
 };
 
-// c [64][kN] = a [64][k] b [kN][k]ᵀ: a producer fills a ring of tiles by TMA, and a warpgroup multiplies, a in registers.
+// c [64][kN] = a [64][k] b [kN][k]ᵀ: a producer fills a ring of tiles by TMA, a warpgroup gives its registers to the
+// third, and that one multiplies, a in registers.
 template <Product kProduct, int kN>
-__global__ void __launch_bounds__(256) wgmma_ring(const __grid_constant__ RingParams p) {
+__global__ void __launch_bounds__(384) wgmma_ring(const __grid_constant__ RingParams p) {
   constexpr int kStages = 3, kStage = kN * 128, kElements = kProduct == Product::e4m3 ? 128 : 64;
   char* const tiles = dynamic_shared();
   Mbarrier* const full = reinterpret_cast<Mbarrier*>(tiles + kStages * kStage);
@@ -117,9 +118,9 @@ __global__ void __launch_bounds__(256) wgmma_ring(const __grid_constant__ RingPa
     mbarrier_init_fence();
   }
   sync_threads();
-  if (threadIdx.x < 128) {
+  if (threadIdx.x < 256) {
     registers_down<40>();
-    if (thread != 0) return;
+    if (threadIdx.x != 0) return;
     for (int tile = 0; tile < count; ++tile) {
       const int stage = tile % kStages;
       mbarrier_wait(empty + stage, (tile / kStages & 1) ^ 1);
@@ -306,7 +307,7 @@ int good(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int n, int m) 
     const int64_t row = n * element_bytes(type);
     const cudaError_t made = make_tensor_map_2d(&ring.map, type, p.b, n, columns, row, static_cast<int>(128 / element_bytes(type)),
                                                 columns, TensorSwizzle::bytes_128);
-    return made != cudaSuccess ? made : launch(kernel, dim3(1), 256, 3 * columns * 128 + 64, nullptr, ring);
+    return made != cudaSuccess ? made : launch(kernel, dim3(1), 384, 3 * columns * 128 + 64, nullptr, ring);
   };
   if (is("wgmma_f16")) return run(wgmma_ring<Product::f16, 64>, TensorType::f16, 64);
   if (is("wgmma_bf16")) return run(wgmma_ring<Product::bf16, 128>, TensorType::bf16, 128);

@@ -10,7 +10,8 @@ using namespace emulator;
 
 namespace {
 
-constexpr uint32_t kInFlight = 0xFFC0DEADu;  // in the accumulators of a wgmma that is not done
+// In the accumulators of a wgmma that is not done: a signalling NaN, which any arithmetic changes.
+constexpr uint32_t kInFlight = 0xFF80DEADu;
 constexpr int kWarpsInGroup = 4;
 
 WarpAsync& state_of(const Warp& warp) { return warp.block->async->warp[static_cast<size_t>(warp.index)]; }
