@@ -27,7 +27,8 @@ ENGINE = sorted(p.name for p in HERE.glob("*.cpp") if not p.name.startswith("bin
 # No contraction, as in kernels; no slots on the stack that two arrays share, since wgmma's registers are
 # compared later; variables begin as 0xFE bytes, which mma knows for unwritten.
 FLAGS = (
-    "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fstack-reuse=none -ftrivial-auto-var-init=pattern -DINQ_EMULATOR -Wall -Wextra "
+    "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fstack-reuse=none "
+    "-ftrivial-auto-var-init=pattern -DINQ_EMULATOR -Wall -Wextra "
     "-Wno-unknown-pragmas -Wno-unused-parameter -Wno-unused-function"
 )
 

@@ -224,6 +224,7 @@ void publish_relaxed(Thread& thread, const void* p) {
 }
 
 void observe_relaxed(Thread& thread, const void* p) {
+  if (published.empty()) return;
   const auto found = published.find(p);
   if (found != published.end()) thread.seen = merged(thread.seen, found->second);
 }

@@ -445,18 +445,24 @@ void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const 
   spinning = 0;
   int64_t begun = 0;
   const int at_once = 1 + static_cast<int>(random_below(static_cast<uint32_t>(options.resident)));
+  // CUDA promises no order of blocks.
+  const bool backwards = random_below(2) == 0;
+  const auto begin_next = [&] {
+    const int64_t i = begun++;
+    begin_block(static_cast<int>(backwards ? blocks - 1 - i : i), grid, threads, shared_bytes);
+  };
   const auto start = std::chrono::steady_clock::now();
   uint64_t next_look = 4096;
   int fruitless = 0;
   uint64_t seen = progress;
   while (!given_up) {
     while (begun < blocks && static_cast<int>(resident.size()) < at_once)
-      begin_block(static_cast<int>(begun++), grid, threads, shared_bytes);
+      begin_next();
     if (ready.empty()) {
       if (resident.empty()) break;
       if (deliver_something(resident)) continue;
-      if (begun < blocks) {  // as many blocks run at once as have to
-        begin_block(static_cast<int>(begun++), grid, threads, shared_bytes);
+      if (begun < blocks && static_cast<int>(resident.size()) < options.capacity) {
+        begin_next();  // as many blocks run at once as have to
         continue;
       }
       if (progress != seen) fruitless = 0;
@@ -487,6 +493,7 @@ void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const 
     }
     if (switches > next_look) {
       next_look = switches + 4096;
+      deliver_something(resident);  // some threads may be looking for it and never wait
       const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
       if (spent.count() > options.seconds) {
         report_stuck("deadlock", text("still running after %.0f seconds", options.seconds).c_str());

@@ -140,6 +140,7 @@ struct Options {
   int processors = 4;    // multiprocessors that the device says it has
   int capability = 90;
   int resident = 8;      // blocks begun before any has to wait for one that is not begun
+  int capacity = 1 << 30;  // blocks that can run at once
   bool short_accumulator = false;  // e4m3 wgmma keeps 14 bits
   double seconds = 60;   // for one launch
 };
@@ -187,6 +188,8 @@ Buffer* find_buffer(const void* p, int64_t bytes);
 // Records and checks what `thread` does to bytes of its block's shared memory; false where it may not.
 bool touch_shared(Thread& thread, const void* p, int bytes, Do what, Place place);
 bool touch_global(Thread& thread, const void* p, int64_t bytes, Do what, Place place);
+// The read is of what no thread may write while the kernel runs.
+void check_constant(Thread& thread, const void* p, int bytes, Place place);
 bool in_shared(const Block& block, const void* p);
 
 // cp.async: from its issue to its landing nothing may touch the bytes.

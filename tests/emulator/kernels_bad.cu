@@ -194,6 +194,20 @@ __global__ void same_output(const __grid_constant__ Params p) {
   st_global(p.c + thread(), blockIdx.x);  // caught: race
 }
 
+// Block 1 finds the counter at the right value, and neither side has a fence.
+__global__ void last_block_without_fence(const __grid_constant__ Params p) {
+  if (thread() != 0) return;
+  st_global(p.c + blockIdx.x, 7u);
+  if (atomic_add(p.b, 1) == 1) st_global(p.c + 2, ld_global(p.c) + ld_global(p.c + 1));  // caught: race
+}
+// The read-only path of the cache does not see what the kernel writes.
+__global__ void read_once_of_an_output(const __grid_constant__ Params p) {
+  st_global(p.c + thread(), 7u);
+  sync_threads();
+  const Four v = ld_global_once(reinterpret_cast<const Four*>(p.c) + thread() % 32);  // caught: race
+  st_global(p.c + 128 + thread(), v.x);
+}
+
 // --- mbarriers and TMA --------------------------------------------------------------------------------------------------
 
 constexpr int kTile = 32 * 128;
@@ -247,10 +261,10 @@ __global__ void refilled_too_early(const __grid_constant__ Params p) {
   for (int turn = 0; turn < 2; ++turn) {
     if (thread() == 0) {
       mbarrier_arrive_expect(mbarriers(), kTile);
-      tma_load_2d(dynamic_shared(), &p.map, 0, 0, mbarriers());  // caught: race
+      tma_load_2d(dynamic_shared(), &p.map, 0, 0, mbarriers());  // caught: race, or
     }
     mbarrier_wait(mbarriers(), turn);
-    st_global(p.c + 128 * turn + thread(), ld_shared(words() + thread()));
+    st_global(p.c + 128 * turn + thread(), ld_shared(words() + thread()));  // caught: race
   }
 }
 __global__ void tma_misaligned(const __grid_constant__ Params p) {
@@ -350,6 +364,14 @@ __global__ void too_many_registers(const __grid_constant__ Params) {
   if (thread() < 256) registers_up<240>();  // caught: deadlock
 }
 
+// One warp of the group takes another number.
+__global__ void registers_differ(const __grid_constant__ Params) {
+  if (thread() < 96)
+    registers_down<40>();  // caught: divergence, or
+  else
+    registers_down<48>();  // caught: divergence
+}
+
 int bad(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int blocks, int threads) {
   Params p{{}, reinterpret_cast<const uint32_t*>(a), reinterpret_cast<int*>(b), reinterpret_cast<uint32_t*>(c)};
   const cudaError_t made =
@@ -382,6 +404,9 @@ int bad(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int blocks, int
   INQ_RUN(endless_spin)
   INQ_RUN(handshake_without_fence)
   INQ_RUN(handshake_without_barrier)
+  INQ_RUN(last_block_without_fence)
+  INQ_RUN(read_once_of_an_output)
+  INQ_RUN(registers_differ)
   INQ_RUN(same_output)
   INQ_RUN(wrong_parity)
   INQ_RUN(wrong_bytes)

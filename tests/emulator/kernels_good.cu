@@ -104,7 +104,7 @@ struct RingParams {
 // c [64][kN] = a [64][k] b [kN][k]ᵀ: a producer fills a ring of tiles by TMA, a warpgroup gives its registers to the
 // third, and that one multiplies, a in registers.
 template <Product kProduct, int kN>
-__global__ void __launch_bounds__(384) wgmma_ring(const __grid_constant__ RingParams p) {
+__global__ void __launch_bounds__(384, 1) wgmma_ring(const __grid_constant__ RingParams p) {
   constexpr int kStages = 3, kStage = kN * 128, kElements = kProduct == Product::e4m3 ? 128 : 64;
   char* const tiles = dynamic_shared();
   Mbarrier* const full = reinterpret_cast<Mbarrier*>(tiles + kStages * kStage);
