@@ -43,7 +43,6 @@ def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dt
     number = NUMBERS["e4m3" if x.dtype == torch.uint8 else x.dtype]
     out_dtype = out_dtype or x.dtype
     words = fragments.prepack(unpack_codes(packed.weight, fmt.bits, k), fmt, LAYOUTS[number])
-    exponent = 1 - fmt.magnitudes - fragments.codec(LAYOUTS[number], fmt).base
     choice = (*tile, splits)
     partials, arrivals = library.sizes(m, n, choice)
     with emulated(library, seed=seed, **options) as device:
@@ -55,7 +54,7 @@ def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dt
         device.call(
             library.linear_hopper, address(named["x"]), x.stride(0), address(named["weight"]),
             address(named["weight_exp"]), address(named["scale"]), address(named["bias"]), address(named["rows_exp"]),
-            address(y), address(parts), address(counts), m, n, k, exponent, number, LEVELS[slices.kind(fmt)],
+            address(y), address(parts), address(counts), m, n, k, fmt.magnitudes, number, LEVELS[slices.kind(fmt)],
             FLOATS[bias.dtype] if bias is not None else 0, FLOATS[out_dtype], choice, processors,
         )  # fmt: skip
     assert (counts == 0).all()
