@@ -141,7 +141,7 @@ void multiply_on_hopper(const char* op, const Product& product, const HopperChoi
   p.m = m;
   p.n = w.n;
   p.k = w.k;
-  p.exponent = exponent_of(w.number, w.levels, w.format);
+  p.magnitudes = magnitudes(w.format);
   p.number = w.number;
   p.levels = w.levels;
   p.bias_type = product.bias ? float_of(product.bias->scalar_type()) : Float::f32;

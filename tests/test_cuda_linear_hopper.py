@@ -42,7 +42,6 @@ def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dt
     number = NUMBERS["e4m3" if x.dtype == torch.uint8 else x.dtype]
     out_dtype = out_dtype or x.dtype
     words = fragments.prepack(unpack_codes(packed.weight, fmt.bits, k), fmt, LAYOUTS[number])
-    exponent = 1 - fmt.magnitudes - fragments.codec(LAYOUTS[number], fmt).base
     choice = (*tile, splits)
     partials, arrivals = library.sizes(m, n, choice)
     with emulated(library, seed=seed, **options) as device:
@@ -54,7 +53,7 @@ def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dt
         device.call(
             library.linear_hopper, address(named["x"]), x.stride(0), address(named["weight"]),
             address(named["weight_exp"]), address(named["scale"]), address(named["bias"]), address(named["rows_exp"]),
-            address(y), address(parts), address(counts), m, n, k, exponent, number, LEVELS[slices.kind(fmt)],
+            address(y), address(parts), address(counts), m, n, k, fmt.magnitudes, number, LEVELS[slices.kind(fmt)],
             FLOATS[bias.dtype] if bias is not None else 0, FLOATS[out_dtype], choice, processors,
         )  # fmt: skip
     assert (counts == 0).all()
@@ -245,5 +244,6 @@ def test_the_choice(library):
                 assert 1 <= splits <= 8
                 assert splits == 1 or k >= 512 * splits
     # Every tile is chosen somewhere.
-    chosen = {choose(m, n, 4096)[:2] for m in range(65, 2048, 62) for n in (512, 1024, 4096, 8192)}
+    ms, sizes = range(65, 2048, 62), (512, 1024, 4096, 8192, 14336)
+    chosen = {choose(m, n, k)[:2] for m in ms for n in sizes for k in sizes}
     assert chosen == set(TILES)

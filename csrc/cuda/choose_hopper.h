@@ -33,6 +33,8 @@ constexpr int kMaxSplits = 8;
 // Bytes from the second-level cache that a processor gets in a cycle when all of them read: 5.5 TB/s of an H200, 132
 // processors at 1.6 GHz.
 constexpr int64_t kCacheBytes = 26;
+// And when few of them do.
+constexpr int64_t kAloneBytes = 48;
 // Cycles of a tile beside its products: filling the pipeline and the epilogue of 256 by 128.
 constexpr int64_t kFill = 1500, kEpilogue = 3500;
 // The fewest k of a split: below, filling the pipeline costs more than the products.
@@ -52,8 +54,9 @@ constexpr int64_t cycles(const HopperProblem& p, int rows, int tokens, int split
   const int64_t bytes = int64_t{tokens} * 64 * p.x_bytes + int64_t{rows} * (p.bits > 4 ? 43 : 32);
   const int64_t step = products > bytes / kCacheBytes ? products : bytes / kCacheBytes;
   const int64_t epilogue = kEpilogue * rows * tokens / (256 * 128);
-  // Sums of splits are written to the cache and read again.
-  const int64_t sums = splits > 1 ? 2 * splits * p.m * p.n * 4 / (kCacheBytes * p.processors) : 0;
+  // Sums of splits are written to the cache by all, and read again by the last block of a tile alone.
+  const int64_t sum_bytes = int64_t{rows} * tokens * 4;
+  const int64_t sums = splits > 1 ? waves * sum_bytes / kCacheBytes + splits * sum_bytes / kAloneBytes : 0;
   return waves * (steps * step + kFill + epilogue) + sums;
 }
 

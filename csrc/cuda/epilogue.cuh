@@ -12,6 +12,9 @@ INQ_DEVICE float load_float(const void* p, Float type, int64_t i) {
   return type == Float::f16 ? from_f16(bits) : from_bf16(bits);
 }
 
+// An exponent in its place among float32's bits.
+INQ_DEVICE int exponent_bits(int e) { return e * (1 << 23); }
+
 // 2^e for −126 ≤ e ≤ 127
 INQ_DEVICE float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
 

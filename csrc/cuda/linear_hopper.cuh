@@ -44,7 +44,7 @@ struct Params {
   float* partials;
   int* arrivals;
   int m, n;
-  int exponent;
+  int exponent;  // sums are in units of 2^(weight_exp + exponent)
   Float bias_type, out_type;
   int row_blocks, k_blocks;   // blocks of the weight, along N and K
   int slots, split_slots;     // slots along K, and of a split: a multiple of a period
@@ -537,7 +537,7 @@ cudaError_t run(const LinearHopperParams& p, const HopperChoice& choice, int pro
   q.arrivals = p.arrivals;
   q.m = static_cast<int>(p.m);
   q.n = static_cast<int>(p.n);
-  q.exponent = p.exponent;
+  q.exponent = 1 - p.magnitudes - Codec::kBase;
   q.bias_type = p.bias_type;
   q.out_type = p.out_type;
   q.row_blocks = static_cast<int>(ceil_div(p.n, 16));

@@ -6,7 +6,8 @@
 
 namespace inq::cuda {
 
-// out[m, n] = 2^(weight_exp[n] + exponent − rows_exp[m]) · weight_scale[n] · Σ_k x[m, k]·decode(weight)[n, k] + bias[n]
+// out[m, n] = 2^−rows_exp[m] · Σ_k x[m, k]·w[n, k] · weight_scale[n] + bias[n], with the weights w that `weight` and
+// `weight_exp` stand for.
 struct LinearHopperParams {
   // [M, K], rows x_stride elements apart: f16 or bf16, or bits of e4m3, as `number` says. Address and bytes of x_stride
   // are multiples of 16.
@@ -23,7 +24,7 @@ struct LinearHopperParams {
   float* partials;
   int* arrivals;
   int64_t m, n, k;
-  int exponent;
+  int magnitudes;  // of the format: Format.magnitudes
   Number number;
   Levels levels;
   Float bias_type, out_type;

@@ -30,7 +30,7 @@ PYBIND11_MODULE(emulated_linear_hopper, m) {
   });
   m.def("linear_hopper", [](uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t weight_exp,
                             uintptr_t weight_scale, uintptr_t bias, uintptr_t rows_exp, uintptr_t out,
-                            uintptr_t partials, uintptr_t arrivals, int64_t m, int64_t n, int64_t k, int exponent,
+                            uintptr_t partials, uintptr_t arrivals, int64_t m, int64_t n, int64_t k, int magnitudes,
                             int number, int levels, int bias_type, int out_type, const py::tuple& choice,
                             int processors) {
     LinearHopperParams p{};
@@ -47,7 +47,7 @@ PYBIND11_MODULE(emulated_linear_hopper, m) {
     p.m = m;
     p.n = n;
     p.k = k;
-    p.exponent = exponent;
+    p.magnitudes = magnitudes;
     p.number = static_cast<Number>(number);
     p.levels = static_cast<Levels>(levels);
     p.bias_type = static_cast<Float>(bias_type);
