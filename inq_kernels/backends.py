@@ -165,6 +165,19 @@ def layouts_on(device: str) -> tuple[str, ...]:
     return (STORAGE, *own, *gpu, *tensor_cores)
 
 
+def overlaps_itself(t: Tensor) -> bool:
+    """Whether elements of ``t`` share memory, or may: an expanded tensor's do."""
+    if t.is_contiguous():
+        return False
+    # Sorted by stride, each dimension must step over all that the smaller ones reach.
+    reach = 0
+    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 # --- torch.ops.inq.* --------------------------------------------------------------------------------------------------
 
 # Where products find their weight's layout, and the arguments that turn it back into the storage layout.
@@ -213,9 +226,12 @@ def _attach(op: str) -> None:
     dtype_at = next((i for i, argument in enumerate(arguments) if argument.name == "dtype"), None)
     bytes_only = op in ("prepack", "unprepack")
     written = [i for i, argument in enumerate(arguments) if argument.alias_info is not None]
+    freezes = op in ("quantize_with_mask_", "freeze_portion_")
 
     def call(*args):
         like = args[0]
+        if freezes:
+            _check_own_memory(op, like if isinstance(like, list) else [like])
         if isinstance(like, list):
             if not like:
                 return None
@@ -237,6 +253,16 @@ def _implementation(op: str, backend: str) -> Callable:
     if backend == "cpu":
         return getattr(cpu, op)
     return cuda.OPERATORS[op] if backend == "cuda" else _triton_operators()[op]
+
+
+def _check_own_memory(op: str, ws: list[Tensor]) -> None:
+    """ValueError, before a mask is changed, for weights that cannot be written back."""
+    for i, w in enumerate(ws):
+        if overlaps_itself(w):
+            raise ValueError(
+                f"inq.{op}: w{f'[{i}]' if len(ws) > 1 else ''}: expected memory of its own for each value, got shape "
+                f"{list(w.shape)} with strides {w.stride()}"
+            )
 
 
 def _count_as_written(tensors: Tensor | list[Tensor]) -> None:

@@ -260,6 +260,29 @@ def quantize_with_mask_(
     mask.copy_(pack_bits(frozen | chosen))
 
 
+def freeze_portion_(
+    ws: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    n1s: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    counts: Sequence[int],
+    derive: bool,
+    fmt: Format,
+    random: bool,
+    seeds: Sequence[int],
+) -> None:
+    """``partition_threshold`` and ``quantize_with_mask_`` of several weights of one dtype on one device.
+
+    ``counts``: how many more to freeze of each; ``seeds``: of each one's ranks, where ``random``. With ``derive``,
+    ``n1s`` are written first, by ``exponents``; what ``keeps`` drops must be 0 already.
+    """
+    for w, mask, n1, keep, count, seed in zip(ws, masks, n1s, keeps, counts, seeds, strict=True):
+        threshold = partition_threshold(w, mask, keep, count, random, seed)
+        if derive:
+            n1.copy_(exponents(w, fmt))
+        quantize_with_mask_(w, mask, n1, threshold, keep, fmt, random, seed)
+
+
 # --- the storage layout -----------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ MUTANTS = [
             ("nonzero = (m > 0) & ", "nonzero = (m > 0) & (level <= top) & "),
         ],
     ),
-    ("test_mistakes.py::test_03", "inq.py", [("random, self.seed, fmt, self.n1\n", "random, self.seed, fmt, None\n")]),
+    ("test_mistakes.py::test_03", "inq.py", [("            layers[0].n1 is None,\n", "            True,\n")]),
     ("test_mistakes.py::test_04", "reference.py", [("torch.where(m >= 0.75, e, e - 1)", "torch.where(m > 0.75, e, e - 1)")]),
     ("test_mistakes.py::test_04", "reference.py", [("& (m < 0.75), bottom", "& (m < 0.75) & (m > 0.5), bottom")]),
     ("test_mistakes.py::test_04", "format.py", [("range(1 << (bits - 2), 1 << (bits - 1))", "range(8, 16)")]),

@@ -41,13 +41,49 @@ def pairwise(seed=0, **axes):
 
 
 @contextlib.contextmanager
-def guarded(monkeypatch):
+def traffic():
+    """Which bytes interpreted kernels load and store (atomics apart): yields two lists of arrays of addresses."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loads, stores = [], []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def addresses(pointers, mask, dtype):
+        at = pointers.data[mask.data.astype(bool)].astype(np.uint64)
+        return (at[:, None] + np.arange(dtype.itemsize, dtype=np.uint64)).reshape(-1)
+
+    def recorded_load(self, pointers, mask, *rest):
+        result = load(self, pointers, mask, *rest)
+        loads.append(addresses(pointers, mask, result.data.dtype))
+        return result
+
+    def recorded_store(self, pointers, value, mask, *rest):
+        stores.append(addresses(pointers, mask, value.data.dtype))
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = recorded_load, recorded_store
+    try:
+        yield loads, stores
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+def times(addresses, t):
+    """How often each byte of ``t``, which is contiguous, is among the addresses."""
+    at = np.concatenate([*addresses, np.empty(0, np.uint64)]) - np.uint64(t.data_ptr())
+    size = t.numel() * t.element_size()
+    return np.bincount(at[at < size].astype(np.int64), minlength=size)
+
+
+@contextlib.contextmanager
+def guarded(monkeypatch, changed=()):
     """Every torch.empty inside lies between guard bytes and is poisoned. At the end: the guards are whole and, where
-    kernels are interpreted, kernels wrote each byte of each buffer exactly once, and no byte of anything else.
+    kernels are interpreted, kernels wrote each byte of each buffer exactly once, no byte of the tensors ``changed``
+    twice, and no byte of anything else.
 
     Yields the list of (tensor, bytes) that were made.
     """
-    made, addresses = [], []
+    made = []
     empty = torch.empty
 
     def poisoned(*size, dtype=None, device=None, **more):
@@ -60,19 +96,8 @@ def guarded(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", poisoned)
-        if DEVICE == "cpu":
-            from triton.runtime.interpreter import InterpreterBuilder
-
-            store = InterpreterBuilder.create_masked_store
-
-            def recorded(self, pointers, value, mask, *rest):
-                at = pointers.data[mask.data.astype(bool)].astype(np.uint64)
-                size = value.data.dtype.itemsize
-                addresses.append((at[:, None] + np.arange(size, dtype=np.uint64)).reshape(-1))
-                return store(self, pointers, value, mask, *rest)
-
-            patch.setattr(InterpreterBuilder, "create_masked_store", recorded)
-        yield made
+        with traffic() if DEVICE == "cpu" else contextlib.nullcontext(([], [])) as (_, addresses):
+            yield made
     for whole, count in made:
         assert (whole[:_GUARD] == _POISON).all(), "written before a buffer"
         assert (whole[_GUARD + count :] == _POISON).all(), "written behind a buffer"
@@ -84,5 +109,6 @@ def guarded(monkeypatch):
             int(((written >= whole.data_ptr() + _GUARD) & (written < whole.data_ptr() + _GUARD + count)).sum())
             for whole, count in made
         )
-        assert inside == len(written), "something else is written"
+        elsewhere = len(written) - inside - sum(int(times([written], t).sum()) for t in changed)
+        assert elsewhere == 0, f"{elsewhere} bytes of something else are written"
         assert inside == expected, f"{expected - inside} bytes are not written"

@@ -209,6 +209,55 @@ def test_graph_capture_and_replay(m):
     assert y.shape == expected.shape
 
 
+@pytest.mark.parametrize("optimizer", [inq.optim.SGD, inq.optim.AdamW])
+def test_masked_steps_in_a_graph(optimizer):
+    """Tables of addresses that were made before the capture, and those that are made inside it."""
+    from inq_kernels.reference import pack_bits
+
+    weights, grads = ([normal((300, 77), torch.float32, 2 * i + j) for i in range(3)] for j in range(2))
+    held = torch.rand(300, 77, generator=generator(1)).cuda() < 0.5
+    for known in (True, False):
+        params = [torch.nn.Parameter(w.clone()) for w in weights]
+        steps = optimizer(params, lr=0.1)
+        for p, g in zip(params, grads, strict=True):
+            steps.set_mask(p, pack_bits(held))
+            p.grad = g.clone()
+        steps.step()  # compiles outside the graph
+        if not known:
+            for p in params:
+                p.grad = p.grad.clone()
+        before = [p.detach().clone() for p in params]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            steps.step()
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        for p, old in zip(params, before, strict=True):
+            assert torch.equal(p[held], old[held])
+            assert bool((p[~held] != old[~held]).any())
+            if optimizer is inq.optim.SGD:
+                expected = old - 0.1 * p.grad - 0.1 * p.grad - 0.1 * p.grad
+                torch.testing.assert_close(p[~held], expected[~held])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("random", [False, True])
+def test_a_portion_never_waits_for_the_device(granularity, random):
+    ws = [normal((40, k), torch.float32, k) for k in (9, 100, 3000)]
+    masks = [torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8, device="cuda") for w in ws]
+    n1s = [torch.zeros(40, 1, dtype=torch.int8, device="cuda") for _ in ws]
+    counts = [w.numel() // 2 for w in ws]
+    tail = (4, "paper", granularity, "mse", random, [0, 1, 2])
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.inq.freeze_portion_(ws, masks, n1s, [None] * 3, counts, True, *tail)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def test_two_streams():
     packed = [to(random_packed(FMT, 512, 4096, seed=i)) for i in range(2)]
     xs = [normal((16, 4096), torch.float16, i) for i in range(2)]

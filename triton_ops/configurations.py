@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +21,7 @@ from . import linear as linear_module
 from . import linear_dx, tiles
 from .codec import decoder
 from .dense import _BK, _BN, dense_kernel
+from .launch import Configuration, configuration
 from .linear import _REDUCE_M, _REDUCE_N, linear_kernel, reduce_kernel
 from .linear_dx import linear_dx_kernel
 from .linear_fp8 import _BLOCK, quantize_rows_kernel
@@ -36,38 +36,6 @@ KINDS = {
 }
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "e4m3": "*fp8e4nv"}
-# What launchers leave to Triton, which asks for this many; loops here say their own.
-_STAGES = 3
-
-
-class Configuration(NamedTuple):
-    """A kernel and what Triton makes one compiled kernel of.
-
-    ``signature``: the type of every argument by name, "constexpr" for constants.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-def configuration(name: str, kernel, types: dict[str, str], constants: dict[str, Any], warps: int = 4) -> Configuration:
-    """With the signature in the kernel's order. ValueError if an argument has no type and no value, or is unknown.
-
-    Launches make a constant of a number that is 1: such an argument is among ``constants`` instead.
-    """
-    types = {argument: kind for argument, kind in types.items() if argument not in constants}
-    signature = {
-        argument: "constexpr" if argument in constants else types.get(argument, "") for argument in kernel.arg_names
-    }
-    unknown = {*types, *constants} - set(kernel.arg_names)
-    missing = [argument for argument, kind in signature.items() if not kind]
-    if unknown or missing:
-        raise ValueError(f"{name}: arguments without a type {missing}, and unknown ones {sorted(unknown)}")
-    return Configuration(name, kernel, signature, constants, warps, _STAGES)
 
 
 def configurations(capability: int = 90) -> Iterator[Configuration]:

@@ -25,9 +25,8 @@ from ..format import Format
 from ..library import conv_output_size
 from . import checks, operands, storage
 from .codec import DOT, Decoder, as_operand, decode, decoder, plain, rounded
-from .launch import INTERPRETED, cdiv, on_device_of, round_up
+from .launch import INTERPRETED, Configuration, cdiv, configuration, on_device_of, round_up
 from .linear import finish
-from .storage import Configuration, configuration
 from .tiles import Tile
 
 # --- in kernels -------------------------------------------------------------------------------------------------------
@@ -430,8 +429,8 @@ def configurations() -> Iterator[Configuration]:
         types |= {} if choice.splits == 1 else {"out": "*fp32"}
         kernel = conv2d_direct_kernel if choice.kernel == "direct" else conv2d_kernel
         name = f"conv2d {choice.kernel} {dot}, {fmt.bits}-bit {fmt.levels} in {layout}, {size}×{size}, {groups} groups"
-        yield configuration(name, kernel, types, fixed, choice.tile.warps, choice.tile.stages)
+        yield configuration(name, kernel, types, fixed, choice.tile.warps, choice.tile.stages, "i32")
         if choice.splits > 1:
             fixed = flags | {"EXPONENT": made.exponent, "BM": _REDUCE_M, "BN": _REDUCE_N}
             types |= {"parts": "*fp32", "out": _TYPES[dot]}
-            yield configuration(f"{name}, the sum", conv2d_reduce_kernel, types, fixed, 4, 3)
+            yield configuration(f"{name}, the sum", conv2d_reduce_kernel, types, fixed, others="i32")
