@@ -57,7 +57,8 @@ gpu: $(READY)
 	$(if $(READY),,$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)
 	mkdir -p "$(GPU_OUT)"
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu: expected a CUDA device, and torch finds none'"
-	timeout 180 $(PY) -m pytest -p no:cacheprovider -n 4 -x -m gpu --junitxml="$(GPU_OUT)/gpu-tests.xml" tests/test_gpu.py
+	timeout 180 $(PY) -m pytest -p no:cacheprovider -n 4 -x -m gpu --junitxml="$(GPU_OUT)/gpu-tests.xml" \
+	  tests/test_gpu.py tests/test_gpu_fragments.py
 	timeout 235 $(PY) -m inq_kernels.cli bench --device cuda --bars --seconds-per-case 0.15 --within 180 \
 	  --out "$(GPU_OUT)/gpu" $(GPU)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-from build import load  # noqa: E402, F401
+from build import load  # noqa: F401
 
 GUARD = 512  # bytes before and behind each tensor
 _POISON = 0xA5
@@ -93,8 +93,8 @@ class Device:
 
 @contextlib.contextmanager
 def emulated(library, seed=0, **options):
-    """A device with the schedule of ``seed``; options: processors, capability, resident, short_accumulator, seconds."""
-    defaults = dict(processors=4, capability=90, resident=8, short_accumulator=0, seconds=60)
+    """A device with the schedule of ``seed``; the options are those of ``Options`` in engine.h."""
+    defaults = dict(processors=4, capability=90, resident=8, capacity=1 << 30, short_accumulator=0, seconds=60)
     for name, value in {**defaults, **options}.items():
         library._option(name, value)
     library._reset(seed)

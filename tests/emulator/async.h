@@ -55,6 +55,7 @@ struct WarpAsync {
   uint32_t committed = 0, done = 0, count = 0;
   bool open = false;  // a group that is not committed
   int registers = 0;
+  size_t registers_count = 0;  // how often they have changed
 };
 // What the first warp of a warpgroup said, for the others to agree with.
 struct Said {
@@ -69,6 +70,7 @@ struct Async {
   std::vector<Bulk> bulks;
   std::vector<WarpAsync> warp;
   std::vector<Said> said[kWarpgroups];
+  std::vector<int> said_registers[kWarpgroups];
 };
 
 // wgmma.cpp

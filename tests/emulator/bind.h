@@ -28,6 +28,7 @@ inline void bind(pybind11::module_& m) {
     if (name == "processors") options.processors = static_cast<int>(value);
     else if (name == "capability") options.capability = static_cast<int>(value);
     else if (name == "resident") options.resident = static_cast<int>(value);
+    else if (name == "capacity") options.capacity = static_cast<int>(value);
     else if (name == "short_accumulator") options.short_accumulator = value != 0;
     else if (name == "seconds") options.seconds = value;
     else throw std::invalid_argument("no such option: " + name);

@@ -142,6 +142,7 @@ void end_block_clocks(Block& block) {
 void end_thread(Thread&) {}
 
 void meet(Thread* const* threads, int count, Clock** extra) {
+  if (count == 0) return drop(*extra);
   Clock* const first = threads[0]->known;
   bool same = extra == nullptr || *extra == nullptr;
   for (int i = 1; i < count; ++i) same &= threads[i]->known == first;
@@ -224,6 +225,7 @@ void publish_relaxed(Thread& thread, const void* p) {
 }
 
 void observe_relaxed(Thread& thread, const void* p) {
+  if (published.empty()) return;
   const auto found = published.find(p);
   if (found != published.end()) thread.seen = merged(thread.seen, found->second);
 }

@@ -199,7 +199,7 @@ template <class T>
 void st_global(T* p, T value, INQ_PLACE) {
   emulator::store(emulator::Space::global, p, &value, sizeof(T), file, line);
 }
-inline Four ld_global_once(const Four* p, INQ_PLACE) { return ld_global(p, file, line); }
+Four ld_global_once(const Four* p, INQ_PLACE);
 template <class T>
 T ld_shared(const T* p, INQ_PLACE) {
   std::remove_cv_t<T> value;

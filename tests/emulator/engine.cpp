@@ -267,6 +267,12 @@ void barrier(int index, int threads, bool wait_too, const char* file, int line) 
                name_of(barrier.place).c_str()));
     give_up();
   }
+  uint32_t& came = barrier.came[self.warp->index];
+  if (came >> self.lane & 1) {
+    fault("barrier", place, text("thread %d comes to barrier %d a second time, before all others have", self.index, index));
+    give_up();
+  }
+  came |= 1u << self.lane;
   ++barrier.arrived;
   if (wait_too) {
     barrier.waiting.push_back(&self);
@@ -280,6 +286,7 @@ void barrier(int index, int threads, bool wait_too, const char* file, int line) 
   }
   meet(barrier.waiting.data(), static_cast<int>(barrier.waiting.size()), &barrier.clock);
   barrier.arrived = 0;
+  std::fill_n(barrier.came, 32, 0u);
   ++progress;
   for (Thread* thread : barrier.waiting)
     if (thread != &self) wake(*thread);
@@ -318,6 +325,7 @@ Block* begin_block(int number, dim3 grid, int threads, int shared_bytes) {
   block->live = threads;
   for (Barrier& barrier : block->barriers) {
     barrier.arrived = 0;
+    std::fill_n(barrier.came, 32, 0u);
     barrier.waiting.clear();
     barrier.clock = nullptr;
   }
@@ -384,7 +392,9 @@ void report_stuck(const char* kind_or_null, const char* why) {
     for (Thread& thread : block->thread) {
       if (thread.done) continue;
       if (kind_or_null != nullptr && thread.wait == Wait::nothing) {
-        fault(kind_or_null, "a thread that runs", 0, why);
+        current = &thread;
+        fault(kind_or_null, thread.place, text("%s, thread %d of block %d too", why, thread.index, block->number));
+        current = nullptr;
         continue;
       }
       const Warp& warp = *thread.warp;
@@ -445,18 +455,24 @@ void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const 
   spinning = 0;
   int64_t begun = 0;
   const int at_once = 1 + static_cast<int>(random_below(static_cast<uint32_t>(options.resident)));
+  // CUDA promises no order of blocks.
+  const bool backwards = random_below(2) == 0;
+  const auto begin_next = [&] {
+    const int64_t i = begun++;
+    begin_block(static_cast<int>(backwards ? blocks - 1 - i : i), grid, threads, shared_bytes);
+  };
   const auto start = std::chrono::steady_clock::now();
   uint64_t next_look = 4096;
   int fruitless = 0;
   uint64_t seen = progress;
   while (!given_up) {
     while (begun < blocks && static_cast<int>(resident.size()) < at_once)
-      begin_block(static_cast<int>(begun++), grid, threads, shared_bytes);
+      begin_next();
     if (ready.empty()) {
       if (resident.empty()) break;
       if (deliver_something(resident)) continue;
-      if (begun < blocks) {  // as many blocks run at once as have to
-        begin_block(static_cast<int>(begun++), grid, threads, shared_bytes);
+      if (begun < blocks && static_cast<int>(resident.size()) < options.capacity) {
+        begin_next();  // as many blocks run at once as have to
         continue;
       }
       if (progress != seen) fruitless = 0;
@@ -487,6 +503,7 @@ void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const 
     }
     if (switches > next_look) {
       next_look = switches + 4096;
+      deliver_something(resident);  // some threads may be looking for it and never wait
       const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
       if (spent.count() > options.seconds) {
         report_stuck("deadlock", text("still running after %.0f seconds", options.seconds).c_str());

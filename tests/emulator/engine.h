@@ -84,7 +84,7 @@ struct Thread {
   int index = 0, lane = 0;
   bool done = false;
   Wait wait = Wait::nothing;
-  Place place = 0;           // of the wait
+  Place place = 0;  // of the last access or wait
   const int* spins_on = nullptr;  // ld_acquire: the last address, and what was there
   int spin_value = 0;
   int barrier = 0;  // or the parity
@@ -118,6 +118,7 @@ struct Barrier {
   int expected = 0, arrived = 0;
   std::vector<Thread*> waiting;
   Clock* clock = nullptr;  // of those that have only arrived
+  uint32_t came[32] = {};  // a bit for each thread, a word for each warp
   Place place = 0;
 };
 
@@ -140,6 +141,7 @@ struct Options {
   int processors = 4;    // multiprocessors that the device says it has
   int capability = 90;
   int resident = 8;      // blocks begun before any has to wait for one that is not begun
+  int capacity = 1 << 30;  // blocks that can run at once
   bool short_accumulator = false;  // e4m3 wgmma keeps 14 bits
   double seconds = 60;   // for one launch
 };
@@ -187,6 +189,8 @@ Buffer* find_buffer(const void* p, int64_t bytes);
 // Records and checks what `thread` does to bytes of its block's shared memory; false where it may not.
 bool touch_shared(Thread& thread, const void* p, int bytes, Do what, Place place);
 bool touch_global(Thread& thread, const void* p, int64_t bytes, Do what, Place place);
+// The read is of what no thread may write while the kernel runs.
+void check_constant(Thread& thread, const void* p, int bytes, Place place);
 bool in_shared(const Block& block, const void* p);
 
 // cp.async: from its issue to its landing nothing may touch the bytes.

@@ -162,6 +162,21 @@ __global__ void endless_spin(const __grid_constant__ Params p) {
     }
 }
 
+// The same through a plain load: it would run for ever.
+__global__ void endless_loop(const __grid_constant__ Params p) {
+  if (thread() == 0)
+    while (ld_global(p.b) == 0) {  // caught: deadlock
+    }
+}
+// The second arrival may come before the first one has been waited for.
+__global__ void arrives_twice(const __grid_constant__ Params) {
+  if (thread() < 64) {
+    for (int i = 0; i < 2; ++i) bar_arrive(1, 128);  // caught: barrier
+  } else {
+    for (int i = 0; i < 2; ++i) bar_sync(1, 128);
+  }
+}
+
 // --- between blocks -----------------------------------------------------------------------------------------------------
 
 // Block 1 reads what block 0 wrote; the counter is an atomic, and neither side has a fence.
@@ -192,6 +207,20 @@ __global__ void handshake_without_barrier(const __grid_constant__ Params p) {
 // Two blocks write the same output.
 __global__ void same_output(const __grid_constant__ Params p) {
   st_global(p.c + thread(), blockIdx.x);  // caught: race
+}
+
+// Block 1 finds the counter at the right value, and neither side has a fence.
+__global__ void last_block_without_fence(const __grid_constant__ Params p) {
+  if (thread() != 0) return;
+  st_global(p.c + blockIdx.x, 7u);
+  if (atomic_add(p.b, 1) == 1) st_global(p.c + 2, ld_global(p.c) + ld_global(p.c + 1));  // caught: race
+}
+// The read-only path of the cache does not see what the kernel writes.
+__global__ void read_once_of_an_output(const __grid_constant__ Params p) {
+  st_global(p.c + thread(), 7u);
+  sync_threads();
+  const Four v = ld_global_once(reinterpret_cast<const Four*>(p.c) + thread() % 32);  // caught: race
+  st_global(p.c + 128 + thread(), v.x);
 }
 
 // --- mbarriers and TMA --------------------------------------------------------------------------------------------------
@@ -247,10 +276,10 @@ __global__ void refilled_too_early(const __grid_constant__ Params p) {
   for (int turn = 0; turn < 2; ++turn) {
     if (thread() == 0) {
       mbarrier_arrive_expect(mbarriers(), kTile);
-      tma_load_2d(dynamic_shared(), &p.map, 0, 0, mbarriers());  // caught: race
+      tma_load_2d(dynamic_shared(), &p.map, 0, 0, mbarriers());  // caught: race, or
     }
     mbarrier_wait(mbarriers(), turn);
-    st_global(p.c + 128 * turn + thread(), ld_shared(words() + thread()));
+    st_global(p.c + 128 * turn + thread(), ld_shared(words() + thread()));  // caught: race
   }
 }
 __global__ void tma_misaligned(const __grid_constant__ Params p) {
@@ -350,6 +379,14 @@ __global__ void too_many_registers(const __grid_constant__ Params) {
   if (thread() < 256) registers_up<240>();  // caught: deadlock
 }
 
+// One warp of the group takes another number.
+__global__ void registers_differ(const __grid_constant__ Params) {
+  if (thread() < 96)
+    registers_down<40>();  // caught: divergence, or
+  else
+    registers_down<48>();  // caught: divergence
+}
+
 int bad(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int blocks, int threads) {
   Params p{{}, reinterpret_cast<const uint32_t*>(a), reinterpret_cast<int*>(b), reinterpret_cast<uint32_t*>(c)};
   const cudaError_t made =
@@ -380,8 +417,13 @@ int bad(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int blocks, int
   INQ_RUN(barrier_of_too_many)
   INQ_RUN(crossed_barriers)
   INQ_RUN(endless_spin)
+  INQ_RUN(endless_loop)
+  INQ_RUN(arrives_twice)
   INQ_RUN(handshake_without_fence)
   INQ_RUN(handshake_without_barrier)
+  INQ_RUN(last_block_without_fence)
+  INQ_RUN(read_once_of_an_output)
+  INQ_RUN(registers_differ)
   INQ_RUN(same_output)
   INQ_RUN(wrong_parity)
   INQ_RUN(wrong_bytes)

@@ -67,7 +67,6 @@ __global__ void mma_pipelined(const __grid_constant__ Params p) {
     ldmatrix_x4(a, stage + lane % 16 * 32 + lane / 16 * 16);
     ldmatrix_x2(b, stage + 512 + lane % 8 * 32 + lane / 8 % 2 * 16);
     mma_f16(d, a, b);
-    sync_warp();
     load(tile + kStages - 1);
   }
   float* const c = static_cast<float*>(p.c);
@@ -104,7 +103,7 @@ struct RingParams {
 // c [64][kN] = a [64][k] b [kN][k]ᵀ: a producer fills a ring of tiles by TMA, a warpgroup gives its registers to the
 // third, and that one multiplies, a in registers.
 template <Product kProduct, int kN>
-__global__ void __launch_bounds__(384) wgmma_ring(const __grid_constant__ RingParams p) {
+__global__ void __launch_bounds__(384, 1) wgmma_ring(const __grid_constant__ RingParams p) {
   constexpr int kStages = 3, kStage = kN * 128, kElements = kProduct == Product::e4m3 ? 128 : 64;
   char* const tiles = dynamic_shared();
   Mbarrier* const full = reinterpret_cast<Mbarrier*>(tiles + kStages * kStage);

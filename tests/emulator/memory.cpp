@@ -12,6 +12,7 @@ namespace {
 std::vector<Buffer> buffers;
 size_t latest = 0;
 
+constexpr uint64_t kBefore = uint64_t{0xFFF} << 52;  // an epoch of a launch that never was, before all others
 constexpr size_t kMostWords = 64 << 20;  // buffers of more are not watched for races
 
 const char* verb(Do what) {
@@ -321,12 +322,33 @@ bool touch_global(Thread& thread, const void* p, int64_t bytes, Do what, Place p
     }
     ++progress;
   }
-  if (buffer->words != nullptr && bytes >= buffer->granule) {
-    const int64_t first = (static_cast<const char*>(p) - buffer->begin) / buffer->granule;
+  if (buffer->words == nullptr) return true;
+  const int64_t first = (static_cast<const char*>(p) - buffer->begin) / buffer->granule;
+  if (bytes < buffer->granule) {  // not watched for races: others may own the rest of the word
+    Buffer::Word& word = buffer->words[first];
+    if (what != Do::read)
+      word = {kBefore, 0, place, 0, 0};
+    else if (word.write == 0)
+      touch_word(thread, *buffer, word, what, place);
+  } else {
     const int64_t end = first + bytes / buffer->granule;
     for (int64_t i = first; i < end; ++i) touch_word(thread, *buffer, buffer->words[i], what, place);
   }
   return true;
+}
+
+void check_constant(Thread& thread, const void* p, int bytes, Place place) {
+  Buffer* const buffer = find_buffer(p, bytes);
+  if (buffer == nullptr || buffer->words == nullptr) return;
+  const int64_t first = (static_cast<const char*>(p) - buffer->begin) / buffer->granule;
+  for (int64_t i = first; i < first + bytes / buffer->granule; ++i) {
+    const uint64_t write = buffer->words[i].write;
+    if (write == 0 || write >> 52 != wide_epoch(thread) >> 52) continue;
+    fault("race", place,
+          text("ld_global_once of '%s', which this kernel has written at %s", buffer->name.c_str(),
+               name_of(buffer->words[i].write_place).c_str()));
+    return;
+  }
 }
 
 void add_buffer(const std::string& name, uintptr_t begin, int64_t bytes, bool writable, bool initialised,
@@ -368,7 +390,7 @@ bool aligned(const void* p, int bytes, const char* file, int line) {
 
 void load(Space space, void* to, const void* from, int bytes, const char* file, int line) {
   maybe_switch();
-  const Place place = place_of(file, line);
+  const Place place = current->place = place_of(file, line);
   const bool fine = aligned(from, bytes, file, line) &&
                     (space == Space::shared ? touch_shared(*current, from, bytes, Do::read, place)
                                             : touch_global(*current, from, bytes, Do::read, place));
@@ -380,7 +402,7 @@ void load(Space space, void* to, const void* from, int bytes, const char* file, 
 
 void store(Space space, void* to, const void* from, int bytes, const char* file, int line) {
   maybe_switch();
-  const Place place = place_of(file, line);
+  const Place place = current->place = place_of(file, line);
   const bool fine = aligned(to, bytes, file, line) &&
                     (space == Space::shared ? touch_shared(*current, to, bytes, Do::write, place)
                                             : touch_global(*current, to, bytes, Do::write, place));
@@ -391,10 +413,12 @@ void store(Space space, void* to, const void* from, int bytes, const char* file,
 
 bool begin_atomic(void* p, int bytes, const char* file, int line) {
   maybe_switch();
-  const Place place = place_of(file, line);
+  const Place place = current->place = place_of(file, line);
   if (!aligned(p, bytes, file, line)) return false;
-  if (in_shared(*current->block, p)) return touch_shared(*current, p, bytes, Do::atomic, place);
-  if (!touch_global(*current, p, bytes, Do::atomic, place)) return false;
+  const bool shared = in_shared(*current->block, p);
+  if (!(shared ? touch_shared(*current, p, bytes, Do::atomic, place)
+               : touch_global(*current, p, bytes, Do::atomic, place)))
+    return false;
   observe_relaxed(*current, p);
   publish_relaxed(*current, p);
   return true;
@@ -409,6 +433,12 @@ void end_atomic(void* p, int bytes) {
 namespace inq::cuda {
 
 using namespace emulator;
+
+Four ld_global_once(const Four* p, const char* file, int line) {
+  const Four value = ld_global(p, file, line);
+  check_constant(*current, p, sizeof value, place_of(file, line));
+  return value;
+}
 
 int ld_acquire(const int* p, const char* file, int line) {
   Thread& self = *current;
@@ -459,7 +489,6 @@ bool whole(const void* p, size_t bytes, bool write, const char* file, int line) 
   if (write && buffer->words != nullptr) {
     const size_t granule = static_cast<size_t>(buffer->granule);
     const size_t first = static_cast<size_t>(static_cast<const char*>(p) - buffer->begin) / granule;
-    // Written by nobody who could race: a launch that never was.
     for (size_t i = first; i < first + bytes / granule; ++i) buffer->words[i] = {uint64_t{0xFFF} << 52, 0, 0, 0, 0};
   }
   return true;

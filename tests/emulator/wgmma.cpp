@@ -311,6 +311,15 @@ void emulator::setmaxnreg(int registers, bool up, const char* file, int line) {
         if (ask.up ? ask.registers < state.registers : ask.registers > state.registers)
           fault("registers", ask.place,
                 text("%s to %d, and the warp has %d a thread", ask.up ? "up" : "down", ask.registers, state.registers));
+        if (block.threads % 128 == 0 && warp.index / kWarpsInGroup < kWarpgroups) {
+          auto& said = block.async->said_registers[warp.index / kWarpsInGroup];
+          const size_t count = state.registers_count++;
+          if (count == said.size())
+            said.push_back(ask.registers);
+          else if (said[count] != ask.registers)
+            fault("divergence", ask.place,
+                  text("setmaxnreg to %d, and to %d in another warp of the warpgroup", ask.registers, said[count]));
+        }
         const auto free = [&] {
           int used = 0;
           for (const WarpAsync& one : block.async->warp) used += one.registers * 32;
@@ -339,9 +348,11 @@ void begin_block_wgmma(Block& block) {
     }
     state.committed = state.done = state.count = 0;
     state.open = false;
+    state.registers_count = 0;
     state.registers = std::min(255, (64 << 10) / block.threads / 8 * 8);
   }
   for (auto& said : block.async->said) said.clear();
+  for (auto& said : block.async->said_registers) said.clear();
   for (Thread& thread : block.thread) thread.fenced_from = nullptr;
 }
 
