@@ -97,6 +97,30 @@ def integer_result(dx, x, packed, bias=None):
     return reference.linear(x, *parts, bias, packed.format)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", fragments.LAYOUTS)
+def test_decoded_words(layout, kind):
+    """decode.cuh beside fragments.registers, on blocks of random codes."""
+    fmt = FORMATS[kind]
+    c = fragments.codec(layout, fmt)
+    n, k = 64, 4 * c.k_block
+    codes = torch.randint(0, 1 << fmt.bits, (n, k), dtype=torch.uint8, generator=generator(3))
+    codes[torch.tensor([level is None for level in fmt.code_levels])[codes.long()]] = 0
+    weight = fragments.prepack(codes, fmt, layout)
+    expected = fragments.registers(weight, fmt, layout)
+    halves = expected[..., None] >> torch.tensor([0, 16]) & 0xFFFF
+    lifted = torch.where(halves & 0x7FFF > 0, halves + (c.lift << c.unit), halves)
+    expected = lifted[..., 0] | lifted[..., 1] << 16 if c.lift else expected
+    out = torch.empty(32, 4 * c.steps, dtype=torch.int32)
+    for row, block in itertools.product(range(weight.shape[0]), range(weight.shape[1])):
+        part = weight[row, block].contiguous()
+        said = library().decode(fragments.LAYOUTS.index(layout), KINDS.index(kind), part.data_ptr(), out.data_ptr())
+        assert torch.equal(out.long() & 0xFFFFFFFF, expected[row, block])
+        assert (said["k_block"], said["k_step"], said["steps"]) == (c.k_block, c.k_step, c.steps)
+        assert (said["bytes"], said["words"], said["base"]) == (part.numel(), c.lane_words, c.base)
+        assert said["number"] == fragments.LAYOUTS.index(layout)
+
+
 # --- every kernel -----------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +205,18 @@ def test_any_number_of_tokens(dx):
     x = rows(150, 100 if dx else 140, torch.float16, integers=Format(4))
     assert choose(dx, 2, 150, 100, 140).m_tiles == (5 if dx else 3)
     assert same_bits(run(dx, x, packed, sm_count=2) + 0.0, integer_result(dx, x, packed) + 0.0)
+
+
+@pytest.mark.parametrize("dx", [False, True])
+def test_a_block_may_have_parts_of_two_tiles(dx):
+    """Four blocks share three tiles: the second ends the first tile and begins the second one."""
+    n, k = (300, 600) if dx else (300, 1100)
+    choice = choose(dx, 2, 3, n, k)
+    assert (choice.tiles, choice.units, choice.ctas) == (3, 5, 4)
+    packed = random_packed(Format(4), n, k, n1=-2)
+    x = rows(3, n if dx else k, torch.float16, integers=Format(4))
+    for seed in support_emulator.seeds():
+        assert same_bits(run(dx, x, packed, seed=seed, sm_count=2) + 0.0, integer_result(dx, x, packed) + 0.0)
 
 
 @pytest.mark.parametrize("dx", [False, True])

@@ -120,17 +120,17 @@ struct Thread {
 // The next stage to load: addresses move along with it, so that a stage costs few instructions beside its copies.
 template <class P>
 struct Loader {
-  static constexpr int kPieces = 2 * P::kDepth / 16;             // of 16 bytes in a token's part of a stage …
-  static constexpr int kSlots = kPieces > 16 ? 32 : kPieces > 8 ? 16 : 8;  // … and threads that bring them
+  static constexpr int kPieces = 2 * P::kDepth / 16;  // of 16 bytes in a token's part of a stage …
+  static constexpr int kSlots = kPieces > 16 ? 32 : kPieces > 8 ? 16 : 8;  // … and the threads for them
   static_assert(kPieces <= kSlots && kSlots <= 32);
 
   uint32_t tile, step;
-  const uint8_t* weight;       // of this lane
-  int depth_blocks;            // left from here on
-  uint32_t stripes;            // a bit for each stripe with rows
-  const char* x;               // of this thread's first token, at the start of the depth
-  int x_to, tokens;            // where that goes; tokens left from it on
-  int slot;                    // its piece
+  const uint8_t* weight;  // of this lane
+  int depth_blocks;       // left from here on
+  uint32_t stripes;       // a bit for each stripe with rows
+  const char* x;          // of this thread's first token, at the start of the depth
+  int x_to, tokens;       // where that goes in a stage; tokens left from it on
+  int slot;               // its piece
 
   INQ_DEVICE Loader(const LinearKernel& p, const Thread& t, uint32_t tile, uint32_t step, int64_t m0)
       : tile(tile), step(step), slot(t.index % kSlots) {
@@ -445,15 +445,31 @@ INQ_DEVICE bool exchange(const LinearKernel& p, const Thread& t, uint32_t cta, u
   sync_threads();
   if (ld_shared(flag) == 0) return false;
   clear<P>(acc);
+  // Several parts at a time where they are small: one wait after another would take longer than the loads.
+  constexpr int kChunk = kFours < 8 ? kFours : 4, kBatch = kFours < 8 ? 8 / kFours : 1;
+  static_assert(kFours % kChunk == 0);
 #pragma unroll 1
-  for (uint32_t block = first; block <= last; block++) {
-    const Four* from = part(block, p.ranges.begin(block) >= begin);
+  for (uint32_t block = first; block <= last; block += kBatch) {
 #pragma unroll
-    for (int i = 0; i < kFours; i++) {
-      float(&a)[4] = acc[i / P::kTokenTiles][i % P::kTokenTiles];
-      const Four v = ld_global(from + i * t.threads);
-      a[0] = add(a[0], bits_to_float(v.x)), a[1] = add(a[1], bits_to_float(v.y));
-      a[2] = add(a[2], bits_to_float(v.z)), a[3] = add(a[3], bits_to_float(v.w));
+    for (int chunk = 0; chunk < kFours; chunk += kChunk) {
+      Four v[kBatch][kChunk];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        if (block + b > last) break;
+        const Four* from = part(block + b, p.ranges.begin(block + b) >= begin);
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) v[b][i] = ld_global(from + (chunk + i) * t.threads);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        if (block + b > last) break;
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) {
+          float(&a)[4] = acc[(chunk + i) / P::kTokenTiles][(chunk + i) % P::kTokenTiles];
+          a[0] = add(a[0], bits_to_float(v[b][i].x)), a[1] = add(a[1], bits_to_float(v[b][i].y));
+          a[2] = add(a[2], bits_to_float(v[b][i].z)), a[3] = add(a[3], bits_to_float(v[b][i].w));
+        }
+      }
     }
   }
   return true;
@@ -462,7 +478,7 @@ INQ_DEVICE bool exchange(const LinearKernel& p, const Thread& t, uint32_t cta, u
 // --- the kernel -------------------------------------------------------------------------------------------------------
 
 template <class P>
-__global__ void __launch_bounds__(P::kThreads) linear_kernel(const __grid_constant__ LinearKernel p) {
+__global__ void __launch_bounds__(P::kThreads, 2) linear_kernel(const __grid_constant__ LinearKernel p) {
   Thread t{static_cast<int>(threadIdx.x), 0, 0, static_cast<int>(blockDim.x), 0};
   t.warp = t.index / 32, t.lane = t.index % 32, t.warps = t.threads / 32;
   char* shared = dynamic_shared();
