@@ -97,6 +97,30 @@ def integer_result(dx, x, packed, bias=None):
     return reference.linear(x, *parts, bias, packed.format)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", fragments.LAYOUTS)
+def test_decoded_words(layout, kind):
+    """decode.cuh beside fragments.registers, on blocks of random codes."""
+    fmt = FORMATS[kind]
+    c = fragments.codec(layout, fmt)
+    n, k = 64, 4 * c.k_block
+    codes = torch.randint(0, 1 << fmt.bits, (n, k), dtype=torch.uint8, generator=generator(3))
+    codes[torch.tensor([level is None for level in fmt.code_levels])[codes.long()]] = 0
+    weight = fragments.prepack(codes, fmt, layout)
+    expected = fragments.registers(weight, fmt, layout)
+    halves = expected[..., None] >> torch.tensor([0, 16]) & 0xFFFF
+    lifted = torch.where(halves & 0x7FFF > 0, halves + (c.lift << c.unit), halves)
+    expected = lifted[..., 0] | lifted[..., 1] << 16 if c.lift else expected
+    out = torch.empty(32, 4 * c.steps, dtype=torch.int32)
+    for row, block in itertools.product(range(weight.shape[0]), range(weight.shape[1])):
+        part = weight[row, block].contiguous()
+        said = library().decode(fragments.LAYOUTS.index(layout), KINDS.index(kind), part.data_ptr(), out.data_ptr())
+        assert torch.equal(out.long() & 0xFFFFFFFF, expected[row, block])
+        assert (said["k_block"], said["k_step"], said["steps"]) == (c.k_block, c.k_step, c.steps)
+        assert (said["bytes"], said["words"], said["base"]) == (part.numel(), c.lane_words, c.base)
+        assert said["number"] == fragments.LAYOUTS.index(layout)
+
+
 # --- every kernel -----------------------------------------------------------------------------------------------------
 
 

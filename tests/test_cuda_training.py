@@ -358,14 +358,14 @@ def test_any_exponent_of_rows(quantize_library, dtype):
     # Rows shorter and longer than a tile, and every n1 that the dtype allows.
     lo, hi = reference.exponent_limits(dtype)
     g = generator(2)
-    shapes = [(hi - lo + 1, 21), (3, 2500)]
-    n1s = [torch.arange(lo, hi + 1), torch.tensor([-3, 0, 5])]
+    shapes = [(hi - lo + 1, 21), (3, 2500), (4, 700)]
+    n1s = [torch.arange(lo, hi + 1), torch.tensor([-3, 0, 5]), torch.tensor([1, -7, 3, 0])]
     n1s = [n.to(torch.int8).view(-1, 1) for n in n1s]
     some = []
     for shape in shapes:
         w = from_bits(torch.randint(-(1 << 31), 1 << 31, shape, generator=g), dtype)
         some.append(Case(w, torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8), None, 0))
-    everything = torch.tensor([[-1, 0]] * 2)
+    everything = torch.tensor([[-1, 0]] * 3)
     for fmt in FORMATS[DTYPES.index(dtype) :: 3]:
         ws, _, frozen = freeze(quantize_library, some, n1s, everything, fmt, 0)
         assert frozen.tolist() == [c.w.numel() for c in some]

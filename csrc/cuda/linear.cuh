@@ -113,17 +113,17 @@ struct Thread {
 // The next stage to load: addresses move along with it, so that a stage costs few instructions beside its copies.
 template <class P>
 struct Loader {
-  static constexpr int kPieces = 2 * P::kDepth / 16;             // of 16 bytes in a token's part of a stage …
-  static constexpr int kSlots = kPieces > 16 ? 32 : kPieces > 8 ? 16 : 8;  // … and threads that bring them
+  static constexpr int kPieces = 2 * P::kDepth / 16;  // of 16 bytes in a token's part of a stage …
+  static constexpr int kSlots = kPieces > 16 ? 32 : kPieces > 8 ? 16 : 8;  // … and the threads for them
   static_assert(kPieces <= kSlots && kSlots <= 32);
 
   uint32_t tile, step;
-  const uint8_t* weight;       // of this lane
-  int depth_blocks;            // left from here on
-  uint32_t stripes;            // a bit for each stripe with rows
-  const char* x;               // of this thread's first token, at the start of the depth
-  int x_to, tokens;            // where that goes; tokens left from it on
-  int slot;                    // its piece
+  const uint8_t* weight;  // of this lane
+  int depth_blocks;       // left from here on
+  uint32_t stripes;       // a bit for each stripe with rows
+  const char* x;          // of this thread's first token, at the start of the depth
+  int x_to, tokens;       // where that goes in a stage; tokens left from it on
+  int slot;               // its piece
 
   INQ_DEVICE Loader(const LinearKernel& p, const Thread& t, uint32_t tile, uint32_t step, int64_t m0)
       : tile(tile), step(step), slot(t.index % kSlots) {

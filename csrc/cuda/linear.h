@@ -17,8 +17,10 @@ struct LinearParams {
   const float* weight_scale;  // [n], or null
   const void* bias;           // [n], of linear; any address where bias_type is none
   void* out;                  // [m, n], of linear_dx [m, k]: `number`, dense
-  float* partials;            // Choice::partials numbers, aligned to 16 bytes
-  int* flags;                 // Choice::flags numbers, zero; zero again when the kernel is done
+  // Workspace that no other launch uses at the same time: Choice::partials numbers, aligned to 16 bytes, of any value,
+  // and Choice::flags counters, zero, and zero again when the kernel is done.
+  float* partials;
+  int* flags;
   int64_t m, n, k;
   Number number;
   Levels levels;

@@ -16,8 +16,8 @@
 namespace inq::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+// Threads of a block that counts first digits, and of one that counts those after: two and three blocks an SM.
+constexpr int kFirstThreads = 512, kNextThreads = 256;
 constexpr int kFirst = PartitionState::kFirst, kNext = PartitionState::kNext;
 // Bits below the first digit.
 constexpr int kRestBits = 20;
@@ -50,6 +50,7 @@ struct PassParams {
   int launch;  // its number
 };
 
+template <int kThreads>
 struct SelectShared {
   SumShared<kThreads> sums;
   unsigned long long total, above, count;
@@ -124,9 +125,9 @@ struct KeyReader {
 
 // Which of kBins digits the `wanted`-th of all that are counted has, from the largest down: left in `shared`, with how
 // many are above and how many have it. More than there are means all of them. Returns how many are wanted then.
-template <int kBins>
+template <int kBins, int kThreads>
 INQ_DEVICE unsigned long long find_digit(const unsigned long long* counters, unsigned long long wanted,
-                                         SelectShared* shared) {
+                                         SelectShared<kThreads>* shared) {
   constexpr int kEach = kBins / kThreads;
   const int uppermost = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
   unsigned long long mine[kEach], sum = 0;
@@ -149,7 +150,9 @@ INQ_DEVICE unsigned long long find_digit(const unsigned long long* counters, uns
 }
 
 // One thread: the selection with one digit of `bits` more.
-INQ_DEVICE void add_digit(PartitionState* state, int bits, unsigned long long wanted, const SelectShared* shared) {
+template <int kThreads>
+INQ_DEVICE void add_digit(PartitionState* state, int bits, unsigned long long wanted,
+                          const SelectShared<kThreads>* shared) {
   st_global(&state->key, ld_global(&state->key) << bits | static_cast<unsigned>(ld_shared(&shared->digit)));
   st_global(&state->wanted, wanted - ld_shared(&shared->above));
   st_global(&state->left, ld_shared(&shared->count));
@@ -180,12 +183,12 @@ struct FirstShared {
   static constexpr int kStride = kFirst + kCopyShift;
   uint32_t counts[kCopies][kStride];
   uint32_t sums[kSums ? kCopies : 1][kSums ? kStride : 4];
-  SelectShared select;
+  SelectShared<kFirstThreads> select;
 };
 
 // The octaves' halves from first digits: eight a binade, of both parts.
 INQ_DEVICE void gather_slots(const PartitionState* state, Slot* slots) {
-  for (int s = static_cast<int>(threadIdx.x); s <= kTiny; s += kThreads) {
+  for (int s = static_cast<int>(threadIdx.x); s <= kTiny; s += kFirstThreads) {
     // Subnormals: digits 4 to 7 are an octave with its leading bit in the digit, those below are tiny.
     const int first = s == kTiny ? 0 : s < 2 ? 4 + 2 * s : 4 * s;
     const int end = first + (s < 2 ? 2 : 4);
@@ -211,7 +214,7 @@ INQ_DEVICE void gather_slots(const PartitionState* state, Slot* slots) {
 constexpr int kAhead = 2;
 
 template <DType kType, bool kRandom, bool kSums>
-__global__ void __launch_bounds__(kThreads) count_first(const __grid_constant__ PassParams p) {
+__global__ void __launch_bounds__(kFirstThreads) count_first(const __grid_constant__ PassParams p) {
   using Shared = FirstShared<kSums>;
   auto* const shared = reinterpret_cast<Shared*>(dynamic_shared());
   const int thread = static_cast<int>(threadIdx.x), copy = thread % kCopies;
@@ -220,18 +223,18 @@ __global__ void __launch_bounds__(kThreads) count_first(const __grid_constant__ 
   // Mostly there is none: then n1 is decided already.
   if (p.which == Which::held && ld_global(&c.state->held) == 0) return;
 
-  for (int i = thread; i < kCopies * Shared::kStride; i += kThreads) {
+  for (int i = thread; i < kCopies * Shared::kStride; i += kFirstThreads) {
     st_shared(&shared->counts[0][0] + i, 0u);
     if constexpr (kSums) st_shared(&shared->sums[0][0] + i, 0u);
   }
   sync_threads();
   const KeyReader<kType, kRandom> reader(c, p.which);
   int held = 0;
-  for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kAhead * kWarps * kTile) {
+  for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kAhead * kFirstThreads / 32 * kTile) {
     uint32_t keys[kAhead][8], taken[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int64_t next = tile + a * kWarps * kTile;
+      const int64_t next = tile + a * kFirstThreads / 32 * kTile;
       taken[a] = next < c.end ? reader.read(next, keys[a], held) : 0;
     }
 #pragma unroll
@@ -254,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) count_first(const __grid_constant__ 
     atomic_add(&c.state->held, static_cast<unsigned long long>(held));
   }
   sync_threads();
-  for (int d = thread; d < kFirst; d += kThreads) {
+  for (int d = thread; d < kFirst; d += kFirstThreads) {
     unsigned long long count = 0, rest = 0;
     for (int i = 0; i < kCopies; ++i) {
       const uint32_t packed = ld_shared(&shared->counts[i][d]);
@@ -274,7 +277,7 @@ __global__ void __launch_bounds__(kThreads) count_first(const __grid_constant__ 
   if (p.selects) {
     const int64_t count = ld_global(&c.t->count);
     const unsigned long long wanted =
-        find_digit<kFirst>(c.state->count[0], static_cast<unsigned long long>(larger<int64_t>(count, 0)), &shared->select);
+        find_digit<kFirst, kFirstThreads>(c.state->count[0], static_cast<unsigned long long>(larger<int64_t>(count, 0)), &shared->select);
     if (thread == 0) {
       if (wanted > 0) add_digit(c.state, 0, wanted, &shared->select);
       if (wanted == 0) write_threshold<kType, kRandom>(p.all, c, 0);
@@ -287,10 +290,10 @@ __global__ void __launch_bounds__(kThreads) count_first(const __grid_constant__ 
     static_assert((kSlots + 1) * sizeof(Slot) <= sizeof(shared->counts));
     gather_slots(c.state, slots);
     const ExponentRule rule{p.all.format, p.mse, kLowest<kType>, kHighest<kType>};
-    const int n1 = exponent_of<kThreads>(slots, rule, &shared->select.exponent);
+    const int n1 = exponent_of<kFirstThreads>(slots, rule, &shared->select.exponent);
     const int64_t length = ld_global(&c.t->length);
     const int64_t first = ld_global(&c.t->first_row), rows = length > 0 ? c.numel / length : 0;
-    for (int64_t r = thread; r < rows; r += kThreads) st_global(p.all.n1 + first + r, static_cast<int8_t>(n1));
+    for (int64_t r = thread; r < rows; r += kFirstThreads) st_global(p.all.n1 + first + r, static_cast<int8_t>(n1));
   }
 }
 
@@ -302,12 +305,12 @@ constexpr int kStage = 512;
 struct NextShared {
   static constexpr int kStride = kNext + kCopyShift;
   uint32_t counts[kCopies][kStride];
-  uint32_t stage[kWarps][kStage];
-  SelectShared select;
+  uint32_t stage[kNextThreads / 32][kStage];
+  SelectShared<kNextThreads> select;
 };
 
 INQ_DEVICE void clear_counts(NextShared* shared) {
-  for (int i = static_cast<int>(threadIdx.x); i < kCopies * NextShared::kStride; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kCopies * NextShared::kStride; i += kNextThreads) {
     st_shared(&shared->counts[0][0] + i, 0u);
   }
   sync_threads();
@@ -315,7 +318,7 @@ INQ_DEVICE void clear_counts(NextShared* shared) {
 
 INQ_DEVICE void add_counts(NextShared* shared, unsigned long long* counters) {
   sync_threads();
-  for (int d = static_cast<int>(threadIdx.x); d < kNext; d += kThreads) {
+  for (int d = static_cast<int>(threadIdx.x); d < kNext; d += kNextThreads) {
     unsigned long long count = 0;
     for (int i = 0; i < kCopies; ++i) count += ld_shared(&shared->counts[i][d]);
     if (count != 0) atomic_add(counters + d, count);
@@ -357,7 +360,7 @@ struct Lister {
 };
 
 template <DType kType, bool kRandom>
-__global__ void __launch_bounds__(kThreads) count_second(const __grid_constant__ PassParams p) {
+__global__ void __launch_bounds__(kNextThreads, 3) count_second(const __grid_constant__ PassParams p) {
   using D = Digits<kType, kRandom>;
   auto* const shared = reinterpret_cast<NextShared*>(dynamic_shared());
   const int copy = static_cast<int>(threadIdx.x) % kCopies;
@@ -369,11 +372,11 @@ __global__ void __launch_bounds__(kThreads) count_second(const __grid_constant__
   const bool lists = D::kThird && static_cast<int64_t>(ld_global(&c.state->left)) <= ld_global(&c.t->capacity);
   const KeyReader<kType, kRandom> reader(c, Which::candidates);
   int held = 0;
-  for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kAhead * kWarps * kTile) {
+  for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kAhead * kNextThreads / 32 * kTile) {
     uint32_t keys[kAhead][8], chosen[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int64_t next = tile + a * kWarps * kTile;
+      const int64_t next = tile + a * kNextThreads / 32 * kTile;
       chosen[a] = next < c.end ? reader.read(next, keys[a], held) : 0;
     }
 #pragma unroll
@@ -392,7 +395,7 @@ __global__ void __launch_bounds__(kThreads) count_second(const __grid_constant__
   add_counts(shared, c.state->next[0]);
 
   if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
-  const unsigned long long wanted = find_digit<kNext>(c.state->next[0], ld_global(&c.state->wanted), &shared->select);
+  const unsigned long long wanted = find_digit<kNext, kNextThreads>(c.state->next[0], ld_global(&c.state->wanted), &shared->select);
   if (threadIdx.x == 0) {
     add_digit(c.state, D::kSecondBits, wanted, &shared->select);
     if (!D::kThird) write_threshold<kType, kRandom>(p.all, c, ld_global(&c.state->wanted));
@@ -400,7 +403,7 @@ __global__ void __launch_bounds__(kThreads) count_second(const __grid_constant__
 }
 
 template <DType kType, bool kRandom>
-__global__ void __launch_bounds__(kThreads) count_third(const __grid_constant__ PassParams p) {
+__global__ void __launch_bounds__(kNextThreads) count_third(const __grid_constant__ PassParams p) {
   constexpr int kBits = 10;
   auto* const shared = reinterpret_cast<NextShared*>(dynamic_shared());
   const int thread = static_cast<int>(threadIdx.x), copy = thread % kCopies;
@@ -412,14 +415,14 @@ __global__ void __launch_bounds__(kThreads) count_third(const __grid_constant__ 
   if (listed > 0) {
     // The tensor's blocks share its list.
     const uint32_t* const list = ld_global(&c.t->list);
-    for (int64_t i = listed * c.number / c.blocks + thread; i < listed * (c.number + 1) / c.blocks; i += kThreads) {
+    for (int64_t i = listed * c.number / c.blocks + thread; i < listed * (c.number + 1) / c.blocks; i += kNextThreads) {
       const uint32_t key = ld_global(list + i);
       if (key >> kBits == prefix) atomic_add(&shared->counts[copy][key & (kNext - 1)], 1u);
     }
   } else {
     const KeyReader<kType, kRandom> reader(c, Which::candidates);
     int held = 0;
-    for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kWarps * kTile) {
+    for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kNextThreads / 32 * kTile) {
       uint32_t keys[8];
       const uint32_t taken = reader.read(tile, keys, held);
 #pragma unroll
@@ -433,7 +436,7 @@ __global__ void __launch_bounds__(kThreads) count_third(const __grid_constant__ 
   add_counts(shared, c.state->next[1]);
 
   if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
-  const unsigned long long wanted = find_digit<kNext>(c.state->next[1], ld_global(&c.state->wanted), &shared->select);
+  const unsigned long long wanted = find_digit<kNext, kNextThreads>(c.state->next[1], ld_global(&c.state->wanted), &shared->select);
   if (thread == 0) {
     add_digit(c.state, kBits, wanted, &shared->select);
     write_threshold<kType, kRandom>(p.all, c, ld_global(&c.state->wanted));
@@ -444,11 +447,11 @@ __global__ void __launch_bounds__(kThreads) count_third(const __grid_constant__ 
 
 template <DType kType, bool kRandom>
 cudaError_t launch_next(PassParams pass, dim3 grid, cudaStream_t stream) {
-  cudaError_t status = launch(count_second<kType, kRandom>, grid, kThreads, sizeof(NextShared), stream, pass);
+  cudaError_t status = launch(count_second<kType, kRandom>, grid, kNextThreads, sizeof(NextShared), stream, pass);
   if constexpr (Digits<kType, kRandom>::kThird) {
     ++pass.launch;
     if (status == cudaSuccess) {
-      status = launch(count_third<kType, kRandom>, grid, kThreads, sizeof(NextShared), stream, pass);
+      status = launch(count_third<kType, kRandom>, grid, kNextThreads, sizeof(NextShared), stream, pass);
     }
   }
   return status;
@@ -472,7 +475,7 @@ cudaError_t partition_of(const PartitionParams& p, PartitionChoice choice, cudaS
   status = launch_clear(p.states, p.tensor_count * static_cast<int64_t>(sizeof(PartitionState)), stream);
   if (status != cudaSuccess) return status;
   const auto first = [&](auto kernel, int shared_bytes) {
-    if (status == cudaSuccess) status = launch(kernel, grid, kThreads, shared_bytes, stream, pass);
+    if (status == cudaSuccess) status = launch(kernel, grid, kFirstThreads, shared_bytes, stream, pass);
     ++pass.launch;
   };
   if (pass.exponents && (choice.random || !selects)) {

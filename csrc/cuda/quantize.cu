@@ -56,23 +56,33 @@ INQ_DEVICE int64_t ties_before(const ChunkTies* ties, int64_t first, int64_t chu
   }
 }
 
-// The new bits of the lane's `chosen` weights of a tile.
+// Where in its tensor's rows a warp's part of a chunk begins. What follows is near: rows are counted on from there in 32
+// bits, with a division only where rows are shorter than the part.
+struct RowPlace {
+  static constexpr int kPart = kTiles * kTile;
+  const int8_t* n1;  // of that row
+  int64_t column, length;
+
+  INQ_DEVICE int rows_on(int place) const {
+    if (length >= kPart) return column + place >= length ? 1 : 0;
+    return static_cast<int>((static_cast<uint32_t>(column) + static_cast<uint32_t>(place)) /
+                            static_cast<uint32_t>(length));
+  }
+};
+
+// The new bits of the lane's `chosen` weights of the tile at `place`.
 template <DType kType>
-INQ_DEVICE void quantize_tile(const FreezeParams& p, const int8_t* n1, int64_t length, int64_t rows, int64_t tile,
-                              uint32_t chosen, uint32_t (&raw)[8]) {
+INQ_DEVICE void quantize_tile(Format format, const RowPlace& rows, int place, uint32_t chosen, uint32_t (&raw)[8]) {
   constexpr int kRun = kVector<kType>;
-  const int64_t row = tile / length, column = tile - row * length;
-  const bool one = column + kTile <= length;
-  Limits limits = limits_of(p.format, ld_global(n1 + row), kLowest<kType>);
+  const int first = rows.rows_on(place);
+  const bool one = first == rows.rows_on(place + kTile - 1);
+  Limits limits = limits_of(format, ld_global(rows.n1 + first), kLowest<kType>);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     if ((chosen >> j & 1) == 0) continue;
     if (!one) {
-      // Rows end in this tile: many, or one.
-      const int64_t place = column + run_place<kRun>(j / kRun) + j % kRun;
-      const int64_t more = length < kTile ? static_cast<uint32_t>(place) / static_cast<uint32_t>(length)
-                                          : static_cast<int64_t>(place >= length);
-      limits = limits_of(p.format, ld_global(n1 + smaller(row + more, rows - 1)), kLowest<kType>);
+      const int row = rows.rows_on(place + run_place<kRun>(j / kRun) + j % kRun);
+      limits = limits_of(format, ld_global(rows.n1 + row), kLowest<kType>);
     }
     raw[j] = narrowed<kType>(bits_to_float(quantized(widened<kType>(raw[j]), limits)));
   }
@@ -148,8 +158,8 @@ __global__ void __launch_bounds__(kThreads) freeze(const __grid_constant__ Kerne
         st_global(&ties->through, before + in_block);
         red_release(&ties->known, chunk == first_chunk ? 2 : 1);
       }
-      int64_t mine = take - before;
-      if (mine >= in_block) {
+      int mine = static_cast<int>(clamped<int64_t>(take - before, 0, in_block));
+      if (mine == in_block) {
         chosen |= tied;
       } else if (mine > 0) {
         // One chunk of a tensor at most: its ties in flat order, which is that of warps, tiles, runs, lanes, bits.
@@ -157,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) freeze(const __grid_constant__ Kerne
         for (int run = 0; run < kTiles * 8 / kRun; ++run) {
           const uint32_t some = tied >> (run * kRun) & ((1u << kRun) - 1);
           const int through = warp_sum_through(popc(some));
-          int64_t rank = through - popc(some);
+          int rank = through - popc(some);
           for (int j = 0; j < kRun; ++j) {
             if ((some >> j & 1) == 0) continue;
             if (rank < mine) chosen |= 1u << (run * kRun + j);
@@ -170,13 +180,17 @@ __global__ void __launch_bounds__(kThreads) freeze(const __grid_constant__ Kerne
   }
 
   const uint32_t pruned = inside & ~kept;
-  const int64_t length = ld_global(&t->length), rows = length > 0 ? numel / length : 0;
-  const int8_t* const n1 = p.all.n1 + ld_global(&t->first_row);
+  RowPlace rows{p.all.n1 + ld_global(&t->first_row), 0, ld_global(&t->length)};
+  if (chosen != 0) {
+    const int64_t row = begin / rows.length;
+    rows.n1 += row;
+    rows.column = begin - row * rows.length;
+  }
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const int64_t tile = begin + i * kTile, left = numel - tile;
     const uint32_t some = chosen >> (8 * i) & 0xFF, gone = pruned >> (8 * i) & 0xFF;
-    if (some != 0) quantize_tile<kType>(p.all, n1, length, rows, tile, some, raw[i]);
+    if (some != 0) quantize_tile<kType>(p.all.format, rows, i * kTile, some, raw[i]);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       if (gone >> j & 1) raw[i][j] = 0;
