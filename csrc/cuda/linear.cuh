@@ -14,6 +14,8 @@
 // last adds up the parts in the order of the depth, whoever it is: the same bits in every run, and nobody waits.
 #pragma once
 
+#include "decode.cuh"
+#include "epilogue.cuh"
 #include "linear.h"
 
 namespace inq::cuda {
@@ -61,15 +63,6 @@ struct LinearKernel {
   int access;    // bytes that x may be read by: 16, 4 or 2
   BiasType bias_type;
 };
-
-INQ_DEVICE float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
-
-// x · 2^e for e ≤ 254, as two exact factors: one alone may be out of range. 2^-252 makes any float32 0, as less would.
-INQ_DEVICE float scaled(float x, int e) {
-  e = e < -252 ? -252 : e;
-  const int half = e >> 1;
-  return mul(mul(x, power_of_two(half)), power_of_two(e - half));
-}
 
 template <Number kNumber>
 INQ_DEVICE float widened(uint16_t bits) {
@@ -573,11 +566,6 @@ cudaError_t by_levels(Levels levels, const LinearKernel& k, const Choice& c, cud
   return cudaErrorInvalidValue;
 }
 
-inline int base_of(Number number, Levels levels) {
-  const bool paper = levels == Levels::paper4 || levels == Levels::paper5;
-  return paper ? codec::A::kBase : number == Number::f16 ? codec::C::kBase : codec::J::kBase;
-}
-
 // The largest piece that every row of x may be read by.
 inline int access_of(const void* x, int64_t stride, int64_t depth, int64_t m) {
   const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x)) | 2 * depth | (m > 1 ? 2 * stride : 0);
@@ -592,7 +580,7 @@ cudaError_t product(const LinearParams& p, const Choice& c, cudaStream_t stream)
   // A grid has no more blocks, and 2^30 units of 32 rows by 64 are more weights than any memory holds.
   constexpr int64_t kMost = 0x7FFFFFFF;
   if (c.ctas * c.m_tiles > kMost || c.tiles * c.units > kMost / 2) return cudaErrorInvalidValue;
-  const int64_t block_k = p.levels == Levels::paper5 || p.levels == Levels::dense5 ? 48 : 64;
+  const int64_t block_k = block_k_of(p.number, p.levels);
   const int64_t n_blocks = (p.n + 15) / 16, k_blocks = (p.k + block_k - 1) / block_k;
   k.x = static_cast<const char*>(p.x), k.x_stride = 2 * p.stride;
   k.weight = p.weight, k.weight_exp = p.weight_exp, k.weight_scale = p.weight_scale, k.bias = p.bias;

@@ -11,6 +11,7 @@
 
 namespace inq::cuda {
 INQ_DEVICE uint32_t xor_and(uint32_t a, uint32_t b, uint32_t mask) { return (a ^ b) & mask; }
+INQ_DEVICE void settle(uint32_t&) {}
 }  // namespace inq::cuda
 
 #else
@@ -36,13 +37,24 @@ struct alignas(16) Four {
 // --- memory -----------------------------------------------------------------------------------------------------------
 
 // ld.global, st.global; T has 1, 2, 4, 8 or 16 bytes, aligned to them.
+// The assumption is for pointers that kernels read from memory, of which nvcc knows nothing.
 template <class T>
 INQ_DEVICE T ld_global(const T* p) {
+  __builtin_assume(__isGlobal(p));
   return *p;
 }
 template <class T>
 INQ_DEVICE void st_global(T* p, T value) {
+  __builtin_assume(__isGlobal(p));
   *p = value;
+}
+// st.global.v2, .v4: as plain stores nvcc merges them with others of their branches, and then they are scalar ones.
+INQ_DEVICE void st_global(Two* p, Two value) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(value.x), "r"(value.y) : "memory");
+}
+INQ_DEVICE void st_global(Four* p, Four value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
 }
 // ld.global.nc.L1::no_allocate.v4: read once, never written while the kernel runs.
 INQ_DEVICE Four ld_global_once(const Four* p) {
@@ -138,6 +150,8 @@ INQ_DEVICE void registers_down() {
 
 INQ_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 INQ_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+// popc.b32
+INQ_DEVICE int popc(uint32_t x) { return __popc(x); }
 // cvt.f32.f16, cvt.f32.bf16
 INQ_DEVICE float from_f16(uint16_t bits) {
   float x;
@@ -154,6 +168,17 @@ INQ_DEVICE uint16_t to_f16(float x) {
 INQ_DEVICE uint16_t to_bf16(float x) {
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+// cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32: bits of `low` in the low half
+INQ_DEVICE uint32_t to_f16x2(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+INQ_DEVICE uint32_t to_bf16x2(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 // cvt.rn.satfinite.e4m3x2.f32: bits of `low` in the low byte. From sm_89 on.
@@ -291,6 +316,9 @@ INQ_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::
 
 // wgmma.fence, .commit_group, .wait_group
 INQ_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// No instruction: the register's value is computed by here. What is left to compute behind wgmma_fence would make the
+// compiler fence, and end a group of wgmma, anew.
+INQ_DEVICE void settle(uint32_t& a) { asm volatile("" : "+r"(a)::"memory"); }
 INQ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
 INQ_DEVICE void wgmma_wait() {
@@ -310,6 +338,61 @@ INQ_DEVICE uint64_t wgmma_descriptor(const void* start) {
 enum class Product { f16, bf16, e4m3 };
 template <Product kProduct, int kN>
 INQ_DEVICE void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t descriptor, bool accumulate);
+
+// Specialisations: the operands of d, as text and as constraints, then those of a, the descriptor and the predicate.
+#define INQ_D4 "%0, %1, %2, %3"
+#define INQ_D8 INQ_D4 ", %4, %5, %6, %7"
+#define INQ_D16 INQ_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define INQ_D32 \
+  INQ_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define INQ_D64                                                                                       \
+  INQ_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, "   \
+          "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define INQ_D128                                                                                      \
+  INQ_D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, "   \
+          "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, " \
+          "%99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "  \
+          "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define INQ_R4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define INQ_R8(i) INQ_R4(i), INQ_R4(i + 4)
+#define INQ_R16(i) INQ_R8(i), INQ_R8(i + 8)
+#define INQ_R32(i) INQ_R16(i), INQ_R16(i + 16)
+#define INQ_R64(i) INQ_R32(i), INQ_R32(i + 32)
+#define INQ_R128(i) INQ_R64(i), INQ_R64(i + 64)
+#define INQ_WGMMA(n, count, a0, a1, a2, a3, b, p, product, shape, types, last)                                       \
+  template <>                                                                                                        \
+  INQ_DEVICE void wgmma<Product::product, n>(float(&d)[count], const uint32_t(&a)[4], uint64_t descriptor,           \
+                                             bool accumulate) {                                                      \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #p ", 0;\n"                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #n shape ".f32." types " {" INQ_D##count "}, {%" #a0 ", %" #a1  \
+                 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1" last "; }"                                                \
+                 : INQ_R##count(0)                                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(int{accumulate}));               \
+  }
+#define INQ_WGMMA_OF(n, count, a0, a1, a2, a3, b, p)                                     \
+  INQ_WGMMA(n, count, a0, a1, a2, a3, b, p, f16, "k16", "f16.f16", ", 0")                \
+  INQ_WGMMA(n, count, a0, a1, a2, a3, b, p, bf16, "k16", "bf16.bf16", ", 0")             \
+  INQ_WGMMA(n, count, a0, a1, a2, a3, b, p, e4m3, "k32", "e4m3.e4m3", "")
+INQ_WGMMA_OF(8, 4, 4, 5, 6, 7, 8, 9)
+INQ_WGMMA_OF(16, 8, 8, 9, 10, 11, 12, 13)
+INQ_WGMMA_OF(32, 16, 16, 17, 18, 19, 20, 21)
+INQ_WGMMA_OF(64, 32, 32, 33, 34, 35, 36, 37)
+INQ_WGMMA_OF(128, 64, 64, 65, 66, 67, 68, 69)
+INQ_WGMMA_OF(256, 128, 128, 129, 130, 131, 132, 133)
+#undef INQ_WGMMA_OF
+#undef INQ_WGMMA
+#undef INQ_R128
+#undef INQ_R64
+#undef INQ_R32
+#undef INQ_R16
+#undef INQ_R8
+#undef INQ_R4
+#undef INQ_D128
+#undef INQ_D64
+#undef INQ_D32
+#undef INQ_D16
+#undef INQ_D8
+#undef INQ_D4
 
 }  // namespace inq::cuda
 
