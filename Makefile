@@ -11,6 +11,10 @@ PYTEST ?= -n 2
 TRITON := 'triton==3.6.0; platform_system == "Linux"'
 GPU ?=
 STATIC ?=
+# The CUDA library, where nvcc is: for the GPUs of this machine, and for none where there are none, so that nobody waits
+# for a build that cannot run here. CI builds all.
+INQ_CUDA_ARCHS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo none)
+export INQ_CUDA_ARCHS
 # Where `make gpu` writes.
 GPU_OUT = $(or $(OUT),bench/results)
 

@@ -294,8 +294,9 @@ def prepack(packed: PackedWeight, layout: str | None = None) -> PackedWeight:
 
     Args:
         packed: in any layout.
-        layout: "storage", "cpu16", "slices_fp16", "slices_bf16", "slices_e4m3" (see layouts.py and slices.py), or None
-            for what products on the weight's device with float32 activations are fastest from.
+        layout: "storage", "cpu16", "slices_fp16", "slices_bf16", "slices_e4m3", "fragments_fp16", "fragments_bf16",
+            "fragments_e4m3" (see layouts.py, slices.py and fragments.py), or None for what products on the weight's
+            device with float32 activations are fastest from.
 
     Returns:
         ``packed`` itself if it is in that layout, else one with a new ``weight``; exponents and scale are shared.

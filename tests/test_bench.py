@@ -25,7 +25,7 @@ from inq_kernels.bench import (
     shapes,
 )
 from inq_kernels.bench.registry import GPU_OPS, NOT_MEASURED, OPS
-from inq_kernels.bench.timing import MIN_PAIRS, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
+from inq_kernels.bench.timing import MIN_PAIRS, PATIENCE, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
 from inq_kernels.bench.weights import RandomWeights
 
 from inq_kernels import Format, bench, library, reference, unpack
@@ -192,6 +192,30 @@ def test_pairs_take_turns_and_short_calls_are_repeated():
 def test_long_calls_get_few_pairs(cost, pairs):
     a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
     assert len(time_pairs(FakeClock({1: cost, 2: cost}), a, b, 10)[0]) == pairs
+
+
+class BusyClock(FakeClock):
+    """Something else takes the machine for the first samples of the second runner."""
+
+    def __init__(self, busy):
+        super().__init__({1: 0.1, 2: 0.1})
+        self.left = busy
+
+    def seconds(self, runner, repeat):
+        self.left -= runner.bytes == 2
+        return super().seconds(runner, repeat) * (3.0 if runner.bytes == 2 and self.left >= 0 else 1.0)
+
+
+@pytest.mark.parametrize(("busy", "again", "expected"), [(0, False, 1.0), (2, True, 1.0), (1000, False, 3.0)])
+def test_an_uncertain_ratio_is_measured_again(busy, again, expected):
+    """A machine that was busy for a while does not decide; one that always is as busy does."""
+    a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
+    clock = BusyClock(0)
+    time_pairs(clock, a, b, 0.0)
+    clock = BusyClock(busy + sum(which == 2 for which, _ in clock.samples) - 3)  # those of the warm-up
+    mine, theirs = time_pairs(clock, a, b, 0.0)
+    assert (3 < len(mine) <= 3 * PATIENCE) if again else (len(mine) == 3)
+    assert ratio(mine, theirs)["ratio"] == pytest.approx(expected)
 
 
 def test_a_reset_runs_before_every_sample_and_calls_are_not_repeated():

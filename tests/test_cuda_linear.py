@@ -184,6 +184,18 @@ def test_any_number_of_tokens(dx):
 
 
 @pytest.mark.parametrize("dx", [False, True])
+def test_a_block_may_have_parts_of_two_tiles(dx):
+    """Four blocks share three tiles: the second ends the first tile and begins the second one."""
+    n, k = (300, 600) if dx else (300, 1100)
+    choice = choose(dx, 2, 3, n, k)
+    assert (choice.tiles, choice.units, choice.ctas) == (3, 5, 4)
+    packed = random_packed(Format(4), n, k, n1=-2)
+    x = rows(3, n if dx else k, torch.float16, integers=Format(4))
+    for seed in support_emulator.seeds():
+        assert same_bits(run(dx, x, packed, seed=seed, sm_count=2) + 0.0, integer_result(dx, x, packed) + 0.0)
+
+
+@pytest.mark.parametrize("dx", [False, True])
 def test_a_token_has_the_same_sum_whatever_the_others_are(dx):
     packed = random_packed(Format(5), 150, 700) if not dx else random_packed(Format(5), 500, 100)
     x = rows(64, packed.shape[0 if dx else 1], torch.bfloat16)

@@ -36,8 +36,7 @@ def padded(x, extra=0):
     return wide[:, :k]
 
 
-def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dtype=None, processors=3,
-           **options):
+def linear(library, seed, x, packed, bias, tile, splits=1, rows_exp=None, out_dtype=None, processors=3, **options):
     """[M, N] from x [M, K]: float16, bfloat16, or uint8, the bits of e4m3."""
     fmt, (m, k), n = packed.format, x.shape, packed.shape[0]
     number = NUMBERS["e4m3" if x.dtype == torch.uint8 else x.dtype]

@@ -12,14 +12,10 @@
 // nvcc makes one LOP3 of each `(… ^ …) & mask`; left shifts become IMAD.SHL, on another pipe.
 #pragma once
 
+#include "host.h"
 #include "ptx.cuh"
 
 namespace inq::cuda {
-
-// The type of products: its layout is fragments_fp16 (…).
-enum class Number : int { f16, bf16, e4m3 };
-// slices.kind: which magnitudes a format has. 2 and 3 bits take the place of 4.
-enum class Levels : int { paper4, dense4, paper5, dense5 };
 
 namespace codec {
 
@@ -203,5 +199,15 @@ template <>
 struct CodecOf<Number::e4m3, Levels::paper5> : codec::H {};
 template <>
 struct CodecOf<Number::e4m3, Levels::dense5> : codec::H {};
+
+// host.h says the same to code that has no device code.
+template <Number kNumber, Levels kLevels>
+constexpr bool kAgrees = CodecOf<kNumber, kLevels>::kBase == base_of(kNumber, kLevels) &&
+                         CodecOf<kNumber, kLevels>::kBlockK == block_k_of(kNumber, kLevels) &&
+                         CodecOf<kNumber, kLevels>::kBlockBytes == block_bytes_of(kNumber, kLevels);
+template <Number kNumber>
+constexpr bool kAllAgree = kAgrees<kNumber, Levels::paper4> && kAgrees<kNumber, Levels::dense4> &&
+                           kAgrees<kNumber, Levels::paper5> && kAgrees<kNumber, Levels::dense5>;
+static_assert(kAllAgree<Number::f16> && kAllAgree<Number::bf16> && kAllAgree<Number::e4m3>);
 
 }  // namespace inq::cuda

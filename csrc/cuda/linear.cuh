@@ -14,6 +14,8 @@
 // last adds up the parts in the order of the depth, whoever it is: the same bits in every run, and nobody waits.
 #pragma once
 
+#include "decode.cuh"
+#include "epilogue.cuh"
 #include "linear.h"
 
 namespace inq::cuda {
@@ -61,15 +63,6 @@ struct LinearKernel {
   int access;    // bytes that x may be read by: 16, 4 or 2
   BiasType bias_type;
 };
-
-INQ_DEVICE float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
-
-// x · 2^e for e ≤ 254, as two exact factors: one alone may be out of range. 2^-252 makes any float32 0, as less would.
-INQ_DEVICE float scaled(float x, int e) {
-  e = e < -252 ? -252 : e;
-  const int half = e >> 1;
-  return mul(mul(x, power_of_two(half)), power_of_two(e - half));
-}
 
 template <Number kNumber>
 INQ_DEVICE float widened(uint16_t bits) {
@@ -445,15 +438,31 @@ INQ_DEVICE bool exchange(const LinearKernel& p, const Thread& t, uint32_t cta, u
   sync_threads();
   if (ld_shared(flag) == 0) return false;
   clear<P>(acc);
+  // Several parts at a time where they are small: one wait after another would take longer than the loads.
+  constexpr int kChunk = kFours < 8 ? kFours : 4, kBatch = kFours < 8 ? 8 / kFours : 1;
+  static_assert(kFours % kChunk == 0);
 #pragma unroll 1
-  for (uint32_t block = first; block <= last; block++) {
-    const Four* from = part(block, p.ranges.begin(block) >= begin);
+  for (uint32_t block = first; block <= last; block += kBatch) {
 #pragma unroll
-    for (int i = 0; i < kFours; i++) {
-      float(&a)[4] = acc[i / P::kTokenTiles][i % P::kTokenTiles];
-      const Four v = ld_global(from + i * t.threads);
-      a[0] = add(a[0], bits_to_float(v.x)), a[1] = add(a[1], bits_to_float(v.y));
-      a[2] = add(a[2], bits_to_float(v.z)), a[3] = add(a[3], bits_to_float(v.w));
+    for (int chunk = 0; chunk < kFours; chunk += kChunk) {
+      Four v[kBatch][kChunk];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        if (block + b > last) break;
+        const Four* from = part(block + b, p.ranges.begin(block + b) >= begin);
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) v[b][i] = ld_global(from + (chunk + i) * t.threads);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        if (block + b > last) break;
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) {
+          float(&a)[4] = acc[(chunk + i) / P::kTokenTiles][(chunk + i) % P::kTokenTiles];
+          a[0] = add(a[0], bits_to_float(v[b][i].x)), a[1] = add(a[1], bits_to_float(v[b][i].y));
+          a[2] = add(a[2], bits_to_float(v[b][i].z)), a[3] = add(a[3], bits_to_float(v[b][i].w));
+        }
+      }
     }
   }
   return true;
@@ -462,7 +471,7 @@ INQ_DEVICE bool exchange(const LinearKernel& p, const Thread& t, uint32_t cta, u
 // --- the kernel -------------------------------------------------------------------------------------------------------
 
 template <class P>
-__global__ void __launch_bounds__(P::kThreads) linear_kernel(const __grid_constant__ LinearKernel p) {
+__global__ void __launch_bounds__(P::kThreads, 2) linear_kernel(const __grid_constant__ LinearKernel p) {
   Thread t{static_cast<int>(threadIdx.x), 0, 0, static_cast<int>(blockDim.x), 0};
   t.warp = t.index / 32, t.lane = t.index % 32, t.warps = t.threads / 32;
   char* shared = dynamic_shared();
@@ -557,11 +566,6 @@ cudaError_t by_levels(Levels levels, const LinearKernel& k, const Choice& c, cud
   return cudaErrorInvalidValue;
 }
 
-inline int base_of(Number number, Levels levels) {
-  const bool paper = levels == Levels::paper4 || levels == Levels::paper5;
-  return paper ? codec::A::kBase : number == Number::f16 ? codec::C::kBase : codec::J::kBase;
-}
-
 // The largest piece that every row of x may be read by.
 inline int access_of(const void* x, int64_t stride, int64_t depth, int64_t m) {
   const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x)) | 2 * depth | (m > 1 ? 2 * stride : 0);
@@ -576,7 +580,7 @@ cudaError_t product(const LinearParams& p, const Choice& c, cudaStream_t stream)
   // A grid has no more blocks, and 2^30 units of 32 rows by 64 are more weights than any memory holds.
   constexpr int64_t kMost = 0x7FFFFFFF;
   if (c.ctas * c.m_tiles > kMost || c.tiles * c.units > kMost / 2) return cudaErrorInvalidValue;
-  const int64_t block_k = p.levels == Levels::paper5 || p.levels == Levels::dense5 ? 48 : 64;
+  const int64_t block_k = block_k_of(p.number, p.levels);
   const int64_t n_blocks = (p.n + 15) / 16, k_blocks = (p.k + block_k - 1) / block_k;
   k.x = static_cast<const char*>(p.x), k.x_stride = 2 * p.stride;
   k.weight = p.weight, k.weight_exp = p.weight_exp, k.weight_scale = p.weight_scale, k.bias = p.bias;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "choose.h"
-#include "decode.cuh"
+#include "host.h"
 
 namespace inq::cuda {
 

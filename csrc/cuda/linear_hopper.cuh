@@ -11,6 +11,8 @@
 // yᵀ is computed: rows of a tile are output features n, columns are tokens m.
 #pragma once
 
+#include "decode.cuh"
+#include "epilogue.cuh"
 #include "linear_hopper.h"
 
 #include <type_traits>
@@ -342,15 +344,6 @@ struct PromotingMultiplier {
 };
 
 // --- epilogue ----------------------------------------------------------------------------------------------------------
-
-INQ_DEVICE float load_float(const void* p, Float type, int64_t i) {
-  if (type == Float::f32) return ld_global(static_cast<const float*>(p) + i);
-  const uint16_t bits = ld_global(static_cast<const uint16_t*>(p) + i);
-  return type == Float::f16 ? from_f16(bits) : from_bf16(bits);
-}
-
-// An exponent field of float32: as bits, factors 2^e multiply by adding.
-INQ_DEVICE int exponent_bits(int e) { return e * (1 << 23); }
 
 // What a row of sums is multiplied by and gets added. Its power of two is two factors, bits of float32: one alone may be
 // out of range.

@@ -2,12 +2,9 @@
 #pragma once
 
 #include "choose_hopper.h"
-#include "decode.cuh"
+#include "host.h"
 
 namespace inq::cuda {
-
-// The type of bias, of linear's output and of the rows that are quantized.
-enum class Float : int { f16, bf16, f32 };
 
 // out[m, n] = 2^−rows_exp[m] · Σ_k x[m, k]·w[n, k] · weight_scale[n] + bias[n], with the weights w that `weight` and
 // `weight_exp` stand for.

@@ -37,13 +37,24 @@ struct alignas(16) Four {
 // --- memory -----------------------------------------------------------------------------------------------------------
 
 // ld.global, st.global; T has 1, 2, 4, 8 or 16 bytes, aligned to them.
+// The assumption is for pointers that kernels read from memory, of which nvcc knows nothing.
 template <class T>
 INQ_DEVICE T ld_global(const T* p) {
+  __builtin_assume(__isGlobal(p));
   return *p;
 }
 template <class T>
 INQ_DEVICE void st_global(T* p, T value) {
+  __builtin_assume(__isGlobal(p));
   *p = value;
+}
+// st.global.v2, .v4: as plain stores nvcc merges them with others of their branches, and then they are scalar ones.
+INQ_DEVICE void st_global(Two* p, Two value) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(value.x), "r"(value.y) : "memory");
+}
+INQ_DEVICE void st_global(Four* p, Four value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
 }
 // ld.global.nc.L1::no_allocate.v4: read once, never written while the kernel runs.
 INQ_DEVICE Four ld_global_once(const Four* p) {
@@ -139,6 +150,8 @@ INQ_DEVICE void registers_down() {
 
 INQ_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 INQ_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+// popc.b32
+INQ_DEVICE int popc(uint32_t x) { return __popc(x); }
 // cvt.f32.f16, cvt.f32.bf16
 INQ_DEVICE float from_f16(uint16_t bits) {
   float x;

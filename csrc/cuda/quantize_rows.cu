@@ -1,6 +1,7 @@
 // Rows of x as e4m3 with a power of two each, for linear_fp8: reference.quantize_rows_e4m3. A block takes a row and reads
 // it twice, the second time from the cache.
 #include "linear_hopper.h"
+#include "ptx.cuh"
 
 // cvt to e4m3 begins with sm_89; other architectures get an empty kernel that is never launched.
 #if defined(INQ_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890

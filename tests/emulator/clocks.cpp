@@ -142,6 +142,7 @@ void end_block_clocks(Block& block) {
 void end_thread(Thread&) {}
 
 void meet(Thread* const* threads, int count, Clock** extra) {
+  if (count == 0) return drop(*extra);
   Clock* const first = threads[0]->known;
   bool same = extra == nullptr || *extra == nullptr;
   for (int i = 1; i < count; ++i) same &= threads[i]->known == first;

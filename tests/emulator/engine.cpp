@@ -267,6 +267,12 @@ void barrier(int index, int threads, bool wait_too, const char* file, int line) 
                name_of(barrier.place).c_str()));
     give_up();
   }
+  uint32_t& came = barrier.came[self.warp->index];
+  if (came >> self.lane & 1) {
+    fault("barrier", place, text("thread %d comes to barrier %d a second time, before all others have", self.index, index));
+    give_up();
+  }
+  came |= 1u << self.lane;
   ++barrier.arrived;
   if (wait_too) {
     barrier.waiting.push_back(&self);
@@ -280,6 +286,7 @@ void barrier(int index, int threads, bool wait_too, const char* file, int line) 
   }
   meet(barrier.waiting.data(), static_cast<int>(barrier.waiting.size()), &barrier.clock);
   barrier.arrived = 0;
+  std::fill_n(barrier.came, 32, 0u);
   ++progress;
   for (Thread* thread : barrier.waiting)
     if (thread != &self) wake(*thread);
@@ -318,6 +325,7 @@ Block* begin_block(int number, dim3 grid, int threads, int shared_bytes) {
   block->live = threads;
   for (Barrier& barrier : block->barriers) {
     barrier.arrived = 0;
+    std::fill_n(barrier.came, 32, 0u);
     barrier.waiting.clear();
     barrier.clock = nullptr;
   }
@@ -384,7 +392,9 @@ void report_stuck(const char* kind_or_null, const char* why) {
     for (Thread& thread : block->thread) {
       if (thread.done) continue;
       if (kind_or_null != nullptr && thread.wait == Wait::nothing) {
-        fault(kind_or_null, "a thread that runs", 0, why);
+        current = &thread;
+        fault(kind_or_null, thread.place, text("%s, thread %d of block %d too", why, thread.index, block->number));
+        current = nullptr;
         continue;
       }
       const Warp& warp = *thread.warp;

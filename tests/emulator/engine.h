@@ -84,7 +84,7 @@ struct Thread {
   int index = 0, lane = 0;
   bool done = false;
   Wait wait = Wait::nothing;
-  Place place = 0;           // of the wait
+  Place place = 0;  // of the last access or wait
   const int* spins_on = nullptr;  // ld_acquire: the last address, and what was there
   int spin_value = 0;
   int barrier = 0;  // or the parity
@@ -118,6 +118,7 @@ struct Barrier {
   int expected = 0, arrived = 0;
   std::vector<Thread*> waiting;
   Clock* clock = nullptr;  // of those that have only arrived
+  uint32_t came[32] = {};  // a bit for each thread, a word for each warp
   Place place = 0;
 };
 

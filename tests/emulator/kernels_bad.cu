@@ -162,6 +162,21 @@ __global__ void endless_spin(const __grid_constant__ Params p) {
     }
 }
 
+// The same through a plain load: it would run for ever.
+__global__ void endless_loop(const __grid_constant__ Params p) {
+  if (thread() == 0)
+    while (ld_global(p.b) == 0) {  // caught: deadlock
+    }
+}
+// The second arrival may come before the first one has been waited for.
+__global__ void arrives_twice(const __grid_constant__ Params) {
+  if (thread() < 64) {
+    for (int i = 0; i < 2; ++i) bar_arrive(1, 128);  // caught: barrier
+  } else {
+    for (int i = 0; i < 2; ++i) bar_sync(1, 128);
+  }
+}
+
 // --- between blocks -----------------------------------------------------------------------------------------------------
 
 // Block 1 reads what block 0 wrote; the counter is an atomic, and neither side has a fence.
@@ -402,6 +417,8 @@ int bad(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int blocks, int
   INQ_RUN(barrier_of_too_many)
   INQ_RUN(crossed_barriers)
   INQ_RUN(endless_spin)
+  INQ_RUN(endless_loop)
+  INQ_RUN(arrives_twice)
   INQ_RUN(handshake_without_fence)
   INQ_RUN(handshake_without_barrier)
   INQ_RUN(last_block_without_fence)

@@ -67,7 +67,6 @@ __global__ void mma_pipelined(const __grid_constant__ Params p) {
     ldmatrix_x4(a, stage + lane % 16 * 32 + lane / 16 * 16);
     ldmatrix_x2(b, stage + 512 + lane % 8 * 32 + lane / 8 % 2 * 16);
     mma_f16(d, a, b);
-    sync_warp();
     load(tile + kStages - 1);
   }
   float* const c = static_cast<float*>(p.c);

@@ -390,7 +390,7 @@ bool aligned(const void* p, int bytes, const char* file, int line) {
 
 void load(Space space, void* to, const void* from, int bytes, const char* file, int line) {
   maybe_switch();
-  const Place place = place_of(file, line);
+  const Place place = current->place = place_of(file, line);
   const bool fine = aligned(from, bytes, file, line) &&
                     (space == Space::shared ? touch_shared(*current, from, bytes, Do::read, place)
                                             : touch_global(*current, from, bytes, Do::read, place));
@@ -402,7 +402,7 @@ void load(Space space, void* to, const void* from, int bytes, const char* file, 
 
 void store(Space space, void* to, const void* from, int bytes, const char* file, int line) {
   maybe_switch();
-  const Place place = place_of(file, line);
+  const Place place = current->place = place_of(file, line);
   const bool fine = aligned(to, bytes, file, line) &&
                     (space == Space::shared ? touch_shared(*current, to, bytes, Do::write, place)
                                             : touch_global(*current, to, bytes, Do::write, place));
@@ -413,7 +413,7 @@ void store(Space space, void* to, const void* from, int bytes, const char* file,
 
 bool begin_atomic(void* p, int bytes, const char* file, int line) {
   maybe_switch();
-  const Place place = place_of(file, line);
+  const Place place = current->place = place_of(file, line);
   if (!aligned(p, bytes, file, line)) return false;
   const bool shared = in_shared(*current->block, p);
   if (!(shared ? touch_shared(*current, p, bytes, Do::atomic, place)
