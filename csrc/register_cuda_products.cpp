@@ -183,12 +183,9 @@ HopperChoice hopper_choice(const Rows& rows, const Weight& w, const Machine& mac
                         machine.capability, machine.processors});
 }
 
-// Nothing else multiplies e4m3 here: few rows and many take the tiles of those that choose_hopper is made for.
+// Nothing else multiplies e4m3 here. K = 0, the bias alone, is no product to choose for.
 HopperChoice fp8_choice(int64_t m, int64_t n, int64_t k, int bits, const Machine& machine) {
-  const int64_t rows = std::clamp(m, hopper::kLeast, hopper::kMost);
-  const HopperChoice choice = choose_hopper({rows, n, k, 1, bits, true, machine.capability, machine.processors});
-  // K = 0 is the bias alone.
-  return choice.use ? choice : HopperChoice{true, hopper::kTiles[2][0], hopper::kTiles[2][1], 1};
+  return choose_hopper({m, n, std::max<int64_t>(k, 1), 1, bits, true, machine.capability, machine.processors});
 }
 
 Tensor linear_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, OptionalTensor bias,

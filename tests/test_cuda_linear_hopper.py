@@ -228,6 +228,7 @@ def test_the_choice(library):
 
     for m in (1, 64, 2048, 100_000):
         assert choose(m, 4096, 4096) is None
+        assert choose(m, 4096, 4096, x_bytes=1) is not None
     for capability in (80, 89, 100, 120):
         assert choose(256, 4096, 4096, capability=capability) is None
     assert choose(256, 4096, 4096, aligned=False) is None

@@ -24,13 +24,13 @@ struct HopperProblem {
 
 namespace hopper {
 
-// Fewer tokens are bound by the reading of weights, and mma.sync reads them faster; with more, decoding once and a dense
-// product win.
+// Of 16-bit products. Fewer tokens are bound by the reading of weights, and mma.sync reads them faster; with more,
+// decoding once and a dense product win. For e4m3 there is neither: mma.sync of it is emulated, a dense product is 16-bit.
 constexpr int64_t kLeast = 65, kMost = 2047;
 // Tiles that are compiled, the largest first: a tie goes to the fewer and larger blocks.
 constexpr int kTiles[][2] = {{256, 128}, {128, 128}, {128, 64}};
 constexpr int kMaxSplits = 8;
-// Bytes from the second-level cache that a processor gets in a cycle when all of them read: 5.5 TB/s of an H200, 132
+// Bytes from the second-level cache that a processor gets in a cycle when all read: about 5.5 TB/s of an H200, for 132
 // processors at 1.6 GHz.
 constexpr int64_t kCacheBytes = 26;
 // And when few of them do.
@@ -64,7 +64,9 @@ constexpr int64_t cycles(const HopperProblem& p, int rows, int tokens, int split
 
 constexpr HopperChoice choose_hopper(const HopperProblem& p) {
   HopperChoice best;
-  if (p.capability != 90 || !p.x_aligned || p.m < hopper::kLeast || p.m > hopper::kMost || p.n < 1 || p.k < 1 ||
+  const int64_t fewest = p.x_bytes == 2 ? hopper::kLeast : 1;
+  const int64_t most = p.x_bytes == 2 ? hopper::kMost : hopper::kLargest;
+  if (p.capability != 90 || !p.x_aligned || p.m < fewest || p.m > most || p.n < 1 || p.k < 1 ||
       p.n > hopper::kLargest || p.k > hopper::kLargest) {
     return best;
   }

@@ -459,7 +459,8 @@ INQ_DEVICE bool add_splits(const Params& p, Sums<S>& sums, const Item& item, con
   float* parts = p.partials + static_cast<int64_t>(place) * p.splits * kSums * 128 + thread;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
-    st_global(parts + (static_cast<int64_t>(item.split) * kSums + i) * 128, sums[i / (S::kTokens / 2)][i % (S::kTokens / 2)]);
+    st_global(parts + (static_cast<int64_t>(item.split) * kSums + i) * 128,
+              sums[i / (S::kTokens / 2)][i % (S::kTokens / 2)]);
   }
   int* last = reinterpret_cast<int*>(dynamic_shared() + S::kFlagsAt) + t.group;
   bar_sync(1 + t.group, 128);

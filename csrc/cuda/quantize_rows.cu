@@ -37,13 +37,17 @@ INQ_DEVICE void load_vector(float (&v)[kVector], const typename Element<kType>::
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Four q = ld_global(four + i);
-      v[4 * i] = E::widen(q.x), v[4 * i + 1] = E::widen(q.y), v[4 * i + 2] = E::widen(q.z), v[4 * i + 3] = E::widen(q.w);
+      v[4 * i] = E::widen(q.x), v[4 * i + 1] = E::widen(q.y);
+      v[4 * i + 2] = E::widen(q.z), v[4 * i + 3] = E::widen(q.w);
     }
   } else {
     const Four q = ld_global(four);
     const uint32_t pairs[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = E::widen(static_cast<uint16_t>(i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFF));
+    for (int i = 0; i < kVector; ++i) {
+      const uint32_t pair = pairs[i / 2];
+      v[i] = E::widen(static_cast<uint16_t>(i % 2 ? pair >> 16 : pair & 0xFFFF));
+    }
   }
 }
 
