@@ -28,6 +28,8 @@ GPU_OPS: dict[str, Op] = {
         *storage.OPS,
         partition.PARTITION,
         *optim.OPS,
+        conv2d.CONV2D,
+        conv2d.CONV2D_DX,
     )
 }
 BY_DEVICE = {"cpu": OPS, "cuda": GPU_OPS}

@@ -157,6 +157,25 @@ def preferred_layout(device: str, dtype: torch.dtype, fmt: Format, backend: str 
     return {"cpu": CPU16, "triton": slices.best(dtype, fmt)}.get(backend, STORAGE)
 
 
+def plan(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, fmt: Format, capability: int, processors: int
+) -> tuple[str, str, str]:
+    """(backend, kernel, layout) of a product on a GPU of this kind, which need not be here. INQ_BACKEND counts."""
+    there = dict.fromkeys(BACKENDS) | {"cuda": _availability()["cuda"]}
+    if capability < 10 * _LEAST_CAPABILITY[0]:
+        there["triton"] = f"it needs compute capability 8.0 or more, got {capability / 10:.1f}"
+    backend = select(op, os.environ.get(ENVIRONMENT, ""), there, "cuda", dtype)
+    if backend != "triton":
+        return backend, "decode, then torch's dense product", STORAGE
+    try:
+        triton_plan = importlib.import_module("inq_kernels.triton_ops.plan")
+    except ImportError as error:
+        raise BackendError(
+            f"a plan of Triton's kernels needs Triton: pip install 'inq_kernels[triton]': {error}"
+        ) from error
+    return (backend, *triton_plan.plan(op, m, n, k, dtype, fmt, capability, processors))
+
+
 def layouts_on(device: str) -> tuple[str, ...]:
     """The layouts that some backend's products on ``device`` read as they are."""
     own = (CPU16,) if device == "cpu" and _availability()["cpu"] is None else ()

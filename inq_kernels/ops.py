@@ -501,7 +501,9 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
     """y = (x · Wᵀ) · row scale + bias, W of equation (4); accumulated in float32 (float64 for float64), rounded once to
     x's dtype. Products are of x and W / 2^n1; the sum is multiplied by 2^n1 and then by the row scale, in float32, so a
     sum or a product past 2^128 overflows even where a later factor would bring it back. For bfloat16 x the processor's
-    own bfloat16 products (AVX-512 BF16, AMX) take subnormal x as 0, as they do in torch's dense product.
+    own bfloat16 products (AVX-512 BF16, AMX) take subnormal x as 0, as they do in torch's dense product. Triton's
+    tensor cores multiply bfloat16 x by paper levels as decoded, 2^4 times as large (5 bits: 2^8): there sums of
+    x · W / 2^n1 past 2^124 (2^120) overflow, which float32 and float16 x do not meet.
 
     Args:
         x: float [..., K], any strides, batch 0 included; under autocast its autocast dtype is used.

@@ -87,6 +87,8 @@ MUTANTS = [
     ("test_triton_codec.py::test_words_hold", "triton_ops/codec.py", [("{mask:#x}, 0x28;", "{mask:#x}, 0x78;")]),
     ("test_triton_linear.py::test_sums_shared", "triton_ops/linear.py", [("        part += plane\n", "        part += 0\n")]),
     ("test_triton_linear.py::test_exponents_at", "triton_ops/codec.py", [("x * power_of_two(half) * power_of_two(e - half)", "x * power_of_two(e)")]),
+    ("test_triton_linear.py::test_large_float32", "triton_ops/linear.py", [('    if dot == "fp32":\n', "    if False:\n")]),
+    ("test_triton_conv2d.py::test_integers_bit", "triton_ops/conv2d.py", [("inside = (k < K)[:, None] & (y_at >= 0)", "inside = (k < K)[:, None] & (y_at >= -1)")]),
     ("test_triton_linear.py::test_rows_as_e4m3", "triton_ops/linear_fp8.py", [("raw + 0x7FFFF + ((raw >> 20) & 1)", "raw + 0x80000")]),
     ("test_triton_training.py::test_several_chunks", "triton_ops/quantize.py", [("take -= tl.sum(more, axis=0)", "take -= 0")]),
 ]  # fmt: skip

@@ -9,10 +9,12 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from inq_kernels.bench import (
     bars,
     case,
     compare,
+    conv2d,
     gpu,
     gpu_baselines,
     linear,
@@ -407,6 +409,44 @@ def test_cases_of_a_gpu_find_wrong_results(op):
     assert work.check()
 
 
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_dx"])
+def test_convolutions_of_a_gpu_are_beside_cudnn(op, monkeypatch):
+    """What is not its data is told that it is on a GPU; the data stays on the CPU."""
+    monkeypatch.setattr(shapes, "RESNET50_QUICK", ((4, 8, 3, 1, 6),))
+    monkeypatch.setattr(case.Context, "rotation", lambda self, size: 2)
+    made, normal, weights = [], conv2d.normal, conv2d.rotated
+
+    def on_cpu(shape, dtype, seed=0, device="cpu"):
+        made.append(device)
+        return normal(shape, dtype, seed)
+
+    def rotated(context, *more):
+        assert context.device == "cuda"
+        return weights(case.Context("reference"), *more)
+
+    monkeypatch.setattr(conv2d, "normal", on_cpu)
+    monkeypatch.setattr(conv2d, "rotated", rotated)
+    context = case.Context("reference", "cuda")
+    request = case.Request(quick=True, ms=(2,), dtypes=("float32",), device="cuda")
+    chosen = []
+    for name, function in (("conv2d", F.conv2d), ("convolution_backward", torch.ops.aten.convolution_backward)):
+
+        def recorded(*args, function=function):
+            chosen.append(torch.backends.cudnn.benchmark)
+            return function(*args)
+
+        monkeypatch.setattr(conv2d.F if name == "conv2d" else torch.ops.aten, name, recorded)
+    work = next(GPU_OPS[op].cases(request)).build(context)
+    assert made == ["cuda"]
+    assert list(work.baselines) == ["cuDNN float32"]
+    assert isinstance(work.baselines["cuDNN float32"], Runner)
+    assert chosen == [True]  # by time, in the library's call alone
+    assert not torch.backends.cudnn.benchmark
+    assert work.check() is None
+    work.candidate.calls = [lambda call=call: _spoil(call()) for call in work.candidate.calls]
+    assert work.check()
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_on_a_gpu(quick):
     cases = [c for op in GPU_OPS.values() for c in op.cases(case.Request(quick=quick, device="cuda"))]
@@ -414,7 +454,7 @@ def test_cases_on_a_gpu(quick):
     assert len(set(names)) == len(names)
     ops = {c.op for c in cases}
     assert ops == {"linear", "linear_fp8", "linear_dx", "partition", "masked_adamw", "masked_sgd",
-                   "pack", "unpack", "prepack", "unprepack"}  # fmt: skip
+                   "pack", "unpack", "prepack", "unprepack", "conv2d", "conv2d_dx"}  # fmt: skip
     if not quick:
         main_shape = {(c.params["dtype"], c.params["m"]) for c in cases if c.params["shape"] == "8192x8192"
                       and c.op == "linear" and c.params["bits"] == 4}  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import FORMATS, generator, same_bits
+from support_triton import DEVICE
 from test_masked_steps import ADAMW, SGD
 
 import inq_kernels as inq
@@ -17,10 +18,8 @@ from inq_kernels.reference import pack_bits, unpack_bits
 
 pytest.importorskip("triton")
 from inq_kernels.triton_ops import exponents, masked_steps, partition, portion, quantize, tables
-from inq_kernels.triton_ops.launch import INTERPRETED
 from support_triton import guarded, times, traffic
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ragged in bytes of a mask and tiles of 1024. The interpreter takes 20 ms or more for each program of a kernel: few.
 SIZES = (1, 7, 31, 32, 33, 100, 257, 1000, 1024, 3003)
@@ -30,33 +29,11 @@ POISON = 0xA5
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # numpy says it to the interpreter, which turns arrays of one element into numbers.
 pytestmark = [
+    pytest.mark.usefixtures("one_patch_a_launch"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     # And what becomes NaN or infinite in it, as it shall.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_patch_a_launch():
-    """At each call of a helper the interpreter patches triton.language as it did at the launch: nearly all its time."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    before = InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        # Triton's own helpers have another module of the language in their globals; its patches are never undone.
-        if self.fn not in known and not self.fn.__module__.startswith("inq_kernels"):
-            known.add(self.fn)
-            return before(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    known = set()
-    InterpretedFunction.__call__ = call
-    yield
-    InterpretedFunction.__call__ = before
 
 
 class Guard:

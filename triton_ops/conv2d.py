@@ -11,6 +11,7 @@ kernel of their own, without tl.dot.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from ..library import conv_output_size
 from . import checks, operands, storage
 from .codec import DOT, Decoder, as_operand, decode, decoder, plain, rounded
 from .launch import INTERPRETED, Configuration, cdiv, configuration, on_device_of, round_up
-from .linear import finish
+from .linear import finish, lift
 from .tiles import Tile
 
 # --- in kernels -------------------------------------------------------------------------------------------------------
@@ -67,8 +68,8 @@ def conv2d_kernel(
     EXPONENT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     PADDED: tl.constexpr, USED: tl.constexpr, WHOLE_K: tl.constexpr, CODES: tl.constexpr, SHIFTS: tl.constexpr,
     MASK: tl.constexpr, FIELD: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
-    SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr, DOT: tl.constexpr, LIFT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A tile of BN outputs of one group × BM pixels; with SPLIT, sums over ``steps`` tiles of words to
     out[split, n, m], float32.
@@ -110,7 +111,7 @@ def conv2d_kernel(
             else:
                 xs = tl.load(pointers, mask=(k < K)[:, None], other=0)
             w = a if j == 0 else b if j == 1 else c if j == 2 else d
-            weights_j, xs = as_operand(w, DOT, 1, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
+            weights_j, xs = as_operand(w, DOT, LIFT, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
             acc = tl.dot(weights_j, xs, acc, input_precision="ieee")
     inside = (local < ROWS)[:, None] & (m < M)[None, :]
     if SPLIT:
@@ -286,7 +287,6 @@ def constants(
     """The constants of the kernel of ``choice`` but those of the epilogue."""
     tile = choice.tile
     shared = {
-        "EXPONENT": made.exponent,
         "KH": kernel_size[0],
         "KW": kernel_size[1],
         "PADDED": padded,
@@ -296,11 +296,16 @@ def constants(
         "INTERPRETED": INTERPRETED,
     }
     if choice.kernel == "direct":
-        return shared | {name: made.constants[name] for name in _PLAIN}
+        # Weights of 1 at most, as lift makes them: here it costs nothing.
+        base = made.codec.base + made.exponent
+        return shared | {name: made.constants[name] for name in _PLAIN} | {"EXPONENT": 0, "BASE": base}
+    lifted = lift(made, dot)
     return (
         made.constants
         | shared
         | {
+            "EXPONENT": made.exponent - int(math.log2(lifted)),
+            "LIFT": lifted,
             "WHOLE_K": cdiv(k, words) * words == k,
             "DOT": dot,
             "BK": tile.bk,
@@ -339,7 +344,7 @@ def _launch(x: Tensor, out: Tensor, q: Tensor, epilogue: tuple[Tensor, ...], fla
         )
         if split:
             conv2d_reduce_kernel[(cdiv(n, _REDUCE_N) * cdiv(m, _REDUCE_M),)](
-                sums, *epilogue, out, m, n, choice.splits, oh, ow, *target, EXPONENT=made.exponent, **flags,
+                sums, *epilogue, out, m, n, choice.splits, oh, ow, *target, EXPONENT=fixed["EXPONENT"], **flags,
                 BM=_REDUCE_M, BN=_REDUCE_N, INTERPRETED=INTERPRETED,
             )  # fmt: skip
 
@@ -431,6 +436,6 @@ def configurations() -> Iterator[Configuration]:
         name = f"conv2d {choice.kernel} {dot}, {fmt.bits}-bit {fmt.levels} in {layout}, {size}×{size}, {groups} groups"
         yield configuration(name, kernel, types, fixed, choice.tile.warps, choice.tile.stages, "i32")
         if choice.splits > 1:
-            fixed = flags | {"EXPONENT": made.exponent, "BM": _REDUCE_M, "BN": _REDUCE_N}
+            fixed = flags | {"EXPONENT": fixed["EXPONENT"], "BM": _REDUCE_M, "BN": _REDUCE_N}
             types |= {"parts": "*fp32", "out": _TYPES[dot]}
             yield configuration(f"{name}, the sum", conv2d_reduce_kernel, types, fixed, others="i32")
