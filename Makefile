@@ -11,6 +11,12 @@ PYTEST ?= -n 2
 TRITON := 'triton==3.6.0; platform_system == "Linux"'
 GPU ?=
 STATIC ?=
+# The CUDA library, where nvcc is: for the GPUs of this machine, and for none where there are none, so that nobody waits
+# for a build that cannot run here. CI builds all.
+INQ_CUDA_ARCHS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo none)
+export INQ_CUDA_ARCHS
+# What only a device shows first; then the tests of Triton's kernels, not interpreted.
+GPU_TESTS = tests/test_gpu.py tests/test_gpu_fragments.py $(wildcard tests/test_triton_*.py)
 # Where `make gpu` writes.
 GPU_OUT = $(or $(OUT),bench/results)
 
@@ -22,15 +28,16 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars bench static gpu test mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars bench static gpu test emulate mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
-	@echo "make gpu       on a machine with one: the tests that need it, then the benchmarks (under 8 minutes)"
+	@echo "make gpu       on a machine with one: the tests of its kernels, then the benchmarks (under 8 minutes)"
 	@echo "make test      the whole test suite"
+	@echo "make emulate   CUDA kernels on the CPU, 20 schedules of each (make test runs 3)"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
 	@echo "make sanitize   the C++ kernels' own tests under the address, undefined-behaviour and thread sanitizers"
@@ -49,19 +56,24 @@ bench: $(READY)
 static: $(READY)
 	$(PY) -m inq_kernels.cli bench static $(STATIC)
 
-# Each part ends by itself: tests after 3 minutes, benchmarks begin no case after 3; the build takes one at most.
-# No speed without correct results: the benchmarks do not run if a test fails. Four processes, since most of the tests' time is
-# compiling.
+# Each part ends by itself: no test begins after 190 seconds, no case after 150; the build takes one minute at most. What was
+# left out is counted in the report. No speed without correct results: the benchmarks do not run if a test fails. Eight
+# processes, since most of the tests' time is compiling, a second or two for each kind of kernel.
 gpu: $(READY)
 	$(if $(READY),,$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)
 	mkdir -p "$(GPU_OUT)"
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu: expected a CUDA device, and torch finds none'"
-	timeout 180 $(PY) -m pytest -p no:cacheprovider -n 4 -x -m gpu --junitxml="$(GPU_OUT)/gpu-tests.xml" tests/test_gpu.py
-	timeout 235 $(PY) -m inq_kernels.cli bench --device cuda --bars --seconds-per-case 0.15 --within 180 \
+	INQ_TESTS_WITHIN=190 timeout 235 $(PY) -m pytest -p no:cacheprovider -n 8 -x -rs --junitxml="$(GPU_OUT)/gpu-tests.xml" \
+	  $(GPU_TESTS)
+	timeout 185 $(PY) -m inq_kernels.cli bench --device cuda --bars --seconds-per-case 0.15 --within 150 \
 	  --out "$(GPU_OUT)/gpu" $(GPU)
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)
+
+# Tests that use the emulator import its support.
+emulate: $(READY)
+	INQ_EMULATOR_SEEDS=20 $(PY) -m pytest $(PYTEST) $(shell grep -l support_emulator tests/test_*.py)
 
 mutants: $(READY)
 	$(PY) tests/mutants.py

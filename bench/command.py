@@ -70,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``inq bench``."""
     many = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument(
-        "what", nargs="?", choices=("static",), metavar="static",
-        help="compile the Triton kernels for every kind of GPU and count their instructions; needs no GPU",
+        "what", nargs="?", choices=("static", "tune"), metavar="static|tune",
+        help="static: compile the Triton kernels for every kind of GPU and count their instructions; needs no GPU. "
+        "tune: time the tiles of products on this GPU (--device cuda), and write tiles.json for INQ_TRITON_TILES",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small grid, about a minute")
     parser.add_argument("--op", choices=ALL, metavar="NAME", help=f"only these: {' '.join(ALL)}", **many)
@@ -101,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold results (default: of this run) against the speeds that must be reached; exit 1 if one is missed",
     )  # fmt: skip
     parser.add_argument("--sm", type=int, choices=CAPABILITIES, help="of static: only these GPUs (90: Hopper)", **many)
-    parser.add_argument("--only", metavar="WORD", help="of static: only names with one of these words", **many)
+    parser.add_argument("--only", metavar="WORD", help="of static and tune: only names with one of these words", **many)
     parser.add_argument(
         "--check", action="store_true",
         help="of static: write nothing; compile the extremes of the committed table again and compare",
@@ -121,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
             from . import static
 
             return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs, args.check)
+        if args.what == "tune":
+            return _tune(args)
         if args.compare:
             files = [report.read(path) for path in args.compare]
             with _whole(*args.compare):
@@ -150,6 +153,22 @@ def _whole(*paths: Path) -> Iterator[None]:
         raise BenchError(f"{names}: expected rows of inq bench, got others: {type(error).__name__}: {error}") from error
 
 
+def _tune(args: argparse.Namespace) -> int:
+    if args.device != "cuda" or not torch.cuda.is_available():
+        raise BenchError("tune: expected --device cuda and a CUDA device here: what is fastest is measured")
+    from . import tune
+
+    names = [name for name in tune.KINDS if not args.only or any(word in name for word in args.only)]
+    if not names:
+        raise BenchError(f"--only: expected a word of {', '.join(tune.KINDS)}, got {args.only[0]!r}")
+    return tune.run(args.out or _default_out(gpu.slug()), args.shape, names, args.within)
+
+
+def _default_out(described: str) -> Path:
+    commit = machine.software()["commit"]
+    return Path("bench", "results", described + (f"-{commit}" if commit else ""))
+
+
 def _bench(args: argparse.Namespace) -> int:
     if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("pictures need matplotlib: pip install 'inq_kernels[bench]', or --no-plots")
@@ -159,8 +178,7 @@ def _bench(args: argparse.Namespace) -> int:
         raise BenchError(f"--isa is about CPUs: expected native with --device cuda, got {','.join(args.isa)}")
     software = machine.software()
     described = gpu.slug() if args.device == "cuda" else machine.slug(machine.describe())
-    name = described + (f"-{software['commit']}" if software["commit"] else "")
-    out = args.out or Path("bench", "results", name)
+    out = args.out or _default_out(described)
     out.mkdir(parents=True, exist_ok=True)
     began = datetime.datetime.now(datetime.timezone.utc)
     sections = []

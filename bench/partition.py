@@ -1,4 +1,4 @@
-"""The first INQ portion of a network's weights: ``exponents_and_threshold``, then ``quantize_with_mask_``."""
+"""The first INQ portion of a network's weights: ``freeze_portion_``, which ``inq.INQ`` calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def _partition(context: Context, layers: tuple[tuple[int, int], ...], fmt: Forma
     weights = context.get("working", lambda: [w.clone() for w in originals])
     masks = context.get("masks", lambda: [w.new_zeros((w.numel() + 7) // 8, dtype=torch.uint8) for w in weights])
     counts = [frozen_count(PORTION, w.numel()) for w in weights]
-    form, op = (fmt.bits, fmt.levels), torch.ops.inq
+    n1s = context.get("n1s", lambda: [w.new_zeros((w.shape[0], 1), dtype=torch.int8) for w in weights])
+    rule = (fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
+    none = [None] * len(weights), [0] * len(weights)
 
     def reset() -> None:
         for w, original, mask in zip(weights, originals, masks, strict=True):
@@ -54,10 +56,7 @@ def _partition(context: Context, layers: tuple[tuple[int, int], ...], fmt: Forma
             mask.zero_()
 
     def ours() -> None:
-        for w, mask, count in zip(weights, masks, counts, strict=True):
-            rule = (*form, fmt.granularity, fmt.exponent)
-            n1, threshold = op.exponents_and_threshold(w, mask, None, count, False, 0, *rule)
-            op.quantize_with_mask_(w, mask, n1, threshold, None, *form, False, 0)
+        torch.ops.inq.freeze_portion_(weights, masks, n1s, none[0], counts, True, *rule, False, none[1])
 
     def check() -> str | None:
         reset()
@@ -168,4 +167,4 @@ def _with_topk(w: Tensor, frozen: Tensor, count: int, fmt: Format) -> None:
     flat[index] = torch.where(m.abs() * torch.exp2(e.float()) >= 2.0 ** (bottom - 1), value, 0.0)
 
 
-PARTITION = Op("partition", ("exponents_and_threshold", "quantize_with_mask_"), _cases)
+PARTITION = Op("partition", ("freeze_portion_",), _cases)

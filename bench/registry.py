@@ -28,14 +28,18 @@ GPU_OPS: dict[str, Op] = {
         *storage.OPS,
         partition.PARTITION,
         *optim.OPS,
+        conv2d.CONV2D,
+        conv2d.CONV2D_DX,
     )
 }
 BY_DEVICE = {"cpu": OPS, "cuda": GPU_OPS}
 ALL = OPS | GPU_OPS
 # Operators without a benchmark on a CPU, and why.
 NOT_MEASURED = {
-    "exponents": "its pass over the weights is that of exponents_and_threshold",
-    "partition_threshold": "its passes over the weights are those of exponents_and_threshold",
+    "exponents": "its passes over the weights are among those of freeze_portion_",
+    "partition_threshold": "its passes over the weights are among those of freeze_portion_",
+    "exponents_and_threshold": "a part of freeze_portion_, which inq.INQ and inq.quantize_with_mask call",
+    "quantize_with_mask_": "a part of freeze_portion_, which inq.INQ and inq.quantize_with_mask call",
     "linear_fp8": "made for fp8 tensor cores: on a CPU there is the reference alone, which nobody runs for its speed; "
     "--device cuda measures it",
 }

@@ -35,6 +35,9 @@ RESNET50 = (
 )
 RESNET50_QUICK = ((64, 64, 3, 1, 56), (256, 1024, 1, 1, 14))
 BATCHES, BATCHES_QUICK = (1, 32, 256), (1,)
+# On a GPU, where each kind of tile is compiled first: wide images, few channels; one pixel's window; many channels.
+RESNET50_GPU = ((64, 64, 3, 1, 56), (256, 1024, 1, 1, 14), (256, 256, 3, 1, 14), (512, 512, 3, 1, 7))
+BATCHES_GPU_DX = (32,)
 
 # Weights only, as INQ quantizes them: [N, K].
 VGG16 = tuple(

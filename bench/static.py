@@ -369,7 +369,8 @@ def compile_all(
     environment["PYTHONPATH"] = os.pathsep.join(places)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        environment["TRITON_CACHE_DIR"] = str(Path(temporary, "cache"))
+        # A cache that Triton is told of is used: kernels that have not changed are not compiled again.
+        environment.setdefault("TRITON_CACHE_DIR", str(Path(temporary, "cache")))
         running = []
         for job in range(jobs):
             task = {"capabilities": list(capabilities), "only": list(only), "job": job, "jobs": jobs}
@@ -457,8 +458,12 @@ def changed(results: dict) -> list[str]:
 def markdown(results: dict) -> str:
     """The results as a table for people: a line for each kernel, type, tile and capability, and the most that any of
     its configurations has."""
+    from ..triton_ops.configurations import COVERED
+
     lines = [
         "# Machine code of the Triton kernels",
+        "",
+        COVERED,
         "",
         f"By `inq bench static`, with Triton {results['triton']} and no GPU: {len(results['rows'])} kernels. A line is "
         "of all configurations of one kernel, type of product, words and tile, and says the most that any of them has. "

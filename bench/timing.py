@@ -17,6 +17,8 @@ import torch
 MIN_SAMPLE_S = 200e-6
 # A first call longer than this needs no second one to know what a call costs.
 SLOW_S = 1.0
+# Ratios whose 95 % interval is wider than this part of them are measured again.
+UNCERTAIN, PATIENCE = 0.15, 4
 MIN_PAIRS, MAX_PAIRS = 7, 400
 RESAMPLES = 2000
 
@@ -182,7 +184,8 @@ def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> tu
     """Seconds a call of ``a`` and of ``b``, one sample each in turn, so that a busy machine slows both.
 
     The one that begins changes from pair to pair. As many pairs as fit into ``budget_s`` seconds, from ``MIN_PAIRS`` to
-    ``MAX_PAIRS``; three where one pair alone exceeds the budget.
+    ``MAX_PAIRS``; three where one pair alone exceeds the budget. Where these leave the ratio uncertain, because the
+    machine was busy with something else for a while, as many again, up to ``PATIENCE`` times.
     """
     runners = [a] if b is None else [a, b]
     estimates = [warm_up(clock, runner) for runner in runners]
@@ -190,14 +193,21 @@ def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> tu
     least = 3 if pair > budget_s else MIN_PAIRS
     count = min(max(int(budget_s / pair), least), MAX_PAIRS)
     samples: list[list[float]] = [[] for _ in runners]
-    deadline = time.perf_counter() + budget_s
-    for turn in range(count):
-        # Untimed resets may take longer than what is timed.
-        if turn >= least and time.perf_counter() > deadline:
+    for _ in range(PATIENCE):
+        deadline = time.perf_counter() + budget_s
+        for turn in range(count):
+            # Untimed resets may take longer than what is timed.
+            if turn >= least and time.perf_counter() > deadline:
+                break
+            for i in range(len(runners))[:: -1 if turn % 2 else 1]:
+                samples[i].append(clock.seconds(runners[i], estimates[i][1]))
+        if b is None or not _uncertain(ratio(*samples)):
             break
-        for i in range(len(runners))[:: -1 if turn % 2 else 1]:
-            samples[i].append(clock.seconds(runners[i], estimates[i][1]))
     return samples[0], samples[1] if b is not None else []
+
+
+def _uncertain(found: dict) -> bool:
+    return found["high"] - found["low"] > UNCERTAIN * found["ratio"]
 
 
 def summary(samples: Sequence[float]) -> dict:

@@ -1,12 +1,16 @@
-// What the register_cpu*.cpp files share: checks with errors that name the operator, the argument, what was expected and
+// What the register_*.cpp files share, on the CPU and (where USE_CUDA is defined) on CUDA: checks with errors that name the operator, the argument, what was expected and
 // what came (ValueError in Python), and new tensors. Torch's stable ABI alone.
 #pragma once
 
+#if defined(USE_CUDA)
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
+#if defined(__linux__) && !defined(USE_CUDA)
 #include <sys/mman.h>
 #endif
 
@@ -17,7 +21,9 @@
 #include <string>
 #include <vector>
 
+#if !defined(USE_CUDA)
 #include "cpu/kernels.h"
+#endif
 #include "inq_format.h"
 
 namespace inq::registration {
@@ -26,9 +32,17 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+#if defined(USE_CUDA)
+constexpr const char *kNamespace = "inq_cuda.", *kDevice = "a CUDA tensor";
+inline bool is_here(const Tensor& t) { return t.is_cuda(); }
+#else
+constexpr const char *kNamespace = "inq_cpu.", *kDevice = "a CPU tensor";
+inline bool is_here(const Tensor& t) { return t.is_cpu(); }
+#endif
+
 // `where` is "operator: argument".
 [[noreturn]] inline void fail(const std::string& where, const std::string& expected, const std::string& got) {
-  throw std::invalid_argument("inq_cpu." + where + ": expected " + expected + ", got " + got);
+  throw std::invalid_argument(kNamespace + where + ": expected " + expected + ", got " + got);
 }
 
 inline std::string text_of(const std::vector<int64_t>& sizes) {
@@ -61,7 +75,7 @@ inline std::string name_of(ScalarType type) {
 inline std::string type_of(const Tensor& t) { return name_of(t.scalar_type()); }
 
 inline void check_memory(const std::string& where, const Tensor& t) {
-  if (!t.is_cpu()) fail(where, "a CPU tensor", "one on another device");
+  if (!is_here(t)) fail(where, kDevice, "one on another device");
   if (!t.is_contiguous()) fail(where, "a contiguous tensor", "one of shape " + shape_of(t) + " with other strides");
 }
 
@@ -69,7 +83,7 @@ inline void check_dtype(const std::string& where, const Tensor& t, ScalarType dt
   if (t.scalar_type() != dtype) fail(where, name_of(dtype), type_of(t));
 }
 
-// A contiguous CPU tensor of just this dtype and shape.
+// A contiguous tensor here of just this dtype and shape.
 inline void check(const std::string& where, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
   check_dtype(where, t, dtype);
   if (sizes_of(t) != shape) fail(where, "shape " + text_of(shape), shape_of(t));
@@ -85,10 +99,13 @@ inline Format format_of(const std::string& op, int64_t bits, bool dense) {
   return {static_cast<int>(bits), dense};
 }
 
+#if !defined(USE_CUDA)
 inline cpu::DType dtype_of(const std::string& where, ScalarType type) {
   if (type != ScalarType::Float && type != ScalarType::BFloat16) fail(where, "float32 or bfloat16", name_of(type));
   return type == ScalarType::Float ? cpu::DType::float32 : cpu::DType::bfloat16;
 }
+
+#endif
 
 template <class T>
 const T* data_of(const Tensor& t) {
@@ -100,21 +117,31 @@ const T* data_or_null(const OptionalTensor& t) {
   return t ? data_of<T>(*t) : nullptr;
 }
 
-// A new CPU tensor. The C function is a few µs faster than the operator that torch::stable::empty calls.
-inline Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
-  AtenTensorHandle handle;
-  int32_t code = 0;
+inline int32_t code_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte: code = aoti_torch_dtype_uint8(); break;
-    case ScalarType::Char: code = aoti_torch_dtype_int8(); break;
-    case ScalarType::Long: code = aoti_torch_dtype_int64(); break;
-    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
-    default: code = aoti_torch_dtype_float32(); break;
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    case ScalarType::Char: return aoti_torch_dtype_int8();
+    case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float32();
   }
+}
+
+// A new tensor. The C function is a few µs faster than the operator that torch::stable::empty calls.
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                         [[maybe_unused]] int32_t device = 0) {
+  AtenTensorHandle handle;
+#if defined(USE_CUDA)
+  const int32_t device_type = aoti_torch_device_type_cuda();
+#else
+  const int32_t device_type = aoti_torch_device_type_cpu();
+#endif
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+                                                         code_of(type), device_type, device, &handle));
   Tensor out(handle);
-#if defined(__linux__)
+#if defined(__linux__) && !defined(USE_CUDA)
   // Large ones ask for huge pages: half of the time of writing a fresh 200 MB is page faults. Advice only.
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   const uintptr_t start = reinterpret_cast<uintptr_t>(out.data_ptr());
@@ -125,10 +152,10 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<in
   return out;
 }
 
-inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) {
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type, int32_t device = 0) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  return new_tensor(sizes, strides, type);
+  return new_tensor(sizes, strides, type, device);
 }
 
 }  // namespace inq::registration

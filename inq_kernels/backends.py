@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from . import cpu, layouts, library, reference, slices
+from . import cpu, cuda, fragments, layouts, library, reference, slices
 from .format import Format
 from .layouts import CPU16, STORAGE
 
@@ -59,7 +59,7 @@ def _availability() -> dict[str, str | None]:
         "reference": None,
         "cpu": cpu.unavailable(),
         "triton": _triton_unavailable(),
-        "cuda": "this version has no CUDA library",
+        "cuda": cuda.unavailable(),
     }
 
 
@@ -75,6 +75,7 @@ def select(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     interpreted: bool = False,
+    capability: int = 90,
 ) -> str:
     """The backend that runs ``op``: a pure function of its arguments.
 
@@ -85,6 +86,7 @@ def select(
         device: the type of the tensors' device.
         dtype: of the activations, or of the weights where there are none.
         interpreted: whether Triton's kernels run on the CPU, which is for tests: never chosen, but on request.
+        capability: of a CUDA device, 90 for sm_90.
 
     Raises:
         ValueError: no backend has that name. BackendError: it has, but cannot run here.
@@ -100,19 +102,40 @@ def select(
         why_not["triton"] = f"it computes on CUDA devices, or on the CPU with {INTERPRETER}=1; got tensors on {device}"
     if why_not["triton"] is None and dtype not in TRITON_DTYPES:
         why_not["triton"] = f"it computes in float32, bfloat16 and float16, got {dtype}"
+    if why_not["cuda"] is None:
+        why_not["cuda"] = _cuda_lacks(op, device, dtype, capability)
     if not requested:
-        best = "triton" if device == "cuda" else "cpu"
-        return best if why_not[best] is None else "reference"
+        order = ("cuda", "triton") if device == "cuda" else ("cpu",)
+        return next((name for name in order if why_not[name] is None), "reference")
     if why_not[requested] is not None:
         raise BackendError(f"inq.{op}: backend {requested!r} was asked for and cannot run: {why_not[requested]}")
     return requested
+
+
+def _cuda_lacks(op: str, device: str, dtype: torch.dtype, capability: int) -> str | None:
+    """Why the CUDA library cannot run ``op``, if it cannot."""
+    if device != "cuda":
+        return f"it computes on CUDA devices, got tensors on {device}"
+    if op not in cuda.OPERATORS:
+        return "the CUDA library does not have it; Triton's backend does"
+    dtypes = cuda.PRODUCT_DTYPES if op in ("linear", "linear_dx") else cuda.DTYPES
+    if dtype not in dtypes:
+        names = ", ".join(str(each).removeprefix("torch.") for each in dtypes)
+        return f"it computes in {names}, got {dtype}"
+    if op == "linear_fp8" and capability != 90:
+        return f"it multiplies e4m3 numbers on compute capability 9.0 alone, and the device has {capability / 10}"
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
 def _select_here(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
     # A reference that is asked for loads nothing.
     available = dict.fromkeys(BACKENDS) if requested == "reference" else _availability()
-    return select(op, requested, available, device, dtype, interpreting())
+    capability = 90
+    if device == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    return select(op, requested, available, device, dtype, interpreting(), capability)
 
 
 def choose(op: str, like: Tensor, dtype: torch.dtype, backend: str = "") -> str:
@@ -120,23 +143,58 @@ def choose(op: str, like: Tensor, dtype: torch.dtype, backend: str = "") -> str:
     return _select_here(op, backend or os.environ.get(ENVIRONMENT, ""), like.device.type, dtype)
 
 
-def preferred_layout(device: str, dtype: torch.dtype, fmt: Format, backend: str = "") -> str:
-    """The layout that products on ``device`` (a type: "cpu", "cuda") with activations of ``dtype`` are fastest from.
+def preferred_layout(device: str, dtype: torch.dtype, fmt: Format, backend: str = "", op: str = "linear") -> str:
+    """The layout that ``op`` on ``device`` (a type: "cpu", "cuda") with activations of ``dtype`` is fastest from.
 
     A backend that was asked for and cannot run gets the storage layout: the product says so.
     """
     try:
-        backend = _select_here("linear", backend or os.environ.get(ENVIRONMENT, ""), device, dtype)
+        backend = _select_here(op, backend or os.environ.get(ENVIRONMENT, ""), device, dtype)
     except (BackendError, ValueError):
         return STORAGE
+    if backend == "cuda":
+        return cuda.LAYOUTS[dtype]
     return {"cpu": CPU16, "triton": slices.best(dtype, fmt)}.get(backend, STORAGE)
+
+
+def plan(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, fmt: Format, capability: int, processors: int
+) -> tuple[str, str, str]:
+    """(backend, kernel, layout) of a product on a GPU of this kind, which need not be here. INQ_BACKEND counts."""
+    there = dict.fromkeys(BACKENDS) | {"cuda": _availability()["cuda"]}
+    if capability < 10 * _LEAST_CAPABILITY[0]:
+        there["triton"] = f"it needs compute capability 8.0 or more, got {capability / 10:.1f}"
+    backend = select(op, os.environ.get(ENVIRONMENT, ""), there, "cuda", dtype)
+    if backend != "triton":
+        return backend, "decode, then torch's dense product", STORAGE
+    try:
+        triton_plan = importlib.import_module("inq_kernels.triton_ops.plan")
+    except ImportError as error:
+        raise BackendError(
+            f"a plan of Triton's kernels needs Triton: pip install 'inq_kernels[triton]': {error}"
+        ) from error
+    return (backend, *triton_plan.plan(op, m, n, k, dtype, fmt, capability, processors))
 
 
 def layouts_on(device: str) -> tuple[str, ...]:
     """The layouts that some backend's products on ``device`` read as they are."""
     own = (CPU16,) if device == "cpu" and _availability()["cpu"] is None else ()
     gpu = slices.LAYOUTS if device == "cuda" or interpreting() else ()
-    return (STORAGE, *own, *gpu)
+    tensor_cores = fragments.LAYOUTS if device == "cuda" and _availability()["cuda"] is None else ()
+    return (STORAGE, *own, *gpu, *tensor_cores)
+
+
+def overlaps_itself(t: Tensor) -> bool:
+    """Whether elements of ``t`` share memory, or may: an expanded tensor's do."""
+    if t.is_contiguous():
+        return False
+    # Sorted by stride, each dimension must step over all that the smaller ones reach.
+    reach = 0
+    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 # --- torch.ops.inq.* --------------------------------------------------------------------------------------------------
@@ -187,9 +245,12 @@ def _attach(op: str) -> None:
     dtype_at = next((i for i, argument in enumerate(arguments) if argument.name == "dtype"), None)
     bytes_only = op in ("prepack", "unprepack")
     written = [i for i, argument in enumerate(arguments) if argument.alias_info is not None]
+    freezes = op in ("quantize_with_mask_", "freeze_portion_")
 
     def call(*args):
         like = args[0]
+        if freezes:
+            _check_own_memory(op, like if isinstance(like, list) else [like])
         if isinstance(like, list):
             if not like:
                 return None
@@ -199,12 +260,28 @@ def _attach(op: str) -> None:
         backend = choose(op, like, dtype, args[-1] if forced else "")
         if backend == "reference":
             return plain(*args)
-        result = (getattr(cpu, op) if backend == "cpu" else _triton_operators()[op])(*args)
+        result = _implementation(op, backend)(*args)
         for i in written:
             _count_as_written(args[i])
         return result
 
     library.implement(op, call)
+
+
+def _implementation(op: str, backend: str) -> Callable:
+    if backend == "cpu":
+        return getattr(cpu, op)
+    return cuda.OPERATORS[op] if backend == "cuda" else _triton_operators()[op]
+
+
+def _check_own_memory(op: str, ws: list[Tensor]) -> None:
+    """ValueError, before a mask is changed, for weights that cannot be written back."""
+    for i, w in enumerate(ws):
+        if overlaps_itself(w):
+            raise ValueError(
+                f"inq.{op}: w{f'[{i}]' if len(ws) > 1 else ''}: expected memory of its own for each value, got shape "
+                f"{list(w.shape)} with strides {w.stride()}"
+            )
 
 
 def _count_as_written(tensors: Tensor | list[Tensor]) -> None:

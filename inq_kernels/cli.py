@@ -18,7 +18,7 @@ from .table import bytes_text, render
 _ERROR, _INTERRUPTED, _BROKEN_PIPE = 1, 130, 141
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _ISAS = ("portable", "avx2", "avx512", "amx")
-_PLANNED = ("linear", "linear_dx", "conv2d")
+_PLANNED = {"cpu": ("linear", "linear_dx", "conv2d"), "cuda": ("linear", "linear_fp8", "linear_dx", "conv2d")}
 
 _NOT_LOSSLESS = (
     "One-shot rounding to powers of two is not lossless: its SQNR saturates near 14 to 15 dB, however many bits. "
@@ -102,11 +102,18 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=_DTYPES, help="of the unpacked weights (default: as before packing)")
     doctor = add("doctor", _doctor, "show versions, devices and backends, and why a backend cannot run")
     doctor.add_argument("--plan", action="store_true", help="show which kernel each product would run, and stop")
-    doctor.add_argument("--op", nargs="+", choices=_PLANNED, default=_PLANNED, help="with --plan; default: all")
+    doctor.add_argument("--op", nargs="+", choices=_PLANNED["cuda"], help="with --plan; default: all that --device has")
     for name, default in (("m", [1, 4, 16, 64, 256, 4096]), ("n", [4096]), ("k", [14336]), ("bits", [4])):
         doctor.add_argument(f"--{name}", nargs="+", type=int, default=default, help="with --plan; default: %(default)s")
     doctor.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16", "float32"], help="with --plan")
     doctor.add_argument("--isa", nargs="+", choices=_ISAS, help="with --plan; default: this machine's")
+    doctor.add_argument("--levels", choices=LEVELS, default="paper", help="with --plan; default: %(default)s")
+    doctor.add_argument("--device", choices=_PLANNED, default="cpu", help="with --plan; default: %(default)s")
+    doctor.add_argument(
+        "--capability", type=int, default=90, metavar="SM",
+        help="with --plan --device cuda: the kind of GPU, which need not be here; default: %(default)s (Hopper)",
+    )  # fmt: skip
+    doctor.add_argument("--processors", type=int, default=132, help="of that GPU; default: %(default)s (H100, H200)")
     return parser
 
 
@@ -270,16 +277,33 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """What ``select`` and the compiled library would choose. Nothing is computed, so any ``--isa`` may be asked for."""
+    """What ``select`` and the compiled library, or on a GPU its tables, would choose. Nothing is computed, so any
+    ``--isa`` or ``--capability`` may be asked for."""
     import itertools
 
     import torch
 
     from . import backends
 
+    ops, rows = args.op or _PLANNED[args.device], []
+    for name in ("m", "n", "k", "processors", "capability"):
+        values = getattr(args, name)
+        if (least := min(values if isinstance(values, list) else [values])) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {least}")
+    if args.device == "cuda":
+        if args.isa:
+            raise ValueError(f"--isa is about CPUs: expected none with --device cuda, got {args.isa[0]}")
+        for op, dtype, bits, n, k, m in itertools.product(ops, args.dtype, args.bits, args.n, args.k, args.m):
+            fmt = Format(bits, args.levels)
+            found = backends.plan(op, m, n, k, getattr(torch, dtype), fmt, args.capability, args.processors)
+            rows.append((op, dtype, bits, m, n, k, *found))
+        title = f"sm_{args.capability}, {args.processors} processors"
+        _print_table(("op", "x", "bits", "M", "N", "K", "backend", "kernel", "layout"), rows, title)
+        return 0
+    if missing := [op for op in ops if op not in _PLANNED["cpu"]]:
+        raise ValueError(f"--op: expected one of {_PLANNED['cpu']} with --device cpu, got {missing[0]!r}")
     requested, available = os.environ.get(backends.ENVIRONMENT, ""), backends.availability()
-    rows = []
-    cases = itertools.product(args.op, args.dtype, args.bits, args.n, args.k, args.m, args.isa or [None])
+    cases = itertools.product(ops, args.dtype, args.bits, args.n, args.k, args.m, args.isa or [None])
     for op, dtype, bits, n, k, m, isa in cases:
         backend = backends.select(op, requested, available, "cpu", getattr(torch, dtype))
         kernel = "decode, then torch's dense product"

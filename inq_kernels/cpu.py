@@ -175,6 +175,18 @@ def exponents_and_threshold(w, mask, keep, count, random, seed, bits, levels, gr
     return _leaf.exponents_and_threshold(w.contiguous(), mask, keep, count, random, seed, bits, *rule)
 
 
+def freeze_portion_(ws, masks, n1s, keeps, counts, derive, bits, levels, granularity, exponent, random, seeds):
+    """One weight after the other: each call takes all threads, and there is nothing to wait for in between."""
+    for w, mask, n1, keep, count, seed in zip(ws, masks, n1s, keeps, counts, seeds, strict=True):
+        ranks = (w, mask, keep, count, random, seed)
+        if derive:
+            derived, threshold = exponents_and_threshold(*ranks, bits, levels, granularity, exponent)
+            n1.copy_(derived)
+        else:
+            threshold = partition_threshold(*ranks)
+        quantize_with_mask_(w, mask, n1, threshold, keep, bits, levels, random, seed)
+
+
 def masked_sgd_(params, grads, momentum_buffers, masks, *numbers):
     _step(_leaf.masked_sgd_, (params, grads, momentum_buffers), masks, numbers)
 

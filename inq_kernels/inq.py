@@ -148,38 +148,33 @@ class _Layer:
         if weight.grad is not None and self.n1 is not None:
             weight.grad.masked_fill_(self.held_mask(), 0.0)
 
-    def check(self) -> None:
-        """A clear error, before anything is changed, unless the weight can be quantized."""
-        name = f"inq.INQ: weight of layer {self.name!r}"
-        ops.check_weight(name, self.weight)
-        nonzero = self.weight.detach() != 0
+    @torch.no_grad()
+    def begin(self, portion: float) -> _Portion:
+        """What the next portion works on. Values that are not finite are 0 there, and an error in the end."""
+        self.follow_device()
+        ops.check_kind(self.where, self.weight)
+        weight, count = self.weight.detach(), frozen_count(portion, self.total)
+        finite = torch.isfinite(weight)
+        w = torch.where(finite, weight, 0.0).contiguous()
+        nonzero = weight != 0
         if self.keep is not None:
-            nonzero &= self.kept_mask()
-        if self.n1 is None and not bool(nonzero.any()):
-            raise ValueError(f"{name}: expected some nonzero values to choose n1 from, got {self.total} zeros")
+            kept = self.kept_mask()
+            w.masked_fill_(~kept, 0.0)
+            nonzero &= kept
+        n1 = torch.empty(w.shape[0], 1, dtype=torch.int8, device=w.device) if self.n1 is None else self.n1
+        facts = [(~finite).sum(), torch.isnan(weight).sum(), nonzero.any()]
+        return _Portion(self, w, self.mask.clone(), n1, count, facts)
+
+    @property
+    def where(self) -> str:
+        """How errors name the weight."""
+        return f"inq.INQ: weight of layer {self.name!r}"
 
     @torch.no_grad()
-    def freeze(self, portion: float, partition: str) -> None:
-        """Equations (4) and (5): freeze up to ``portion``, quantize what was added."""
-        fmt, random = self.format, partition == "random"
-        count = frozen_count(portion, self.total)
-        w = self.weight.detach().clone()
-        if self.keep is not None:
-            w.masked_fill_(~self.kept_mask(), 0.0)
-        # Fixed at the first portion, from all weights: what is frozen then stays representable for ever.
-        mask = self.mask.clone()
-        n1, threshold = ops.exponents_and_threshold(
-            w, mask, self.keep, count - self.frozen, random, self.seed, fmt, self.n1
-        )
-        before = w.double()
-        _op.quantize_with_mask_(w, mask, n1, threshold, self.keep, fmt.bits, fmt.levels, random, self.seed)
-        added = reference.unpack_bits(mask ^ self.mask, w.shape)
-        signal = float((before[added] ** 2).sum())
-        noise = float(((before[added] - w[added].double()) ** 2).sum())
-        frozen = reference.unpack_bits(mask, w.shape)
-        codes = _op.pack(torch.where(frozen, w, 0.0), n1, fmt.bits, fmt.levels)
-        self.weight.copy_(w)
-        self.mask, self.codes, self.n1, self.frozen = mask, codes, n1, count
+    def take(self, new: _Portion, signal: float, noise: float) -> None:
+        """The end of a portion."""
+        self.weight.copy_(new.w)
+        self.mask, self.codes, self.n1, self.frozen = new.mask, new.codes, new.n1, new.count
         self.signal, self.noise = self.signal + signal, self.noise + noise
 
     def report(self, portion: float) -> LayerReport:
@@ -250,11 +245,81 @@ class _Layer:
         self.restore()
 
 
+@dataclass(eq=False)
+class _Portion:
+    """The next portion of one layer, on copies, so that nothing is changed if some layer cannot be quantized.
+
+    The numbers that decide about that are tensors: the host reads those of all layers at once.
+    """
+
+    layer: _Layer
+    w: Tensor
+    mask: Tensor
+    n1: Tensor
+    count: int
+    facts: list[Tensor]
+    codes: Tensor | None = None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After freezing: the codes, and Σw² and Σ(w − ŵ)² of what was added, as two more facts."""
+        layer, fmt = self.layer, self.layer.format
+        added = reference.unpack_bits(self.mask ^ layer.mask, self.w.shape)
+        before = torch.where(added, layer.weight.detach(), 0.0).double()
+        change = before - torch.where(added, self.w, 0.0).double()
+        self.facts += [before.square().sum(), change.square().sum()]
+        frozen = reference.unpack_bits(self.mask, self.w.shape)
+        self.codes = _op.pack(torch.where(frozen, self.w, 0.0), self.n1, fmt.bits, fmt.levels)
+
+    def check(self, bad: float, nan: float, nonzero: float, *_: float) -> None:
+        """ValueError unless the weight can be quantized."""
+        layer = self.layer
+        if bad:
+            raise ops.not_finite(layer.where, int(nan), int(bad), self.w.numel())
+        if layer.n1 is None and not nonzero:
+            raise ValueError(f"{layer.where}: expected some nonzero values to choose n1 from, got {layer.total} zeros")
+
+
+def _freeze(portions: list[_Portion], partition: str) -> list[list[float]]:
+    """Equations (4) and (5) for the weights of all layers: freeze up to the portion, quantize what was added.
+
+    One operator for all weights of a dtype, a format and a device, which a GPU runs in the same launches, and one
+    answer from each device, in the end: the ``facts`` of each layer.
+    """
+    alike: dict[tuple, list[_Portion]] = {}
+    for each in portions:
+        alike.setdefault((each.w.device, each.w.dtype, each.layer.format), []).append(each)
+    for (_, _, fmt), group in alike.items():
+        layers = [each.layer for each in group]
+        _op.freeze_portion_(
+            [each.w for each in group],
+            [each.mask for each in group],
+            [each.n1 for each in group],
+            [layer.keep for layer in layers],
+            [each.count - each.layer.frozen for each in group],
+            # Fixed at the first portion, from all weights: what is frozen then stays representable for ever.
+            layers[0].n1 is None,
+            *(fmt.bits, fmt.levels, fmt.granularity, fmt.exponent),
+            partition == "random",
+            [layer.seed for layer in layers],
+        )
+    of_devices: dict[torch.device, list[_Portion]] = {}
+    for each in portions:
+        each.finish()
+        of_devices.setdefault(each.w.device, []).append(each)
+    facts: dict[int, list[float]] = {}
+    for group in of_devices.values():
+        numbers = torch.stack([fact.double() for each in group for fact in each.facts])
+        facts |= zip(map(id, group), numbers.view(len(group), -1).tolist(), strict=True)
+    return [facts[id(each)] for each in portions]
+
+
 class INQ:
     """Incremental quantization of ``model`` while ``optimizer`` retrains what is not frozen yet.
 
     Algorithm 1 of the paper, with the partition of equation (5), the values of (4) and the update of (8). Weights are
-    float64, float32, bfloat16 or float16; each costs one bit for the mask and ``bits`` for its code.
+    float64, float32, bfloat16 or float16; each costs one bit for the mask and ``bits`` for its code, and a copy of it
+    while a portion begins: all layers are quantized at once, on copies, and none is changed if one cannot be.
 
     ``for portion in run:`` partitions, quantizes and freezes at each turn, then the body retrains. After the last
     turn every weight is 0 or ±2^k and ``inq.convert(model, run.formats)`` packs them exactly. Leaving the loop early
@@ -398,12 +463,12 @@ class INQ:
         self._hook_gradients()
         # A checkpoint of an earlier portion may have been loaded into the model since.
         self._restore(self._layers.values())
-        for layer in self._layers.values():
-            layer.follow_device()
-            layer.check()
-        portion = self.portions[self._index + 1]
-        for layer in self._layers.values():
-            layer.freeze(portion, self.partition)
+        portions = [layer.begin(self.portions[self._index + 1]) for layer in self._layers.values()]
+        facts = _freeze(portions, self.partition)
+        for each, numbers in zip(portions, facts, strict=True):
+            each.check(*numbers)
+        for each, (*_, signal, noise) in zip(portions, facts, strict=True):
+            each.layer.take(each, signal, noise)
         self._hand_over_masks()
         if self.reset_optimizer or isinstance(self.optimizer, torch.optim.LBFGS):
             self.optimizer.state.clear()

@@ -1,7 +1,8 @@
 """How packed weights lie in memory: the storage layout of files, and the layouts that kernels read.
 
 A layout is known by its name, and a tensor's by its shape: ``"storage"`` is uint8 [N, ceil(K/8)·bits] (reference.py),
-the others have three dimensions, the last of which tells them apart. slices.py has those of GPUs.
+the others have three dimensions or four, the last of which tells them apart. slices.py has those that Triton kernels
+read, of three, and fragments.py those of CUDA kernels, of four.
 
 ``"cpu16"``, which the CPU kernels read, is uint8 [ceil(N/16), ceil(K/32), 256], at 5 bits 320: tiles of 16 rows × 32 k.
 A tile is four units of 8 k; a unit is 16 little-endian 32-bit words, one for each row, and a word has eight nibbles:
@@ -18,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference, slices
+from . import fragments, reference, slices
 from .format import Format
 
 STORAGE = "storage"
 CPU16 = "cpu16"
-LAYOUTS = (STORAGE, CPU16, *slices.LAYOUTS)
+LAYOUTS = (STORAGE, CPU16, *slices.LAYOUTS, *fragments.LAYOUTS)
 
 # Rows and k of a tile.
 _N, _K = 16, 32
@@ -31,7 +32,10 @@ _N, _K = 16, 32
 
 def layout_of(weight: Tensor) -> str:
     """The layout of a module's ``weight``: they differ in shape, so that nothing beside the tensor can disagree."""
-    return STORAGE if weight.dim() == 2 else slices.layout_of(weight.shape[-1]) or CPU16
+    if weight.dim() == 2:
+        return STORAGE
+    here = fragments if weight.dim() == 4 else slices
+    return here.layout_of(weight.shape[-1]) or CPU16
 
 
 def shape(layout: str, n: int, k: int, fmt: Format) -> tuple[int, ...]:
@@ -46,6 +50,8 @@ def shape(layout: str, n: int, k: int, fmt: Format) -> tuple[int, ...]:
         return -(-n // _N), -(-k // _K), 256 if fmt.bits < 5 else 320
     if layout in slices.LAYOUTS:
         return slices.shape(layout, n, k, fmt)
+    if layout in fragments.LAYOUTS:
+        return fragments.shape(layout, n, k, fmt)
     raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
 
 
@@ -56,6 +62,8 @@ def prepack(weight: Tensor, k: int, fmt: Format, layout: str) -> Tensor:
         return weight.clone()
     if layout in slices.LAYOUTS:
         return slices.prepack(reference.unpack_codes(weight, fmt.bits, k), fmt, layout)
+    if layout in fragments.LAYOUTS:
+        return fragments.prepack(reference.unpack_codes(weight, fmt.bits, k), fmt, layout)
     codes = reference.unpack_codes(weight, fmt.bits, k).to(torch.int64)
     codes = F.pad(codes, (0, -k % _K, 0, -codes.shape[0] % _N))
     # [panel, row, tile, r, half]: k = 32·tile + 2r + half, r = 4·unit + j
@@ -78,6 +86,8 @@ def unprepack(weight: Tensor, n: int, k: int, fmt: Format, layout: str) -> Tenso
         return weight.clone()
     if layout in slices.LAYOUTS:
         return reference.pack_codes(slices.unprepack(weight, n, k, fmt, layout), fmt.bits)
+    if layout in fragments.LAYOUTS:
+        return reference.pack_codes(fragments.unprepack(weight, n, k, fmt, layout), fmt.bits)
     j, half = _axes(weight)
     body = slices.from_bytes(weight[..., :256].reshape(*tiles[:2], 4, _N, 4)).permute(0, 3, 1, 2)
     nibble = (body[..., None, None] >> (4 * j[:4, None] + 16 * half) & 15).reshape(tiles[0], _N, tiles[1], 16, 2)

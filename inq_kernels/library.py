@@ -28,6 +28,8 @@ SCHEMAS = {
     f"{_FORMAT}, str granularity, str exponent) -> (Tensor, Tensor)",
     "quantize_with_mask_": "(Tensor(a!) w, Tensor(b!) mask, Tensor n1, Tensor threshold, Tensor? keep, "
     f"{_FORMAT}, bool random, int seed) -> ()",
+    "freeze_portion_": "(Tensor(a!)[] ws, Tensor(b!)[] masks, Tensor(c!)[] n1s, Tensor?[] keeps, int[] counts, "
+    f"bool derive, {_FORMAT}, str granularity, str exponent, bool random, int[] seeds) -> ()",
     "pack": f"(Tensor w, Tensor n1, {_FORMAT}) -> Tensor",
     "unpack": f"({_PACKED}, SymInt k, {_FORMAT}, ScalarType dtype) -> Tensor",
     "unpack_": f"(Tensor(a!) out, {_PACKED}, SymInt k, {_FORMAT}) -> ()",
@@ -89,6 +91,7 @@ FAKES: dict[str, Callable] = {
     "partition_threshold": _threshold,
     "exponents_and_threshold": lambda w, *_: (_exponents(w), _threshold(w)),
     "quantize_with_mask_": lambda *_: None,
+    "freeze_portion_": lambda *_: None,
     "pack": lambda w, n1, bits, levels: w.new_empty(
         (w.shape[0], (w.numel() // w.shape[0] + 7) // 8 * bits), dtype=torch.uint8
     ),

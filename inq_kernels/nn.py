@@ -45,6 +45,7 @@ class _PackedModule:
     shape: tuple[int, ...]  # logical shape of the weight
     backend: str | None  # forces a backend; None picks
     _known: PackedWeight | None = None  # what ``packed`` returned last
+    _product: str  # the operator that multiplies by the weight
 
     def _init_packed(self, shape: tuple[int, ...], fmt: Format, device, dtype) -> None:
         """Replace the float weight and bias, which were made on the meta device, by zero codes and a zero bias."""
@@ -102,7 +103,8 @@ class _PackedModule:
             dtype: of the activations; None: of the bias, or float32 without one.
         """
         dtype = self._float_dtype(dtype)
-        layout = backends.preferred_layout(self.weight.device.type, dtype, self.format, self.backend or "")
+        device = self.weight.device.type
+        layout = backends.preferred_layout(device, dtype, self.format, self.backend or "", self._product)
         if layout != STORAGE:
             self._lay_out(layout)
 
@@ -234,6 +236,8 @@ class Linear(_PackedModule, nn.Linear):
         TypeError: ``fmt`` is no Format; at a call x is no float tensor. ValueError: at a call x does not fit.
     """
 
+    _product = "linear"
+
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, fmt: Format):
         super().__init__(in_features, out_features, bias, "meta", dtype)
         self._init_packed((out_features, in_features), fmt, device, dtype)
@@ -277,6 +281,8 @@ class Conv2d(_PackedModule, nn.Conv2d):
     Raises:
         TypeError: ``fmt`` is no Format; at a call x is no float tensor. ValueError: at a call x does not fit.
     """
+
+    _product = "conv2d"
 
     def __init__(
         self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,

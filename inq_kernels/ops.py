@@ -95,6 +95,14 @@ def _check_packed(name: str, packed: PackedWeight) -> None:
 
 def check_weight(name: str, w: Tensor) -> None:
     """A clear error unless ``w`` can be quantized: float, rank ≥ 1, not empty, on a real device, all values finite."""
+    check_kind(name, w)
+    bad = w.numel() - int(torch.isfinite(w.detach()).sum())
+    if bad:
+        raise not_finite(name, int(torch.isnan(w.detach()).sum()), bad, w.numel())
+
+
+def check_kind(name: str, w: Tensor) -> None:
+    """``check_weight`` but for the values: the device is asked nothing."""
     if not isinstance(w, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(w).__name__}")
     if w.dtype not in FLOATS:
@@ -103,10 +111,11 @@ def check_weight(name: str, w: Tensor) -> None:
         raise ValueError(f"{name}: expected rank ≥ 1 and at least one element, got shape {list(w.shape)}")
     if w.device.type == "meta":
         raise ValueError(f"{name}: expected a weight with values, got one on the meta device")
-    bad = w.numel() - int(torch.isfinite(w.detach()).sum())
-    if bad:
-        nan = int(torch.isnan(w.detach()).sum())
-        raise ValueError(f"{name}: expected finite values, got {nan} NaN and {bad - nan} Inf of {w.numel()}")
+
+
+def not_finite(name: str, nan: int, bad: int, numel: int) -> ValueError:
+    """The error for a weight with so many NaN among ``bad`` values that are not finite."""
+    return ValueError(f"{name}: expected finite values, got {nan} NaN and {bad - nan} Inf of {numel}")
 
 
 def check_n1(name: str, n1: Tensor, w: Tensor) -> None:
@@ -235,19 +244,11 @@ def quantize_with_mask(
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
     mask = reference.pack_bits(frozen)
-    n1, threshold = exponents_and_threshold(w_hat, mask, keep, count - held, random, seed, fmt, n1)
-    _op.quantize_with_mask_(w_hat, mask, n1, threshold, keep, fmt.bits, fmt.levels, random, seed)
-    return w_hat, reference.unpack_bits(mask, w.shape), n1
-
-
-def exponents_and_threshold(
-    w: Tensor, mask: Tensor, keep: Tensor | None, count: int, random: bool, seed: int, fmt: Format, n1: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``(n1, threshold)`` for ``torch.ops.inq.quantize_with_mask_``: n1 from all of ``w`` unless that is fixed."""
-    if n1 is not None:
-        return n1, _op.partition_threshold(w, mask, keep, count, random, seed)
+    derive = n1 is None
+    n1 = w.new_empty((w.shape[0], 1), dtype=torch.int8) if derive else n1.clone()
     rule = (fmt.bits, fmt.levels, fmt.granularity, fmt.exponent)
-    return _op.exponents_and_threshold(w, mask, keep, count, random, seed, *rule)
+    _op.freeze_portion_([w_hat], [mask], [n1], [keep], [count - held], derive, *rule, random, [seed])
+    return w_hat, reference.unpack_bits(mask, w.shape), n1
 
 
 def check_portion(name: str, portion: float) -> None:
@@ -294,8 +295,9 @@ def prepack(packed: PackedWeight, layout: str | None = None) -> PackedWeight:
 
     Args:
         packed: in any layout.
-        layout: "storage", "cpu16", "slices_fp16", "slices_bf16", "slices_e4m3" (see layouts.py and slices.py), or None
-            for what products on the weight's device with float32 activations are fastest from.
+        layout: "storage", "cpu16", "slices_fp16", "slices_bf16", "slices_e4m3", "fragments_fp16", "fragments_bf16",
+            "fragments_e4m3" (see layouts.py, slices.py and fragments.py), or None for what products on the weight's
+            device with float32 activations are fastest from.
 
     Returns:
         ``packed`` itself if it is in that layout, else one with a new ``weight``; exponents and scale are shared.
@@ -368,12 +370,8 @@ def _check_out(packed: PackedWeight, dtype: torch.dtype | None, out: Tensor) -> 
         raise ValueError(f"inq.unpack: out: expected shape {list(packed.shape)}, got {list(out.shape)}")
     if out.device != packed.weight.device:
         raise ValueError(f"inq.unpack: out: expected device {packed.weight.device}, got {out.device}")
-    # Sorted by stride, each dimension must step over all that the smaller ones reach.
-    reach = 0
-    for stride, size in sorted((st, sz) for st, sz in zip(out.stride(), out.shape, strict=True) if sz > 1):
-        if stride <= reach:
-            raise ValueError("inq.unpack: out: expected memory of its own for every element, got overlapping ones")
-        reach += stride * (size - 1)
+    if _backends.overlaps_itself(out):
+        raise ValueError("inq.unpack: out: expected memory of its own for every element, got overlapping ones")
     for name in ("weight", "weight_exp", "weight_scale"):
         part = getattr(packed, name)
         if part is not None and part.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() and out.numel():
@@ -503,7 +501,9 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
     """y = (x · Wᵀ) · row scale + bias, W of equation (4); accumulated in float32 (float64 for float64), rounded once to
     x's dtype. Products are of x and W / 2^n1; the sum is multiplied by 2^n1 and then by the row scale, in float32, so a
     sum or a product past 2^128 overflows even where a later factor would bring it back. For bfloat16 x the processor's
-    own bfloat16 products (AVX-512 BF16, AMX) take subnormal x as 0, as they do in torch's dense product.
+    own bfloat16 products (AVX-512 BF16, AMX) take subnormal x as 0, as they do in torch's dense product. Triton's
+    tensor cores multiply bfloat16 x by paper levels as decoded, 2^4 times as large (5 bits: 2^8): there sums of
+    x · W / 2^n1 past 2^124 (2^120) overflow, which float32 and float16 x do not meet.
 
     Args:
         x: float [..., K], any strides, batch 0 included; under autocast its autocast dtype is used.

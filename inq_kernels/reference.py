@@ -260,6 +260,29 @@ def quantize_with_mask_(
     mask.copy_(pack_bits(frozen | chosen))
 
 
+def freeze_portion_(
+    ws: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    n1s: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    counts: Sequence[int],
+    derive: bool,
+    fmt: Format,
+    random: bool,
+    seeds: Sequence[int],
+) -> None:
+    """``partition_threshold`` and ``quantize_with_mask_`` of several weights of one dtype on one device.
+
+    ``counts``: how many more to freeze of each; ``seeds``: of each one's ranks, where ``random``. With ``derive``,
+    ``n1s`` are written first, by ``exponents``; what ``keeps`` drops must be 0 already.
+    """
+    for w, mask, n1, keep, count, seed in zip(ws, masks, n1s, keeps, counts, seeds, strict=True):
+        threshold = partition_threshold(w, mask, keep, count, random, seed)
+        if derive:
+            n1.copy_(exponents(w, fmt))
+        quantize_with_mask_(w, mask, n1, threshold, keep, fmt, random, seed)
+
+
 # --- the storage layout -----------------------------------------------------------------------------------------------
 
 
@@ -342,20 +365,25 @@ def invalid_codes(weight: Tensor, weight_exp: Tensor, k: int, fmt: Format) -> in
 def _ieee_products(device: torch.device) -> Iterator[None]:
     """float32 products in IEEE float32, whatever TF32 or bfloat16 shortcuts the user allowed for the dense network.
 
-    Autocast is one of them: it reaches into operators, and would round the sums before the epilogue.
+    Autocast is one of them: it reaches into operators, and would round the sums before the epilogue. cuDNN is another:
+    its transformed convolutions (Winograd, FFT) are not exact where sums are, and some of its gradients differ from run
+    to run.
     """
     settings = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
     if torch.backends.cuda.is_built():
         settings += [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    before = [s.fp32_precision for s in settings]
+    before, cudnn = [s.fp32_precision for s in settings], torch.backends.cudnn.enabled
     try:
         for s in settings:
             s.fp32_precision = "ieee"
+        if device.type == "cuda":
+            torch.backends.cudnn.enabled = False
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for s, precision in zip(settings, before, strict=True):
             s.fp32_precision = precision
+        torch.backends.cudnn.enabled = cudnn
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

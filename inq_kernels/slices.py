@@ -85,7 +85,7 @@ class Codec:
                 for s in shifts:
                     row ^= 1 << (p - s) if p >= s else 0
                 rows.append(row)
-        solutions = _right_inverse(rows)
+        solutions = right_inverse(rows)
         step = len(positions)
         return tuple(tuple(solutions[j * step : (j + 1) * step]) for j in range(self.codes))
 
@@ -99,7 +99,7 @@ class Codec:
         return result
 
 
-def _right_inverse(rows: list[int]) -> list[int]:
+def right_inverse(rows: list[int]) -> list[int]:
     """For each i a word x with rows[i]·x = 1 and rows[j]·x = 0 for j ≠ i, over GF(2); the rows are independent."""
     # Gauss-Jordan on [rows | identity]: pivot[i] is a column that only reduced row i has.
     work = [(row, 1 << i) for i, row in enumerate(rows)]

@@ -5,7 +5,9 @@ Triton's kernels are interpreted on the CPU where there is no GPU. Triton reads 
 
 import importlib.util
 import os
+import time
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -14,3 +16,47 @@ if not torch.cuda.is_available():
 # Triton is for Linux; CI checks that it has it.
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_triton_*.py"]
+
+# `make gpu` has eight minutes: tests that have not begun after so many seconds are skipped, and the report counts them.
+_WITHIN = float(os.environ.get("INQ_TESTS_WITHIN", "inf"))
+_BEGAN = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() - _BEGAN > _WITHIN:
+        pytest.skip(f"left out: {_WITHIN:g} seconds were over (INQ_TESTS_WITHIN)")
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """``support_triton.guarded`` around a whole test, which must have made buffers."""
+    from support_triton import guarded
+
+    with guarded(monkeypatch) as made:
+        yield
+    assert made
+
+
+@pytest.fixture(scope="module")
+def one_patch_a_launch():
+    """At each call of a helper the interpreter patches triton.language as it did at the launch: nearly all its time."""
+    from inq_kernels.triton_ops.launch import INTERPRETED
+
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    before = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        # Triton's own helpers have another module of the language in their globals; its patches are never undone.
+        if self.fn not in known and not self.fn.__module__.startswith("inq_kernels"):
+            known.add(self.fn)
+            return before(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    known = set()
+    InterpretedFunction.__call__ = call
+    yield
+    InterpretedFunction.__call__ = before

@@ -41,6 +41,39 @@ def test_triton_runs_on_a_gpu_and_interpreted_only_on_request():
         select("linear", "triton", GPU, "cuda", torch.float64)
 
 
+LIBRARY = {**GPU, "cuda": None}
+
+
+def test_the_cuda_library_is_taken_for_what_it_has():
+    for dtype in (torch.bfloat16, torch.float16):
+        assert select("linear", "", LIBRARY, "cuda", dtype) == "cuda"
+        assert select("conv2d", "", LIBRARY, "cuda", dtype) == "triton"
+    assert select("linear", "", LIBRARY, "cuda", torch.float32) == "triton"
+    assert select("pack", "", LIBRARY, "cuda", torch.float32) == "cuda"
+    assert select("pack", "", LIBRARY, "cuda", torch.float64) == "reference"
+    assert select("linear", "", LIBRARY, "cpu", torch.bfloat16) == "cpu"
+    assert select("linear_fp8", "", LIBRARY, "cuda", capability=90) == "cuda"
+    assert select("linear_fp8", "", LIBRARY, "cuda", capability=100) == "triton"
+    for op, device, dtype, capability, words in (
+        ("conv2d", "cuda", torch.float16, 90, "does not have it; Triton's backend does"),
+        ("linear", "cuda", torch.float32, 90, "float16, bfloat16, got torch.float32"),
+        ("linear", "cpu", torch.float16, 90, "CUDA devices, got tensors on cpu"),
+        ("linear_fp8", "cuda", torch.float16, 80, "9.0 alone, and the device has 8.0"),
+    ):
+        with pytest.raises(BackendError, match=words):
+            select(op, "cuda", LIBRARY, device, dtype, capability=capability)
+
+
+def test_the_layout_of_the_cuda_library(monkeypatch):
+    monkeypatch.setattr(backends, "_select_here", lambda *a: select(*a[:2], LIBRARY, *a[2:]))
+    monkeypatch.delenv("INQ_BACKEND", raising=False)
+    fmt, layout = inq.Format(4), backends.preferred_layout
+    assert layout("cuda", torch.bfloat16, fmt) == "fragments_bf16"
+    assert layout("cuda", torch.float16, fmt) == "fragments_fp16"
+    # What the library does not multiply is Triton's.
+    assert layout("cuda", torch.float32, fmt) == layout("cuda", torch.float16, fmt, op="conv2d") == "slices_fp16"
+
+
 def test_why_triton_is_not_there(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

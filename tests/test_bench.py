@@ -9,10 +9,12 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from inq_kernels.bench import (
     bars,
     case,
     compare,
+    conv2d,
     gpu,
     gpu_baselines,
     linear,
@@ -25,7 +27,7 @@ from inq_kernels.bench import (
     shapes,
 )
 from inq_kernels.bench.registry import GPU_OPS, NOT_MEASURED, OPS
-from inq_kernels.bench.timing import MIN_PAIRS, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
+from inq_kernels.bench.timing import MIN_PAIRS, PATIENCE, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
 from inq_kernels.bench.weights import RandomWeights
 
 from inq_kernels import Format, bench, library, reference, unpack
@@ -192,6 +194,30 @@ def test_pairs_take_turns_and_short_calls_are_repeated():
 def test_long_calls_get_few_pairs(cost, pairs):
     a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
     assert len(time_pairs(FakeClock({1: cost, 2: cost}), a, b, 10)[0]) == pairs
+
+
+class BusyClock(FakeClock):
+    """Something else takes the machine for the first samples of the second runner."""
+
+    def __init__(self, busy):
+        super().__init__({1: 0.1, 2: 0.1})
+        self.left = busy
+
+    def seconds(self, runner, repeat):
+        self.left -= runner.bytes == 2
+        return super().seconds(runner, repeat) * (3.0 if runner.bytes == 2 and self.left >= 0 else 1.0)
+
+
+@pytest.mark.parametrize(("busy", "again", "expected"), [(0, False, 1.0), (2, True, 1.0), (1000, False, 3.0)])
+def test_an_uncertain_ratio_is_measured_again(busy, again, expected):
+    """A machine that was busy for a while does not decide; one that always is as busy does."""
+    a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
+    clock = BusyClock(0)
+    time_pairs(clock, a, b, 0.0)
+    clock = BusyClock(busy + sum(which == 2 for which, _ in clock.samples) - 3)  # those of the warm-up
+    mine, theirs = time_pairs(clock, a, b, 0.0)
+    assert (3 < len(mine) <= 3 * PATIENCE) if again else (len(mine) == 3)
+    assert ratio(mine, theirs)["ratio"] == pytest.approx(expected)
 
 
 def test_a_reset_runs_before_every_sample_and_calls_are_not_repeated():
@@ -383,6 +409,44 @@ def test_cases_of_a_gpu_find_wrong_results(op):
     assert work.check()
 
 
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_dx"])
+def test_convolutions_of_a_gpu_are_beside_cudnn(op, monkeypatch):
+    """What is not its data is told that it is on a GPU; the data stays on the CPU."""
+    monkeypatch.setattr(shapes, "RESNET50_QUICK", ((4, 8, 3, 1, 6),))
+    monkeypatch.setattr(case.Context, "rotation", lambda self, size: 2)
+    made, normal, weights = [], conv2d.normal, conv2d.rotated
+
+    def on_cpu(shape, dtype, seed=0, device="cpu"):
+        made.append(device)
+        return normal(shape, dtype, seed)
+
+    def rotated(context, *more):
+        assert context.device == "cuda"
+        return weights(case.Context("reference"), *more)
+
+    monkeypatch.setattr(conv2d, "normal", on_cpu)
+    monkeypatch.setattr(conv2d, "rotated", rotated)
+    context = case.Context("reference", "cuda")
+    request = case.Request(quick=True, ms=(2,), dtypes=("float32",), device="cuda")
+    chosen = []
+    for name, function in (("conv2d", F.conv2d), ("convolution_backward", torch.ops.aten.convolution_backward)):
+
+        def recorded(*args, function=function):
+            chosen.append(torch.backends.cudnn.benchmark)
+            return function(*args)
+
+        monkeypatch.setattr(conv2d.F if name == "conv2d" else torch.ops.aten, name, recorded)
+    work = next(GPU_OPS[op].cases(request)).build(context)
+    assert made == ["cuda"]
+    assert list(work.baselines) == ["cuDNN float32"]
+    assert isinstance(work.baselines["cuDNN float32"], Runner)
+    assert chosen == [True]  # by time, in the library's call alone
+    assert not torch.backends.cudnn.benchmark
+    assert work.check() is None
+    work.candidate.calls = [lambda call=call: _spoil(call()) for call in work.candidate.calls]
+    assert work.check()
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_on_a_gpu(quick):
     cases = [c for op in GPU_OPS.values() for c in op.cases(case.Request(quick=quick, device="cuda"))]
@@ -390,7 +454,7 @@ def test_cases_on_a_gpu(quick):
     assert len(set(names)) == len(names)
     ops = {c.op for c in cases}
     assert ops == {"linear", "linear_fp8", "linear_dx", "partition", "masked_adamw", "masked_sgd",
-                   "pack", "unpack", "prepack", "unprepack"}  # fmt: skip
+                   "pack", "unpack", "prepack", "unprepack", "conv2d", "conv2d_dx"}  # fmt: skip
     if not quick:
         main_shape = {(c.params["dtype"], c.params["m"]) for c in cases if c.params["shape"] == "8192x8192"
                       and c.op == "linear" and c.params["bits"] == 4}  # fmt: skip

@@ -1,8 +1,10 @@
 """The command line, every command run for real; a transformers-style directory goes in, and comes out again."""
 
+import importlib
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -571,6 +573,48 @@ def test_doctor_prints_plans_for_any_machine(capsys):
     again = succeeds(capsys, "doctor", "--plan", *arguments, "--isa", "amx")
     assert again == out
     assert succeeds(capsys, "doctor", "--plan", *arguments, "--isa", "portable") != out
+
+
+def test_doctor_prints_plans_for_any_gpu(capsys, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("INQ_TRITON_TILES", raising=False)
+    arguments = ("--plan", "--device", "cuda", "--n", 4096, "--k", 4096)
+    out = succeeds(capsys, "doctor", *arguments, "--m", 1, 4096, "--dtype", "bfloat16", "float64", "--op", "linear")
+    assert "sm_90, 132 processors" in out
+    rows = [line for line in out.splitlines() if line.startswith("linear")]
+    assert [row.split()[6] for row in rows] == ["triton", "triton", "reference", "reference"]
+    tile = importlib.import_module("inq_kernels.triton_ops.tiles").HOPPER["linear bf16"][16]
+    shown = f"tile {tile.bn}×{tile.bm}×{tile.bk}, {tile.warps} warps, {tile.stages} stages, "
+    assert re.search(re.escape(shown) + r"\d+ parts of K", rows[0])
+    assert "decode once, then the library's product" in rows[1]
+    assert [row.split()[-1] for row in rows] == ["slices_bf16"] * 2 + ["storage"] * 2
+
+    def plan(op, capability, *more):
+        shown = succeeds(capsys, "doctor", *arguments, "--op", op, "--m", 16, "--dtype", "bfloat16",
+                         "--capability", capability, *more)  # fmt: skip
+        return next(line for line in shown.splitlines() if line.startswith(op))
+
+    assert plan("linear_fp8", 90).endswith("slices_e4m3")
+    # No e4m3 products before sm_89: the same numbers as float16.
+    assert plan("linear_fp8", 80).endswith("slices_fp16")
+    assert plan("linear_fp8", 90, "--bits", 5).endswith("slices_bf16")
+    assert plan("linear", 90, "--levels", "dense").endswith("slices_fp16")
+    assert "parts of K" in plan("conv2d", 90)
+    assert "parts of K" not in plan("linear", 80, "--processors", 1)
+    assert "reference" in plan("linear", 75)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "cuda", "--isa", "amx"), "--isa is about CPUs: expected none with --device cuda, got amx"),
+        (("--op", "linear_fp8"), "--op: expected one of .* with --device cpu, got 'linear_fp8'"),
+        (("--device", "cuda", "--m", "0"), "--m: expected at least 1, got 0"),
+    ],
+)
+def test_plans_that_cannot_be(capsys, arguments, message):
+    assert main(["doctor", "--plan", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("isa", ["amx9", "sse"])

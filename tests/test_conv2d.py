@@ -20,6 +20,7 @@ from support import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import inq_kernels as inq
+from inq_kernels import reference
 from inq_kernels.backends import BackendError
 
 FMT = inq.Format(4)
@@ -368,3 +369,13 @@ def test_numbers_that_would_overflow_are_refused(name, value, backend):
     packed = random_packed(inq.Format(4), 4, 1, 1, 1)
     with pytest.raises(ValueError, match=rf"inq.conv2d: {name}: expected ints under 2\^31, got"):
         inq.conv2d(torch.randn(1, 4, 5, 5), packed, groups=4, backend=backend, **{name: (1, value)})
+
+
+def test_products_on_a_gpu_are_without_cudnn():
+    """Its transforms are not exact where the sums of integers are. Nothing here asks for a device."""
+    before = torch.backends.cudnn.enabled
+    with reference._ieee_products(torch.device("cuda")):
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled == before
+    with reference._ieee_products(torch.device("cpu")):
+        assert torch.backends.cudnn.enabled == before

@@ -1,7 +1,13 @@
 """Triton's kernels on a CUDA device, through the public functions: ``make gpu``, or ``pytest -m gpu``.
 
 What the interpreter cannot show: machine code's results, the same bits in every run, graphs, streams, devices, sizes.
+tests/test_triton_*.py are run on the device as well; most of them are about values.
+
+INQ_FAKE_CUDA=1 (tests/test_make_gpu.py) runs what is small enough interpreted on a CPU: whether these tests are right.
 """
+
+import contextlib
+import os
 
 import pytest
 import torch
@@ -17,10 +23,15 @@ from support import (
 )
 
 import inq_kernels as inq
+from inq_kernels import backends, ops, slices
 
+FAKE = os.environ.get("INQ_FAKE_CUDA") == "1"
+DEVICE = "cpu" if FAKE else "cuda"
+RUNS = 2 if FAKE else 100
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch finds none here"),
+    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.skipif(not (FAKE or torch.cuda.is_available()), reason="needs a CUDA device: torch finds none here"),
 ]
 FMT = inq.Format(4)
 SIXTEEN = (torch.float16, torch.bfloat16)
@@ -29,12 +40,15 @@ MS = (1, 3, 16, 17, 64, 65, 130, 2048)
 
 
 @pytest.fixture(autouse=True)
-def on_triton(monkeypatch):
-    """Functions without an argument for it take their backend from here. A request by name never falls back."""
-    monkeypatch.setenv("INQ_BACKEND", "triton")
+def triton_is_there():
+    """Functions without an argument for it choose Triton for tensors on the device. Not by INQ_BACKEND: a request never
+    falls back, and what tests prepare on the CPU, or unpack as float64, is none of Triton's."""
+    assert backends.availability()["triton"] is None
+    assert backends.select("pack", "", backends.availability(), "cuda") == "triton"
+    assert backends.ENVIRONMENT not in os.environ
 
 
-def to(packed, device="cuda"):
+def to(packed, device=DEVICE):
     fields = (None if t is None else t.to(device) for t in (packed.weight, packed.weight_exp, packed.weight_scale))
     return inq.PackedWeight(*fields, packed.format, packed.shape)
 
@@ -44,7 +58,56 @@ def linear(x, packed, bias=None):
 
 
 def normal(shape, dtype, seed=0):
-    return torch.randn(shape, generator=generator(seed)).to("cuda", dtype)
+    return torch.randn(shape, generator=generator(seed)).to(DEVICE, dtype)
+
+
+CONV = ([3, 3], [1, 1], [1, 1], [1, 1], 1)  # window, stride, padding, dilation, groups
+products = pytest.mark.parametrize("name", ["linear", "linear_fp8", "linear_dx", "conv2d", "conv2d_dx"])
+
+
+def product(name, device=DEVICE, seed=0):
+    """(an operand, the product as a function of it), weights in the layout that kernels read."""
+    conv = name.startswith("conv2d")
+    n, k = (32, 64) if FAKE else (512, 2048)
+    shape = (64, 32, 3, 3) if conv else (n, k)
+    layout = slices.E4M3 if name == "linear_fp8" else slices.FP16
+    packed = ops.prepack(to(random_packed(FMT, *shape, seed=seed), device), layout)
+    parts, tail = (packed.weight, packed.weight_exp, packed.weight_scale), (4, "paper", packed.layout, "triton")
+    channels = 64 if name == "conv2d_dx" else 32
+    x = normal((2, channels, 7, 8) if conv else (16, n if name == "linear_dx" else k), torch.float16, seed)
+    between = {
+        "linear_dx": (k,),
+        "conv2d": (None, *CONV),
+        "conv2d_dx": ([2, 32, 7, 8], *CONV),
+    }.get(name, (None,))
+    op = getattr(torch.ops.inq, name)
+    return x.to(device), lambda x: op(x, *parts, *between, *tail)
+
+
+def captured(call):
+    """(what ``call`` gives, what computes it anew in the same memory)."""
+    if FAKE:
+        y = call()
+        return y, lambda: y.copy_(call())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    return y, graph.replay
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Whatever waits for the device is an error."""
+    if FAKE:
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -58,7 +121,7 @@ def test_integers_are_exact(dtype, fmt, n, k, m):
     x = integer_case(fmt, k, (m, k), dtype)
     w, n2 = integer_weight(packed)
     exact = (x.long() @ w.T).double() * torch.exp2(n2.double())
-    y = linear(x.cuda(), to(packed)).cpu()
+    y = linear(x.to(DEVICE), to(packed)).cpu()
     assert torch.equal(y, exact.to(dtype))
 
 
@@ -143,7 +206,7 @@ def test_storage_is_that_of_the_cpu(fmt):
     packed = random_packed(fmt, 70, 333)
     w = inq.unpack(packed)
     assert same_bits(inq.unpack(to(packed)).cpu(), w)
-    assert torch.equal(inq.pack(w.cuda(), fmt, packed.weight_exp.cuda()).weight.cpu(), packed.weight)
+    assert torch.equal(inq.pack(w.to(DEVICE), fmt, packed.weight_exp.to(DEVICE)).weight.cpu(), packed.weight)
 
 
 @pytest.mark.parametrize("rule", ["max", "mse"])
@@ -152,7 +215,7 @@ def test_partition_is_that_of_the_cpu(rule, granularity, monkeypatch):
     fmt = inq.Format(5, granularity=granularity, exponent=rule)
     w = torch.randn(60, 500, generator=generator()) * 0.1
     w[10:20] = w[:10]  # ties go to the lower index
-    got = inq.quantize_with_mask(w.cuda(), None, 0.5, fmt)
+    got = inq.quantize_with_mask(w.to(DEVICE), None, 0.5, fmt)
     monkeypatch.setenv("INQ_BACKEND", "reference")
     expected = inq.quantize_with_mask(w, None, 0.5, fmt)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected, strict=True))
@@ -160,7 +223,7 @@ def test_partition_is_that_of_the_cpu(rule, granularity, monkeypatch):
 
 def test_frozen_weights_keep_their_bits():
     weight = torch.nn.Parameter(normal((64, 100), torch.float32))
-    held = torch.rand(64, 100, generator=generator(1)).cuda() < 0.5
+    held = torch.rand(64, 100, generator=generator(1)).to(DEVICE) < 0.5
     from inq_kernels.reference import pack_bits
 
     optimizer = inq.optim.AdamW([weight], lr=0.1, weight_decay=0.1)
@@ -180,47 +243,142 @@ def test_frozen_weights_keep_their_bits():
 def test_100_runs_give_the_same_bits(m, n, k):
     packed, x = to(random_packed(FMT, n, k)), normal((m, k), torch.bfloat16)
     first = linear(x, packed)
-    wrong = sum(not torch.equal(linear(x, packed), first) for _ in range(100))
+    wrong = sum(not torch.equal(linear(x, packed), first) for _ in range(RUNS))
     assert wrong == 0
+
+
+@products
+def test_100_runs_of_a_product_give_the_same_bits(name):
+    x, call = product(name)
+    first = call(x)
+    wrong = sum(not same_bits(call(x).cpu(), first.cpu()) for _ in range(RUNS))
+    assert wrong == 0
+
+
+def test_100_layouts_have_the_same_bits():
+    packed = to(random_packed(FMT, 200, 1000))
+    first = ops.prepack(packed, slices.FP16).weight
+    assert all(torch.equal(ops.prepack(packed, slices.FP16).weight, first) for _ in range(RUNS))
+
+
+@products
+def test_no_product_waits_for_the_device(name):
+    x, call = product(name)
+    call(x)  # compiles
+    with no_waiting():
+        call(x)
+
+
+def test_storage_does_not_wait_for_the_device():
+    packed = to(random_packed(FMT, 64, 200))
+    w = inq.unpack(packed)
+    n1, out = packed.weight_exp, torch.empty_like(w)
+
+    def all_of_it():
+        torch.ops.inq.unpack_(out, packed.weight, n1, None, 200, 4, "paper")
+        laid_out = torch.ops.inq.prepack(packed.weight, 200, 4, "paper", slices.FP16)
+        torch.ops.inq.unprepack(laid_out, 64, 200, 4, "paper", slices.FP16)
+        torch.ops.inq.pack(w, n1, 4, "paper")
+
+    all_of_it()
+    with no_waiting():
+        all_of_it()
+    assert torch.equal(out, w)
 
 
 def test_100_partitions_give_the_same_bits():
     w = normal((300, 1000), torch.float32)
     first = inq.quantize_with_mask(w, None, 0.5, FMT)
-    for _ in range(100):
+    for _ in range(RUNS):
         assert all(map(torch.equal, inq.quantize_with_mask(w, None, 0.5, FMT), first))
 
 
 @pytest.mark.parametrize("m", [1, 16, 130])
 def test_graph_capture_and_replay(m):
     packed = to(random_packed(FMT, 512, 2048))
-    x = normal((m, 2048), torch.float16)
-    expected = linear(x, packed)  # compiles outside the graph
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = linear(x, packed)
+    replays_what_it_captured(normal((m, 2048), torch.float16), lambda x: linear(x, packed))
+
+
+@products
+def test_graphs_of_products(name):
+    replays_what_it_captured(*product(name))
+
+
+def replays_what_it_captured(x, call):
+    call(x)  # compiles outside the graph
+    y, replay = captured(lambda: call(x))
     for seed in range(3):
-        other = normal((m, 2048), torch.float16, seed)
+        other = normal(x.shape, x.dtype, seed)
         x.copy_(other)
         y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, linear(other, packed))
-    assert y.shape == expected.shape
+        replay()
+        assert torch.equal(y, call(other))
 
 
-def test_two_streams():
-    packed = [to(random_packed(FMT, 512, 4096, seed=i)) for i in range(2)]
-    xs = [normal((16, 4096), torch.float16, i) for i in range(2)]
-    expected = [linear(x, p) for x, p in zip(xs, packed, strict=True)]
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
+@pytest.mark.parametrize("optimizer", [inq.optim.SGD, inq.optim.AdamW])
+def test_masked_steps_in_a_graph(optimizer):
+    """Tables of addresses that were made before the capture, and those that are made inside it."""
+    from inq_kernels.reference import pack_bits
+
+    weights, grads = ([normal((300, 77), torch.float32, 2 * i + j) for i in range(3)] for j in range(2))
+    held = torch.rand(300, 77, generator=generator(1)).cuda() < 0.5
+    for known in (True, False):
+        params = [torch.nn.Parameter(w.clone()) for w in weights]
+        steps = optimizer(params, lr=0.1)
+        for p, g in zip(params, grads, strict=True):
+            steps.set_mask(p, pack_bits(held))
+            p.grad = g.clone()
+        steps.step()  # compiles outside the graph
+        if not known:
+            for p in params:
+                p.grad = p.grad.clone()
+        before = [p.detach().clone() for p in params]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            steps.step()
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        for p, old in zip(params, before, strict=True):
+            assert torch.equal(p[held], old[held])
+            assert bool((p[~held] != old[~held]).any())
+            if optimizer is inq.optim.SGD:
+                expected = old - 0.1 * p.grad - 0.1 * p.grad - 0.1 * p.grad
+                torch.testing.assert_close(p[~held], expected[~held])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("random", [False, True])
+def test_a_portion_never_waits_for_the_device(granularity, random):
+    ws = [normal((40, k), torch.float32, k) for k in (9, 100, 3000)]
+    masks = [torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8, device="cuda") for w in ws]
+    n1s = [torch.zeros(40, 1, dtype=torch.int8, device="cuda") for _ in ws]
+    counts = [w.numel() // 2 for w in ws]
+    tail = (4, "paper", granularity, "mse", random, [0, 1, 2])
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.inq.freeze_portion_(ws, masks, n1s, [None] * 3, counts, True, *tail)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@products
+def test_two_streams(name):
+    pairs = [product(name, seed=i) for i in range(2)]
+    expected = [call(x) for x, call in pairs]
+    streams = [contextlib.nullcontext() if FAKE else torch.cuda.stream(torch.cuda.Stream()) for _ in range(2)]
+    if not FAKE:
+        torch.cuda.synchronize()
     found = [[], []]
-    for _ in range(20):
+    for _ in range(1 if FAKE else 20):
         for i, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                found[i].append(linear(xs[i], packed[i]))
-    torch.cuda.synchronize()
+            with stream:
+                x, call = pairs[i]
+                found[i].append(call(x))
+    if not FAKE:
+        torch.cuda.synchronize()
     assert all(torch.equal(y, expected[i]) for i in range(2) for y in found[i])
 
 
@@ -232,6 +390,10 @@ def test_a_second_device():
     second = linear(x.cuda(1), to(packed, "cuda:1"))
     assert second.device == torch.device("cuda:1")
     assert torch.equal(first.cpu(), second.cpu())
+    for name in ("linear_fp8", "linear_dx", "conv2d", "conv2d_dx"):
+        x, call = product(name, "cuda:0")
+        y, again = product(name, "cuda:1")
+        assert torch.equal(call(x).cpu(), again(y).cpu()), name
     w = torch.randn(40, 100, generator=generator())
     assert torch.equal(inq.quantize(w.cuda(1), FMT).cpu(), inq.quantize(w.cuda(0), FMT).cpu())
 
@@ -276,10 +438,51 @@ def test_linear_beyond_31_bits():
     assert_as_good_as_dense(y[-100:], exact, dense, torch.exp2(small.weight_exp.double()).T)
 
 
+def test_layouts_beyond_31_bits():
+    needs(8)
+    n, k = 70_016, 32_768
+    small = to(random_packed(FMT, 64, k))
+    packed = inq.PackedWeight(small.weight.repeat(n // 64, 1), small.weight_exp.repeat(n // 64, 1), None, FMT, (n, k))
+    expected = ops.prepack(small, slices.FP16).weight
+    laid_out = torch.ops.inq.prepack(packed.weight, k, 4, "paper", slices.FP16)
+    back = torch.ops.inq.unprepack(laid_out, n, k, 4, "paper", slices.FP16)
+    for start in (0, 32_768, 65_536, n - 64):
+        assert torch.equal(laid_out[start : start + 64], expected)
+        assert torch.equal(back[start : start + 64], small.weight)
+
+
+def test_the_gradient_beyond_31_bits():
+    """M·K of what it writes."""
+    needs(12)
+    rows, packed = 2**31 // 1024 + 130, to(random_packed(FMT, 64, 1024, n1=-2))
+    grad = normal((rows, 64), torch.bfloat16)
+    parts = (packed.weight, packed.weight_exp, None, 1024, 4, "paper", packed.layout, "triton")
+    dx, w = torch.ops.inq.linear_dx(grad, *parts)[-100:], inq.unpack(packed, torch.float64)
+    assert_as_good_as_dense(dx, grad[-100:].double() @ w, (grad[-100:].float() @ w.float()).bfloat16(), 1.0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_conv2d_beyond_31_bits(channels_last):
+    """Elements of x, and, depthwise, of y as well: the last rows of the image, which few pixels alone give."""
+    needs(20)
+    h, w = 16_400, 2048  # · 64 channels
+    x = normal((1, 64, 1, w), torch.bfloat16).expand(1, 64, h, w)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    x[:, :, -4:] = normal((1, 64, 4, w), torch.bfloat16, 1)
+    assert x.numel() > 2**31
+    for shape, groups in (((16, 64, 3, 3), 1), ((64, 1, 3, 3), 64)):
+        packed = to(random_packed(FMT, *shape, n1=-2))
+        y = inq.conv2d(x, packed, padding=1, groups=groups, backend="triton")[:, :, -3:]
+        last, weight = x[:, :, -4:].contiguous(), inq.unpack(packed, torch.float64)
+        exact = F.conv2d(last.double(), weight, padding=1, groups=groups)[:, :, 1:]
+        dense = F.conv2d(last.float(), weight.float(), padding=1, groups=groups).bfloat16()[:, :, 1:]
+        assert_as_good_as_dense(y, exact, dense, 1.0)
+
+
 def test_partition_beyond_31_bits():
     needs(60)
     count = 2**31 + 4096
-    w = torch.full((1, count), 2.0**-9, device="cuda")
+    w = torch.full((1, count), 2.0**-9, device=DEVICE)
     w[0, -5:] = 1.0  # the largest lie behind 2^31
     fmt = inq.Format(4, exponent="max")
     w_hat, frozen, n1 = inq.quantize_with_mask(w, None, 5 / count, fmt)

@@ -27,7 +27,7 @@ HELD = [(layout, fmt) for layout in layouts.LAYOUTS for fmt in FORMATS if holds(
 @pytest.mark.parametrize(("layout", "fmt"), HELD, ids=str)
 def test_unprepack_undoes_prepack(layout, fmt, shape):
     codes = random_codes(fmt, *shape)
-    if layout in slices.LAYOUTS:  # which have no place for a code that names no value
+    if layout not in (layouts.STORAGE, layouts.CPU16):  # GPUs' have no place for a code that names no value
         codes[torch.tensor([level is None for level in fmt.code_levels])[codes.long()]] = 0
     stored = reference.pack_codes(codes, fmt.bits)
     laid_out = layouts.prepack(stored, shape[1], fmt, layout)

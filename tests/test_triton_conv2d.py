@@ -5,16 +5,33 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from inq_kernels.triton_ops import conv2d as triton_conv2d
-from support import FORMATS, assert_as_good_as_dense, generator, integer_case, plain, random_packed, same_bits
-from test_triton_storage import guarded  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    FORMATS,
+    assert_as_good_as_dense,
+    generator,
+    integer_case,
+    integer_weight,
+    plain,
+    random_packed,
+    same_bits,
+)
+from support_triton import DEVICE, EXAMPLES, assert_same, check_error, fenced, guarded, pairwise
 
 import inq_kernels as inq
 from inq_kernels import layouts, reference, slices
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton")
+from inq_kernels.triton_ops import conv2d as triton_conv2d
+
 # Triton's interpreter gives numpy arrays of one element where Python wants an integer: the bounds of loops.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    # What becomes infinite in the interpreter's numpy, as it does silently on a GPU.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FMT = inq.Format(4)
 
@@ -50,11 +67,18 @@ chosen = pytest.mark.parametrize(("case", "dtype", "fmt", "memory"), CHOSEN, ids
 
 
 def stored_as(x, memory):
-    """The same values with other strides."""
+    """The same values with other strides; "one image": the first in the place of all."""
     if memory == "channels_last":
         return x.to(memory_format=torch.channels_last)
     if memory == "strided":
         return x.repeat_interleave(2, 3).transpose(2, 3).contiguous().transpose(2, 3)[..., ::2]
+    if memory == "swapped":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if memory == "wide":
+        # Some channels of a channels-last tensor, from an odd one on.
+        return F.pad(x, (0, 0, 0, 0, 1, 2)).to(memory_format=torch.channels_last)[:, 1 : 1 + x.shape[1]]
+    if memory == "one image":
+        return x[:1].expand(x.shape)
     return x
 
 
@@ -106,8 +130,10 @@ def select(case, dtype, fmt, channels_last=False):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@chosen
-def test_integers_bit_for_bit(case, dtype, fmt, memory, guarded):  # noqa: F811
+@pytest.mark.parametrize("i", range(len(CASES)), ids=list(CASES).__getitem__)
+def test_integers_bit_for_bit(i, guarded):
+    """Each named geometry once; dtypes, formats and strides take turns, and the pairs below have them all."""
+    case, dtype, fmt, memory = CHOSEN[3 * i + i % 3]
     x_shape, w_shape, conv = geometry(case)
     packed = random_packed(fmt, *w_shape, seed=len(case))
     x = stored_as(integer_case(fmt, packed.k, x_shape, dtype, seed=len(case)), memory)
@@ -116,13 +142,173 @@ def test_integers_bit_for_bit(case, dtype, fmt, memory, guarded):  # noqa: F811
     assert torch.equal(run(x, packed, bias, conv), expected)
 
 
-@chosen
-def test_as_good_as_the_dense_convolution(case, dtype, fmt, memory):
-    x_shape, w_shape, conv = geometry(case)
-    x = stored_as(torch.randn(x_shape, generator=generator(1)).to(dtype), memory)
-    packed = random_packed(fmt, *w_shape, scale=memory != "contiguous", seed=1)
-    bias = None if memory == "contiguous" else torch.randn(w_shape[0], generator=generator(2)).to(dtype)
-    check(x, packed, bias, conv)
+# Every pair of choices of a convolution twice, in few small cases. ``channels`` and ``outputs`` are those of a group,
+# of depthwise convolutions the channels in all; images are larger than the window by ``extra``.
+AXES = dict(
+    batch=(1, 2, 3),
+    groups=(1, 2, 3, "depthwise", "two a channel"),
+    channels=(1, 3, 17, 70),
+    outputs=(2, 5, 33),
+    kernel=((1, 1), (1, 3), (3, 3), (2, 5)),
+    stride=((1, 1), (2, 1), (3, 2)),
+    padding=((0, 0), (1, 2), (2, 1)),
+    dilation=((1, 1), (2, 1), (1, 3)),
+    extra=((0, 0), (3, 5), (6, 1)),
+    memory=("contiguous", "channels_last", "strided", "swapped", "wide", "one image"),
+    fmt=FORMATS,
+    dtype=DTYPES,
+    layout=(layouts.STORAGE, slices.FP16, slices.BF16),
+    bias=(False, True),
+    scale=(False, True),
+    exponents=("of rows", "one", "apart"),
+)
+PAIRS = pairwise(0, **AXES) + pairwise(1, **AXES)
+
+
+def described(case):
+    kernel, groups = "x".join(map(str, case["kernel"])), str(case["groups"]).replace(" ", "_")
+    return f"{case['channels']}x{case['outputs']}x{groups}-{kernel}-{case['memory']}-{case['fmt']}-{case['dtype']}"
+
+
+def shapes(case):
+    """(x's shape, the weight's, the operator's arguments) of a case of AXES."""
+    kernel, stride, padding, dilation = (case[name] for name in ("kernel", "stride", "padding", "dilation"))
+    groups, channels, outputs = case["groups"], case["channels"], case["outputs"]
+    if isinstance(groups, str):
+        groups, channels, outputs = channels, 1, 2 if groups == "two a channel" else 1
+    size = [max(dilation[i] * (kernel[i] - 1) + 1 + case["extra"][i] - 2 * padding[i], 1) for i in range(2)]
+    weight = (groups * outputs, channels, *kernel)
+    return (case["batch"], groups * channels, *size), weight, tuple(map(list, (kernel, stride, padding, dilation)))
+
+
+def weight_of(case, shape):
+    rows = shape[0]
+    n1 = {"of rows": None, "one": -3, "apart": torch.tensor([-20, 6]).repeat(rows)[:rows].view(-1, 1)}
+    return random_packed(case["fmt"], *shape, n1=n1[case["exponents"]], scale=case["scale"], seed=rows)
+
+
+def on_device_in(layout, packed):
+    """(the weight's parts, in memory with fences; the name of their layout)."""
+    fmt = packed.format
+    layout = layout if layout == layouts.STORAGE or slices.has(layout, fmt) else slices.FP16
+    weight = layouts.prepack(packed.weight, packed.k, fmt, layout)
+    return [fenced(t) for t in (weight, packed.weight_exp, packed.weight_scale)], layout
+
+
+def exact_convolution(x, packed, bias, conv):
+    """By the definition, in integers, which float64 adds exactly; row scale, bias and dtype each round once."""
+    w, n2 = integer_weight(packed)
+    y = F.conv2d(x.double(), w.double(), None, *conv[1:]) * torch.exp2(n2.double()).view(-1, 1, 1)
+    y = y.float()
+    if packed.weight_scale is not None:
+        y = y * packed.weight_scale.view(-1, 1, 1)
+    return (y if bias is None else y + bias.float().view(-1, 1, 1)).to(x.dtype)
+
+
+def check_conv2d(case):
+    x_shape, w_shape, window = shapes(case)
+    fmt, dtype, conv = case["fmt"], case["dtype"], (*window, x_shape[1] // w_shape[1])
+    packed = weight_of(case, w_shape)
+    bias = torch.randn(w_shape[0], generator=generator(1)).to(dtype) if case["bias"] else None
+    parts, layout = on_device_in(case["layout"], packed)
+    parts.append(fenced(bias))
+
+    def conv2d(x):
+        x = fenced(x)
+        before = [None if t is None else t.clone() for t in (x, *parts)]
+        with pytest.MonkeyPatch.context() as patch, guarded(patch, reads=(x, *parts)):
+            y = triton_conv2d.conv2d(x, *parts, *conv, fmt.bits, fmt.levels, layout, "triton")
+        assert all(t is None or same_bits(t, b) for t, b in zip((x, *parts), before, strict=True))
+        assert y.stride() == torch.empty_like(y, memory_format=reference.conv_memory_format(x)).stride()
+        return y.cpu()
+
+    x = stored_as(torch.randn(x_shape, generator=generator(2)).to(dtype), case["memory"])
+    arguments, w = (None, *conv[1:]), inq.unpack(packed, torch.float64)
+    exact = F.conv2d(x.double(), w, *arguments)
+    dense = F.conv2d(x, inq.unpack(plain(packed), torch.float64).to(dtype), *arguments).double()
+    dense = dense if packed.weight_scale is None else dense * packed.weight_scale.double().view(-1, 1, 1)
+    size = F.conv2d(x.double().abs(), w.abs(), *arguments)
+    if bias is not None:
+        exact, dense, size = (t + bias.double().view(-1, 1, 1) for t in (exact, dense, size))
+    unit = torch.exp2(packed.weight_exp.double()).view(-1, 1, 1)
+    check_error(conv2d(x), exact, dense.to(dtype), unit, size.abs())
+    x = stored_as(integer_case(fmt, packed.k, x_shape, dtype, seed=2), case["memory"])
+    assert_same(conv2d(x), exact_convolution(x, packed, bias, conv), case["scale"] and case["bias"])
+
+
+def check_conv2d_dx(case):
+    x_shape, w_shape, window = shapes(case)
+    fmt, dtype, conv = case["fmt"], case["dtype"], (*window, x_shape[1] // w_shape[1])
+    y_shape = (x_shape[0], w_shape[0], *inq.library.conv_output_size(x_shape[2:], *window))
+
+    def conv2d_dx(grad, packed):
+        parts, layout = on_device_in(case["layout"], packed)
+        with pytest.MonkeyPatch.context() as patch, guarded(patch):
+            dx = triton_conv2d.conv2d_dx(
+                fenced(grad), *parts, list(x_shape), *conv, fmt.bits, fmt.levels, layout, "triton"
+            )
+        assert dx.shape == x_shape
+        return dx.cpu()
+
+    def gradient(grad, w):
+        return torch.nn.grad.conv2d_input(x_shape, w, grad, *conv[1:])
+
+    packed = weight_of(case, w_shape)
+    grad = stored_as(torch.randn(y_shape, generator=generator(3)).to(dtype), case["memory"])
+    w = inq.unpack(packed, torch.float64)
+    exact, dense = gradient(grad.double(), w), gradient(grad, w.to(dtype))
+    size = gradient(grad.double().abs(), w.abs())
+    operand = torch.finfo(dtype).eps / 2 if case["scale"] else 0.0
+    check_error(conv2d_dx(grad, packed), exact, dense, w.abs().amax().clamp(min=1e-300), size, operand)
+    # Small integers, and rows of one exponent: the sums are exact.
+    packed = random_packed(fmt, *w_shape, n1=-3, seed=5)
+    grad = stored_as(torch.randint(-1, 2, y_shape, generator=generator(4)).to(dtype), case["memory"])
+    exact = gradient(grad.double(), inq.unpack(packed, torch.float64))
+    assert same_bits(conv2d_dx(grad, packed) + 0.0, exact.to(dtype) + 0.0)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=described)
+def test_conv2d_beside_float64_and_the_exact_oracle(case):
+    check_conv2d(case)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=described)
+def test_conv2d_dx_beside_float64_and_the_exact_oracle(case):
+    check_conv2d_dx(case)
+
+
+RANDOM = {name: st.sampled_from(values) for name, values in AXES.items()} | {
+    "channels": st.integers(1, 12),
+    "outputs": st.integers(1, 20),
+    "kernel": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "padding": st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    "dilation": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "extra": st.tuples(st.integers(0, 6), st.integers(0, 6)),
+}
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(case=st.fixed_dictionaries(RANDOM))
+def test_random_convolutions(case):
+    check_conv2d(case)
+    check_conv2d_dx(case)
+
+
+def test_the_pairs_run_every_kernel():
+    """Tiles, tiles whose sums are shared out, and the kernel without tl.dot; windows that leave the image, and not."""
+    kinds = set()
+    for case in PAIRS:
+        x_shape, w_shape, (kernel, stride, padding, dilation) = shapes(case)
+        size = inq.library.conv_output_size(x_shape[2:], kernel, stride, padding, dilation)
+        groups, k = x_shape[1] // w_shape[1], w_shape[1] * kernel[0] * kernel[1]
+        codes = slices.codec(slices.best(case["dtype"], case["fmt"]), case["fmt"]).codes
+        dot = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[case["dtype"]]
+        m = x_shape[0] * size[0] * size[1]
+        choice = triton_conv2d.select(dot, m, w_shape[0] // groups, groups, k, codes, False, 4)
+        kinds.add((choice.kernel, choice.splits > 1, any(padding)))
+    expected = {("direct", False), ("tile", False), ("tile", True)}
+    assert kinds == {(*kind, padded) for kind in expected for padded in (False, True)}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +331,18 @@ def test_extreme_exponents(case, dtype, n1, size):
     x[:, 3:] = 0
     y = check(x.to(dtype), random_packed(inq.Format(3), *w_shape, n1=n1), None, conv)
     assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("case", ["padding", "depthwise"])
+@pytest.mark.parametrize("fmt", [inq.Format(5), inq.Format(5, "dense"), inq.Format(4, "dense")], ids=str)
+def test_large_float32(case, fmt):
+    """As far as the dense convolution goes, as for linear; without tl.dot in 16 bits as well."""
+    x_shape, w_shape, conv = geometry(case)
+    packed = random_packed(fmt, *w_shape, n1=0)
+    for size in (2.0**119, 2.0**-119):
+        for dtype in (torch.float32, torch.bfloat16)[: 2 if case == "depthwise" else 1]:
+            x = (torch.randn(x_shape, generator=generator(7)) * size).to(dtype)
+            assert bool(check(x, packed, None, conv).isfinite().all())
 
 
 @pytest.mark.parametrize("case", ["padding", "depthwise"])

@@ -6,13 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
     FORMATS,
-    assert_as_good_as_dense,
     generator,
     integer_case,
     random_packed,
     same_bits,
 )
-from support_triton import DEVICE, MS, SIZES, guarded, pairwise
+from support_triton import DEVICE, EXAMPLES, MS, SIZES, assert_same, check_error, guarded, pairwise
 
 import inq_kernels as inq
 from inq_kernels import layouts, ops, slices
@@ -22,7 +21,10 @@ from inq_kernels.triton_ops import linear_fp8 as fp8
 from inq_kernels.triton_ops import operands, tiles
 
 # numpy warns where the interpreter computes an infinity, which a GPU does silently.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (layouts.STORAGE, slices.FP16, slices.BF16)
 
@@ -35,17 +37,6 @@ def weight(fmt, n, k, layout, scale=False, seed=0, n1=None):
     packed = ops.prepack(packed, layout)
     parts = (packed.weight, packed.weight_exp, packed.weight_scale)
     return inq.PackedWeight(*(None if t is None else t.to(DEVICE) for t in parts), fmt, packed.shape, packed.layout)
-
-
-def check_error(y, exact, dense, unit, size, operand=0.0):
-    """As good as torch's product. Of few outputs torch's error may be 0 by luck: there a bound on float32 sums, from
-    the sum of the products' ``size``; ``operand`` is the relative error of an operand that could not be exact."""
-    if y.numel() > 64:
-        assert_as_good_as_dense(y, exact, dense, unit)
-    else:
-        finfo = torch.finfo(y.dtype)
-        rounding = exact.abs() * finfo.eps / 2 + finfo.smallest_normal * finfo.eps
-        assert ((y.double() - exact).abs() <= size * (2.0**-22 + operand) + rounding).all()
 
 
 CASES = pairwise(
@@ -82,7 +73,7 @@ def test_linear_beside_float64_and_the_exact_oracle(case, monkeypatch):
     packed = weight(fmt, n, k, case["layout"], case["scale"])
     bias = torch.randn(n, generator=generator(1)).to(dtype).to(DEVICE) if case["bias"] else None
     x = rows_of(torch.randn(m, k, generator=generator(2)).to(dtype).to(DEVICE), case["rows"])
-    with guarded(monkeypatch) if case["layout"] != layouts.STORAGE else pytest.MonkeyPatch.context():
+    with guarded(monkeypatch):
         y = inq.linear(x, packed, bias, backend="triton")
     assert y.shape == (*x.shape[:-1], n)
     assert y.dtype == dtype
@@ -95,7 +86,7 @@ def test_linear_beside_float64_and_the_exact_oracle(case, monkeypatch):
     x = integer_case(fmt, k, (m, k), dtype).to(DEVICE)
     x = rows_of(x, case["rows"])
     expected = inq.linear(x, packed, bias, backend="reference")
-    assert same_bits(inq.linear(x, packed, bias, backend="triton") + 0.0, expected + 0.0)
+    assert_same(inq.linear(x, packed, bias, backend="triton"), expected, case["scale"] and case["bias"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=identity)
@@ -108,7 +99,7 @@ def test_linear_dx_beside_float64_and_the_exact_oracle(case, monkeypatch):
         parts = (packed.weight, packed.weight_exp, packed.weight_scale)
         return torch.ops.inq.linear_dx(grad, *parts, k, fmt.bits, fmt.levels, packed.layout, backend)
 
-    with guarded(monkeypatch) if case["layout"] != layouts.STORAGE else pytest.MonkeyPatch.context():
+    with guarded(monkeypatch):
         dx = linear_dx(grad, "triton")
     w = inq.unpack(packed, torch.float64)
     exact, dense = grad.double() @ w, grad @ w.to(dtype)
@@ -122,7 +113,7 @@ def test_linear_dx_beside_float64_and_the_exact_oracle(case, monkeypatch):
     assert same_bits(linear_dx(grad, "triton") + 0.0, linear_dx(grad, "reference") + 0.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     m=st.integers(1, 40), n=st.integers(1, 70), k=st.integers(1, 150), fmt=st.sampled_from(FORMATS),
     dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
@@ -176,9 +167,8 @@ def test_many_rows_are_decoded_once(fmt, dtype, monkeypatch):
     packed = weight(fmt, 33, 70, slices.best(dtype, fmt), scale=True)
     x = integer_case(fmt, 70, (21, 70), dtype).to(DEVICE)
     bias = torch.ones(33, dtype=dtype, device=DEVICE)
-    assert same_bits(
-        inq.linear(x, packed, bias, backend="triton") + 0.0, inq.linear(x, packed, bias, backend="reference") + 0.0
-    )
+    y, expected = (inq.linear(x, packed, bias, backend=backend) for backend in ("triton", "reference"))
+    assert_same(y, expected, fused=True)
 
 
 def test_exponents_scales_and_bias_of_any_strides():
@@ -196,14 +186,43 @@ def test_exponents_scales_and_bias_of_any_strides():
 
 
 @pytest.mark.parametrize("n1", [-126, -100, 100, 127])
-def test_exponents_at_the_ends(n1):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponents_at_the_ends(dtype, n1):
     """Two factors in the epilogue: one alone would overflow, or be 0."""
     fmt = inq.Format(4)
     packed = random_packed(fmt, 5, 40, n1=n1)
     packed = inq.PackedWeight(packed.weight.to(DEVICE), packed.weight_exp.to(DEVICE), None, fmt, packed.shape)
-    x = integer_case(fmt, 40, (2, 40), torch.float32).to(DEVICE) * 2.0**-8
+    x = integer_case(fmt, 40, (2, 40), dtype).to(DEVICE) * 2.0**-8
     y = inq.linear(x, packed, backend="triton")
     assert same_bits(y + 0.0, inq.linear(x, packed, backend="reference") + 0.0)
+
+
+@pytest.mark.parametrize("fmt", [inq.Format(4), inq.Format(4, "dense"), inq.Format(5), inq.Format(5, "dense")], ids=str)
+def test_large_float32(fmt):
+    """As far as the dense product goes: weights of up to 1 take no x out of float32's range, nor out of its bits."""
+    packed = weight(fmt, 9, 40, slices.FP16, n1=0)
+    for size in (2.0**119, 2.0**-119):
+        x = torch.randn(3, 40, generator=generator(6)).to(DEVICE) * size
+        y, w = inq.linear(x, packed, backend="triton"), inq.unpack(packed, torch.float64)
+        check_error(y, x.double() @ w.T, x @ w.float().T, 1.0, x.double().abs() @ w.abs().T)
+        grad = x[:, :9]
+        parts = (packed.weight, packed.weight_exp, None, 40, fmt.bits, fmt.levels, packed.layout)
+        dx = torch.ops.inq.linear_dx(grad, *parts, "triton")
+        check_error(dx, grad.double() @ w, grad @ w.float(), 1.0, grad.double().abs() @ w.abs())
+        assert bool(y.isfinite().all() & dx.isfinite().all())
+
+
+@pytest.mark.parametrize(("fmt", "octaves"), [(inq.Format(4), 4), (inq.Format(5), 8)], ids=str)
+def test_the_largest_bfloat16(fmt, octaves):
+    """Documented in inq.linear: tensor cores sum decoded words, 2^1 and up for paper levels, and the exponent comes
+    after them. Sums of 2^(128 − octaves) and more are infinite, a thousandth of that is as exact as ever."""
+    packed = weight(fmt, 9, 40, slices.BF16, n1=0)
+    w = inq.unpack(packed, torch.float64)
+    x = torch.ones(1, 40, dtype=torch.bfloat16, device=DEVICE) * w[4].sign().to(torch.bfloat16)
+    for largest, finite in ((2.0 ** (118 - octaves), True), (2.0**127 / w[4].abs().sum().item(), False)):
+        y = inq.linear(x * largest, packed, backend="triton")
+        assert bool(y[0, 4].isfinite()) == finite
+        assert inq.linear(x * largest, packed, backend="reference")[0, 4].isfinite()
 
 
 # --- fp8 --------------------------------------------------------------------------------------------------------------
@@ -239,6 +258,16 @@ FP8_CASES = pairwise(
 )  # fmt: skip
 
 
+def check_fp8(y, expected, size, exact=False):
+    """Products of e4m3 are exact and sums differ by their order; a tensor core keeps 14 bits of them. ``exact``: sums
+    that float32 holds, so interpreted kernels give the same bits. ``size``: of the sum of the products."""
+    if exact and DEVICE == "cpu":
+        assert same_bits(y + 0.0, expected + 0.0)
+        return
+    tolerance = size * 2.0 ** (-22 if DEVICE == "cpu" else -13) + expected.double().abs() * torch.finfo(y.dtype).eps
+    assert ((y.double() - expected.double()).abs() <= tolerance).all()
+
+
 @pytest.mark.parametrize("case", FP8_CASES, ids=identity)
 def test_linear_fp8_beside_the_definition(case, monkeypatch):
     m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
@@ -246,19 +275,33 @@ def test_linear_fp8_beside_the_definition(case, monkeypatch):
     bias = torch.randn(n, generator=generator(1)).to(dtype).to(DEVICE) if case["bias"] else None
     parts = (packed.weight, packed.weight_exp, packed.weight_scale, bias, fmt.bits, fmt.levels, packed.layout)
     x = rows_of(torch.randn(m, k, generator=generator(2)).to(dtype).to(DEVICE), case["rows"])
-    with guarded(monkeypatch) if case["layout"] != layouts.STORAGE else pytest.MonkeyPatch.context():
+    with guarded(monkeypatch):
         y = torch.ops.inq.linear_fp8(x, *parts, "triton")
     expected = torch.ops.inq.linear_fp8(x, *parts, "reference")
-    # The products are exact in float32, the order of the sums is not the same.
-    size = inq.unpack(packed, torch.float64).abs().sum(1) * x.double().abs().amax(-1, keepdim=True)
-    tolerance = size * 2.0**-22 + expected.double().abs() * torch.finfo(dtype).eps
-    assert ((y.double() - expected.double()).abs() <= tolerance).all()
+    weights = inq.unpack(packed, torch.float64).abs().sum(1)
+    check_fp8(y, expected, weights * x.double().abs().amax(-1, keepdim=True))
     # Small integers are e4m3 numbers, and their sums exact.
     largest = min(8, 2**24 // (2 ** (fmt.magnitudes - 1) * k))
     x = torch.randint(-largest, largest + 1, (m, k), generator=generator(5)).to(dtype).to(DEVICE)
     x = rows_of(x, case["rows"])
     y, expected = (torch.ops.inq.linear_fp8(x, *parts, backend) for backend in ("triton", "reference"))
-    assert same_bits(y + 0.0, expected + 0.0)
+    check_fp8(y, expected, weights * largest, exact=True)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    m=st.integers(1, 20), n=st.integers(1, 40), k=st.integers(1, 150), fmt=st.sampled_from(FORMATS),
+    dtype=st.sampled_from(DTYPES), scale=st.booleans(), bias=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_random_shapes_of_fp8(m, n, k, fmt, dtype, scale, bias, seed):
+    """Integers up to 8 and their sums are exact where they are interpreted: the definition's bits."""
+    packed = weight(fmt, n, k, slices.E4M3, scale, seed)
+    bias = torch.randn(n, generator=generator(seed)).to(dtype).to(DEVICE) if bias else None
+    parts = (packed.weight, packed.weight_exp, packed.weight_scale, bias, fmt.bits, fmt.levels, packed.layout)
+    largest = min(8, 2**24 // (2 ** (fmt.magnitudes - 1) * k))
+    x = torch.randint(-largest, largest + 1, (m, k), generator=generator(seed)).to(dtype).to(DEVICE)
+    y, expected = (torch.ops.inq.linear_fp8(x, *parts, backend) for backend in ("triton", "reference"))
+    check_fp8(y, expected, inq.unpack(packed, torch.float64).abs().sum(1) * largest, exact=True)
 
 
 @pytest.mark.parametrize(

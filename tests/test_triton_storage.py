@@ -8,13 +8,12 @@ import pytest
 import torch
 from inq_kernels.triton_ops import storage
 from support import FORMATS, generator, random_packed, same_bits
-from triton.runtime.interpreter import InterpreterBuilder
+from support_triton import DEVICE, SIZES
 
 from inq_kernels import layouts, reference, slices
 from inq_kernels.format import Format
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = (1, 31, 32, 33, 100, 257)
+pytestmark = pytest.mark.usefixtures("one_patch_a_launch")
 SHAPES = list(itertools.product(SIZES, SIZES))
 DTYPES = storage.DTYPES
 WORDS = [(layout, fmt) for layout in slices.LAYOUTS for fmt in FORMATS if slices.has(layout, fmt)]
@@ -27,41 +26,6 @@ def some(i):
 
 
 words = pytest.mark.parametrize(("layout", "fmt"), WORDS, ids=str)
-
-_GUARD, _POISON = 512, 0xA5
-
-
-@pytest.fixture
-def guarded(monkeypatch):
-    """Every torch.empty lies between guard bytes and is full of them. At the end the guards are whole and, where
-    kernels are interpreted, they have written each byte of these buffers once, and no other."""
-    made, stores, empty = [], [], torch.empty
-
-    def poisoned(*size, dtype=None, device=None, **more):
-        like = empty(*size, dtype=dtype, device=device, **more)
-        count = like.numel() * like.element_size()
-        whole = empty(count + 2 * _GUARD, dtype=torch.uint8, device=device).fill_(_POISON)
-        made.append((whole, count))
-        return whole[_GUARD : _GUARD + count].view(like.dtype).as_strided(like.shape, like.stride())
-
-    store = InterpreterBuilder.create_masked_store
-
-    def recorded(self, pointers, value, mask, *more):
-        places = pointers.data[mask.data].reshape(-1, 1)
-        stores.append((places + np.arange(value.data.itemsize, dtype=np.uint64)).reshape(-1))
-        return store(self, pointers, value, mask, *more)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", recorded)
-    yield
-    assert made
-    for whole, count in made:
-        assert (whole[:_GUARD] == _POISON).all()
-        assert (whole[_GUARD + count :] == _POISON).all()
-    if DEVICE == "cpu":
-        starts = [whole.data_ptr() + _GUARD for whole, _ in made]
-        expected = [np.arange(start, start + count) for start, (_, count) in zip(starts, made, strict=True)]
-        assert np.array_equal(np.sort(np.concatenate(stores)), np.sort(np.concatenate(expected)).astype(np.uint64))
 
 
 def quiet():

@@ -3,11 +3,13 @@
 import inspect
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import FORMATS, generator, same_bits
+from support_triton import DEVICE
 from test_masked_steps import ADAMW, SGD
 
 import inq_kernels as inq
@@ -15,10 +17,9 @@ from inq_kernels import library, reference
 from inq_kernels.reference import pack_bits, unpack_bits
 
 pytest.importorskip("triton")
-from inq_kernels.triton_ops import masked_steps, partition, quantize, tables
-from inq_kernels.triton_ops.launch import INTERPRETED
+from inq_kernels.triton_ops import exponents, masked_steps, partition, portion, quantize, tables
+from support_triton import guarded, times, traffic
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ragged in bytes of a mask and tiles of 1024. The interpreter takes 20 ms or more for each program of a kernel: few.
 SIZES = (1, 7, 31, 32, 33, 100, 257, 1000, 1024, 3003)
@@ -28,33 +29,11 @@ POISON = 0xA5
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # numpy says it to the interpreter, which turns arrays of one element into numbers.
 pytestmark = [
+    pytest.mark.usefixtures("one_patch_a_launch"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     # And what becomes NaN or infinite in it, as it shall.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_patch_a_launch():
-    """At each call of a helper the interpreter patches triton.language as it did at the launch: nearly all its time."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    before = InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        # Triton's own helpers have another module of the language in their globals; its patches are never undone.
-        if self.fn not in known and not self.fn.__module__.startswith("inq_kernels"):
-            known.add(self.fn)
-            return before(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    known = set()
-    InterpretedFunction.__call__ = call
-    yield
-    InterpretedFunction.__call__ = before
 
 
 class Guard:
@@ -190,7 +169,7 @@ def test_exponents_of_rows(dtype):
 
 def test_exponents_of_long_rows(monkeypatch):
     # Several segments a row, which begins anywhere; another tensor beside it.
-    monkeypatch.setattr(partition, "_SEGMENT", 2048)
+    monkeypatch.setattr(exponents, "_SEGMENT", 2048)
     g = generator(3)
     ws = [torch.randn(2, 2501, generator=g).to(DEVICE), torch.randn(3, 2, 2, generator=g).to(DEVICE)]
     # It saturates at the largest weight's candidate or not: all segments must have been seen.
@@ -300,7 +279,8 @@ def test_several_chunks_and_copies_full_of_ties(monkeypatch, dtype):
         monkeypatch.setattr(module, "CHUNK", 2 * tables.TILE)
     monkeypatch.setattr(partition, "COPY_CHUNKS", 2)
     monkeypatch.setattr(partition, "_SUM_COPIES", 4)
-    monkeypatch.setattr(quantize, "_SCAN", 4)
+    for module in (partition, quantize):
+        monkeypatch.setattr(module, "_SCAN", 4)
     numel = 10 * tables.CHUNK + 1003
     w = torch.tensor([0.5, -0.5, 0.25])[torch.randint(0, 3, (1, numel), generator=generator(7))].to(dtype).to(DEVICE)
     mask, _ = random_masks(numel, "half")
@@ -314,6 +294,12 @@ def test_several_chunks_and_copies_full_of_ties(monkeypatch, dtype):
         assert same_bits(ours[0], theirs[0]), count
         assert torch.equal(ours[1], theirs[1]), count
         assert frozen.tolist() == [numel - total + count]
+        # The same with the ties before each chunk known.
+        ours = w.clone(), mask.clone()
+        arguments = [ours[0]], [ours[1]], [n1], [None], [count], False, fmt
+        assert portion.freeze_portions_(*arguments).tolist() == [numel - total + count]
+        assert same_bits(ours[0], theirs[0]), count
+        assert torch.equal(ours[1], theirs[1]), count
 
 
 # --- quantization -----------------------------------------------------------------------------------------------------
@@ -381,7 +367,7 @@ def test_freezing_a_transposed_weight():
     assert torch.equal(ours[1], theirs[1])
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_weights(data):
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -477,6 +463,34 @@ def test_masked_steps(dtype, optimizer, options):
     guard.check()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's loads and stores are counted")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@dtypes
+def test_steps_read_and_write_every_byte_once(dtype, optimizer):
+    params, grads, held = step_case(dtype, 0)
+    state = [[torch.rand(p.shape, generator=generator(8)) for p in params] for _ in range(1 + (optimizer == "adamw"))]
+    bits = [pack_bits(h) if h.any() else EMPTY for h in held]
+    with traffic() as (loads, stores):
+        step(masked_steps, optimizer, {"momentum": 0.9}, 2, params, grads, state, bits)
+    for t in (*params, *itertools.chain(*state)):
+        assert np.unique(times(loads, t)).tolist() == np.unique(times(stores, t)).tolist() == [1]
+    for t in (*grads, *(b for b in bits if b.numel())):
+        assert np.unique(times(loads, t)).tolist() == [1]
+        assert not times(stores, t).any()
+    written = sum(len(each) for each in stores)
+    assert written == sum(t.numel() * t.element_size() for t in (*params, *itertools.chain(*state)))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's stores are counted")
+@dtypes
+def test_exponents_and_thresholds_write_every_output_once(dtype, monkeypatch):
+    ws, masks, keeps, counts = (list(x) for x in zip(*cases(dtype)[2::5], strict=True))
+    for fmt in rules(inq.Format(4))[DTYPES.index(dtype) % 2 :: 2]:
+        with guarded(monkeypatch):
+            partition.exponents_and_thresholds(ws, masks, keeps, counts, fmt)
+            partition.exponents_of(ws, fmt, keeps)
+
+
 def test_a_mask_changes_no_bit_of_what_moves():
     params, grads, held = step_case(torch.float32, 3)
     free, state, same = ([t.clone() for t in params] for _ in range(3))
@@ -541,11 +555,12 @@ def test_one_launch_for_all_parameters(monkeypatch):
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [partition, quantize, masked_steps])
+@pytest.mark.parametrize("module", [partition, quantize, portion, masked_steps])
 def test_names_and_arguments_are_those_of_the_operators(module):
     names = {
         partition: ("exponents", "partition_threshold", "exponents_and_threshold"),
         quantize: ("quantize_with_mask_",),
+        portion: ("freeze_portion_",),
         masked_steps: ("masked_sgd_", "masked_adamw_"),
     }[module]
     for name in names:

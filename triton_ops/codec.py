@@ -194,12 +194,14 @@ def widened(x, INTERPRETED: tl.constexpr):
 def as_operand(a, DOT: tl.constexpr, LIFT: tl.constexpr, INTERPRETED: tl.constexpr):
     """A tile as an operand of tl.dot: of DOT's type; float32 where interpreted, whose bfloat16 products are wrong.
 
-    LIFT: a power of two that brings small fp16 numbers into e4m3's range, 1 where they are in it.
+    LIFT: a power of two that they are multiplied by (linear.lift); float32 ones once they are, as e4m3 has no product.
     """
+    if INTERPRETED or DOT == "fp32":
+        a = widened(a, INTERPRETED)
     if LIFT != 1:
         a = a * LIFT
     if INTERPRETED or DOT == "fp32":
-        return widened(a, INTERPRETED)
+        return a
     elif DOT == "fp16":
         return a.to(tl.float16)
     elif DOT == "bf16":

@@ -1,8 +1,8 @@
-"""Every kernel as it can be launched: what ``inq bench static`` compiles for each kind of GPU, without one.
+"""Kernels as they can be launched: what ``inq bench static`` compiles for each kind of GPU, without one.
 
-For products these are the tiles that ``tiles.select`` can return on that GPU, with each codec that a product type meets
-and each value of each constant. A module that has its own kernels has a function ``configurations()`` beside them,
-which yields what this one yields.
+For products these are the tiles that ``tiles.select`` can return on that GPU, of every type, with the words that it
+meets. Every pair of constants would be ten thousand kernels, so some stand for others (``COVERED`` says so in words).
+A module that has its own kernels has a function ``configurations()`` beside them, which yields what this one yields.
 
 A type in a signature that ends with ``:16`` says that launches pass a multiple of 16, as Triton finds out by itself
 when it launches. Pointers always are.
@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +23,7 @@ from . import linear as linear_module
 from . import linear_dx, tiles
 from .codec import decoder
 from .dense import _BK, _BN, dense_kernel
+from .launch import Configuration, configuration
 from .linear import _REDUCE_M, _REDUCE_N, linear_kernel, reduce_kernel
 from .linear_dx import linear_dx_kernel
 from .linear_fp8 import _BLOCK, FIRST_E4M3, quantize_rows_kernel
@@ -38,58 +38,53 @@ KINDS = {
 }
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "e4m3": "*fp8e4nv"}
-# What launchers leave to Triton, which asks for this many; loops here say their own.
-_STAGES = 3
 
 
-class Configuration(NamedTuple):
-    """A kernel and what Triton makes one compiled kernel of.
-
-    ``signature``: the type of every argument by name, "constexpr" for constants.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-def configuration(name: str, kernel, types: dict[str, str], constants: dict[str, Any], warps: int = 4) -> Configuration:
-    """With the signature in the kernel's order. ValueError if an argument has no type and no value, or is unknown.
-
-    Launches make a constant of a number that is 1: such an argument is among ``constants`` instead.
-    """
-    types = {argument: kind for argument, kind in types.items() if argument not in constants}
-    signature = {
-        argument: "constexpr" if argument in constants else types.get(argument, "") for argument in kernel.arg_names
-    }
-    unknown = {*types, *constants} - set(kernel.arg_names)
-    missing = [argument for argument, kind in signature.items() if not kind]
-    if unknown or missing:
-        raise ValueError(f"{name}: arguments without a type {missing}, and unknown ones {sorted(unknown)}")
-    return Configuration(name, kernel, signature, constants, warps, _STAGES)
+# Where tiles are compiled with all words that they meet; with all of K, N and parts, of e4m3 and of other types; and
+# where each tile of conv2d is.
+_ALL_WORDS = (80, 90)
+_ALL_SIZES, _ALL_SIZES_E4M3 = (80, 90, 100), (89, 90, 100)
+_ALL_OF_CONV2D = (80, 90, 100)
+# What the head of the table says of all this.
+COVERED = (
+    "Compiled on every kind of GPU: each tile that `select` can return for `linear`, of each type of product, from "
+    "4-bit words of the paper's levels, with K in whole steps and masked. On sm_80, 90 and 100 (e4m3: 89, 90 and "
+    "100; sm_86, 89 and 120 have sm_80's tiles) also with N a multiple of 16 and not, and for sums that are parts. "
+    "On sm_80 and 90 16-bit products also from the words of `dense` levels and of 5 bits, whole and masked, and "
+    "from words of the other type, masked; on sm_90 those of float32 and e4m3, too. Epilogues have all they can "
+    "have: row exponents, scale, bias. `linear_dx`: each tile on every kind of GPU, all words on sm_90. `conv2d`: "
+    "each tile with 3×3 windows that leave the image on sm_80, 90 and 100, and elsewhere the largest; other "
+    "windows, words and memory with the largest on sm_90. Kernels without products: every variant on sm_90, one of "
+    "each kernel and type on sm_80, one of each kernel elsewhere. Not compiled: the remaining combinations of "
+    "these; `dense` levels of 2 and 3 bits, which differ from 4 in numbers alone; arguments that are 1, or "
+    "multiples of 16, where those of no configuration are; tiles of a tuned file."
+)
 
 
 def configurations(capability: int = 90) -> Iterator[Configuration]:
-    """All there are on a kind of GPU, names unique."""
+    """All that are compiled on a kind of GPU, names unique."""
     table = tiles.defaults(capability)
     yield from _linear(table, capability)
-    yield from _reduce()
-    yield from _linear_dx(table)
-    yield from _dense()
-    for dtype in _DTYPES:
-        types = {"x": _POINTERS[dtype], "values": "*u8", "exponents": "*i32", "K": "i32:16", "stride_m": "i32:16"}
-        constants = {"BLOCK": _BLOCK, "INTERPRETED": False}
-        yield configuration(f"quantize_rows {dtype}", quantize_rows_kernel, types, constants)
-        types |= {"K": "i32", "stride_m": "i32"}
-        yield configuration(f"quantize_rows {dtype} ragged", quantize_rows_kernel, types, constants)
-    for module in MODULES:
-        name = f"{__package__}.{module}"
-        if importlib.util.find_spec(name) is not None:
-            found = getattr(importlib.import_module(name), "configurations", None)
-            yield from (Configuration(*each) for each in (found() if found else ()))
+    yield from _linear_dx(table, capability)
+    others = itertools.chain(_reduce(), _dense(), _quantize_rows(), *map(_of_module, MODULES))
+    seen = set()
+    for each in others:
+        key = [each.kernel.__name__]
+        if "DOT" in each.constexprs:
+            key += [each.constexprs["DOT"]]
+            key += [each.constexprs[name] for name in ("BN", "BM") if capability in _ALL_OF_CONV2D]
+        elif capability == 80:
+            key += [str(each.constexprs.get("DTYPE")), *(t for t in each.signature.values() if t.startswith("*"))]
+        if capability == 90 or tuple(key) not in seen:
+            seen.add(tuple(key))
+            yield each
+
+
+def _of_module(module: str) -> Iterator[Configuration]:
+    name = f"{__package__}.{module}"
+    if importlib.util.find_spec(name) is not None:
+        found = getattr(importlib.import_module(name), "configurations", None)
+        yield from found() if found else ()
 
 
 def layout_for(dot: str, fmt: Format) -> str:
@@ -124,35 +119,37 @@ def _codecs(dot: str) -> Iterator[tuple[str, Format, str, str]]:
 
 
 # Of linear_kernel's constants and sizes. ``masked``: not all of K is whole steps; ``ragged``: N is no multiple of 16.
-_VARIANTS: dict[str, dict[str, Any]] = {
+_VARIANTS: dict[str, dict[str, bool]] = {
     "": {},
-    " masked scale bias": {"masked": True, "scale": True, "bias": True, "ragged": True},
+    " ragged": {"ragged": True},
+    " masked": {"masked": True, "ragged": True},
     " split": {"split": True},
     " masked split": {"masked": True, "split": True, "ragged": True},
-}
-# What is added after the loop has no part in what the loop has: the first tile stands for others.
-_EPILOGUES: dict[str, dict[str, Any]] = {
-    " masked": {"masked": True},
-    " scale": {"scale": True},
-    " bias": {"bias": True},
-    " scale bias": {"scale": True, "bias": True},
 }
 
 
 def _linear(table: Table, capability: int) -> Iterator[Configuration]:
-    # Before sm_89 rows of e4m3 numbers are multiplied as float16: kernels of fp16 but for their epilogue.
+    # Before sm_89 rows of e4m3 numbers are multiplied as float16: kernels of fp16 but for the rows' exponents.
     e4m3 = capability >= FIRST_E4M3
-    for dot, rows_exp in (("fp16", False), ("bf16", False), ("fp32", False), ("e4m3" if e4m3 else "fp16", True)):
+    for dot in ("fp16", "bf16", "fp32", "e4m3")[: 4 if e4m3 else 3]:
+        sizes = capability in (_ALL_SIZES_E4M3 if dot == "e4m3" else _ALL_SIZES)
+        everything = capability in (_ALL_WORDS if dot in ("fp16", "bf16") else (90,))
+        rows_exp = dot == "e4m3" or (dot == "fp16" and not e4m3)
+        decoders = []
         for kind, fmt, layout, words in _codecs(dot):
-            source = decoder(layout, fmt).constants["SOURCE"]
-            for rows, tile in _tiles(table[f"linear {tiles.product(dot, source)}"]):
-                name = f"linear {'e4m3 as fp16' if rows_exp and not e4m3 else dot} {kind} m{rows}{words}"
-                first = rows == tiles.ROWS[0]
-                for variant, facts in (_VARIANTS | (_EPILOGUES if first and not words else {})).items():
-                    if e4m3 or not (rows_exp and facts.get("split")):
-                        yield _linear_one(f"{name}{variant}", dot, fmt, layout, tile, rows_exp, **facts)
-                for out in ("fp16", "fp32") if rows_exp and first else ():
-                    yield _linear_one(f"{name} to {out}", dot, fmt, layout, tile, rows_exp, out=out)
+            made = decoder(layout, fmt)
+            if made.constants in decoders or not (everything or (kind == "paper4" and not words)):
+                continue
+            decoders.append(made.constants)
+            product = f"linear {tiles.product(dot, made.constants['SOURCE'])}"
+            for rows, tile in _tiles(table[product]):
+                may_be_ragged = tile in tiles.row(table, product, 1).values()
+                own = _VARIANTS if kind == "paper4" and sizes else ("", " masked")
+                for variant in (" masked",) if words else own:
+                    facts = _VARIANTS[variant] | ({} if may_be_ragged else {"ragged": False})
+                    if may_be_ragged or variant != " ragged":
+                        name = f"linear {dot} {kind} m{rows}{words}{variant}"
+                        yield _linear_one(name, dot, fmt, layout, tile, rows_exp, **facts)
 
 
 def _linear_one(
@@ -165,9 +162,6 @@ def _linear_one(
     masked: bool = False,
     ragged: bool = False,
     split: bool = False,
-    scale: bool = False,
-    bias: bool = False,
-    out: str = "",
 ) -> Configuration:
     made = decoder(layout, fmt)
     words = 16 * tile.bk
@@ -175,16 +169,16 @@ def _linear_one(
     constants["SPLIT"] = split
     # Sums that are parts have no epilogue yet.
     rows_exp = rows_exp and not split
-    constants |= {"HAS_SCALE": scale, "HAS_BIAS": bias, "HAS_ROWS": rows_exp}
-    out = out or ("bf16" if rows_exp else "fp32" if split else dot)
+    constants |= {"HAS_SCALE": not split, "HAS_BIAS": not split, "HAS_ROWS": rows_exp}
+    out = "fp32" if split else "bf16" if dot == "e4m3" else dot
     types = {
         "x": _POINTERS[dot],
         "weight": "*i8" if made.codec.width == 8 else "*i16",
         "weight_exp": "*i8",
-        "weight_scale": "*fp32" if scale else "*i8",
-        "bias": _POINTERS[out] if bias else "*i8",
+        "weight_scale": "*i8" if split else "*fp32",
+        "bias": "*i8" if split else _POINTERS[out],
         "rows_exp": "*i32" if rows_exp else "*i8",
-        "out": "*fp32" if split else _POINTERS[out],
+        "out": _POINTERS[out],
         "M": "i32",
         "N": "i32" if ragged else "i32:16",
         "K": "i32:16",
@@ -197,23 +191,21 @@ def _linear_one(
 
 def _reduce() -> Iterator[Configuration]:
     for out in _DTYPES:
-        for rows, scale, bias in itertools.product((False, True), (False, True), (False, True)):
-            constants = {"EXPONENT": -3, "HAS_SCALE": scale, "HAS_BIAS": bias, "HAS_ROWS": rows}
-            constants |= {"BM": _REDUCE_M, "BN": _REDUCE_N, "INTERPRETED": False}
-            types = dict(parts="*fp32", weight_exp="*i8", weight_scale="*fp32" if scale else "*i8")
-            types |= dict(bias=_POINTERS[out] if bias else "*i8", rows_exp="*i32" if rows else "*i8")
-            types |= dict(out=_POINTERS[out], M="i32", N="i32", splits="i32")
-            words = " rows" * rows + " scale" * scale + " bias" * bias
-            yield configuration(f"reduce {out}{words}", reduce_kernel, types, constants)
+        constants = {"EXPONENT": -3, "HAS_SCALE": True, "HAS_BIAS": True, "HAS_ROWS": True}
+        constants |= {"BM": _REDUCE_M, "BN": _REDUCE_N, "INTERPRETED": False}
+        types = dict(parts="*fp32", weight_exp="*i8", weight_scale="*fp32", bias=_POINTERS[out], rows_exp="*i32")
+        types |= dict(out=_POINTERS[out], M="i32", N="i32", splits="i32")
+        yield configuration(f"reduce {out}", reduce_kernel, types, constants)
 
 
-def _linear_dx(table: Table) -> Iterator[Configuration]:
-    for dtype in ("fp16", "bf16", "fp32"):
+def _linear_dx(table: Table, capability: int) -> Iterator[Configuration]:
+    for dtype in _DTYPES:
         for kind, fmt, layout, words in _codecs(dtype):
+            first = kind == "paper4" and not words
             made = decoder(layout, fmt)
-            for rows, tile in _tiles(table[f"linear_dx {dtype}"]):
-                for variant in ("", " scale ragged"):
-                    scale, size = "scale" in variant, "i32" if "ragged" in variant else "i32:16"
+            for rows, tile in _tiles(table[f"linear_dx {dtype}"]) if capability == 90 or first else ():
+                for variant in ("", " scale ragged") if first and capability in _ALL_WORDS else (" scale ragged",):
+                    scale, size = bool(variant), "i32" if variant else "i32:16"
                     constants = linear_dx.constants(made, _DTYPES[dtype], tile, scale)
                     types = dict(grad=_POINTERS[dtype], weight="*i16", weight_exp="*i8", out=_POINTERS[dtype])
                     types |= dict(weight_scale="*fp32" if scale else "*i8")
@@ -227,6 +219,14 @@ def _dense() -> Iterator[Configuration]:
         for kind, fmt, layout, words in _codecs(dtype):
             made = decoder(layout, fmt)
             constants = made.constants | {"BN": _BN, "BK": _BK, "INTERPRETED": False}
-            for name, size in (("", "i32:16"), (" ragged", "i32")):
+            for name, size in (("", "i32:16"), (" ragged", "i32")) if not words else ((" ragged", "i32"),):
                 types = {"weight": "*i16", "out": _POINTERS[dtype], "N": size, "K": size, "words": "i32:16"}
                 yield configuration(f"dense {dtype} {kind}{words}{name}", dense_kernel, types, constants)
+
+
+def _quantize_rows() -> Iterator[Configuration]:
+    for dtype in _DTYPES:
+        for name, size in (("", "i32:16"), (" ragged", "i32")):
+            types = {"x": _POINTERS[dtype], "values": "*u8", "exponents": "*i32", "K": size, "stride_m": size}
+            constants = {"BLOCK": _BLOCK, "INTERPRETED": False}
+            yield configuration(f"quantize_rows {dtype}{name}", quantize_rows_kernel, types, constants)

@@ -12,6 +12,7 @@ kernel of their own, without tl.dot.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,8 @@ from ..format import Format
 from ..library import conv_output_size
 from . import checks, operands, storage
 from .codec import DOT, Decoder, as_operand, decode, decoder, plain, rounded
-from .launch import INTERPRETED, cdiv, on_device_of, round_up
-from .linear import finish
-from .storage import Configuration, configuration
+from .launch import INTERPRETED, Configuration, cdiv, configuration, on_device_of, round_up
+from .linear import finish, lift
 from .tiles import Tile
 
 # --- in kernels -------------------------------------------------------------------------------------------------------
@@ -69,8 +69,8 @@ def conv2d_kernel(
     EXPONENT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     PADDED: tl.constexpr, USED: tl.constexpr, WHOLE_K: tl.constexpr, CODES: tl.constexpr, SHIFTS: tl.constexpr,
     MASK: tl.constexpr, FIELD: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
-    SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr, DOT: tl.constexpr, LIFT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A tile of BN outputs of one group × BM pixels; with SPLIT, sums over ``steps`` tiles of words to
     out[split, n, m], float32.
@@ -112,7 +112,7 @@ def conv2d_kernel(
             else:
                 xs = tl.load(pointers, mask=(k < K)[:, None], other=0)
             w = a if j == 0 else b if j == 1 else c if j == 2 else d
-            weights_j, xs = as_operand(w, DOT, 1, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
+            weights_j, xs = as_operand(w, DOT, LIFT, INTERPRETED), as_operand(xs, DOT, 1, INTERPRETED)
             acc = tl.dot(weights_j, xs, acc, input_precision="ieee")
     inside = (local < ROWS)[:, None] & (m < M)[None, :]
     if SPLIT:
@@ -293,7 +293,6 @@ def constants(
     """The constants of the kernel of ``choice`` but those of the epilogue."""
     tile = choice.tile
     shared = {
-        "EXPONENT": made.exponent,
         "KH": kernel_size[0],
         "KW": kernel_size[1],
         "PADDED": padded,
@@ -303,11 +302,16 @@ def constants(
         "INTERPRETED": INTERPRETED,
     }
     if choice.kernel == "direct":
-        return shared | {name: made.constants[name] for name in _PLAIN}
+        # Weights of 1 at most, as lift makes them: here it costs nothing.
+        base = made.codec.base + made.exponent
+        return shared | {name: made.constants[name] for name in _PLAIN} | {"EXPONENT": 0, "BASE": base}
+    lifted = lift(made, dot)
     return (
         made.constants
         | shared
         | {
+            "EXPONENT": made.exponent - int(math.log2(lifted)),
+            "LIFT": lifted,
             "WHOLE_K": cdiv(k, words) * words == k,
             "DOT": dot,
             "BK": tile.bk,
@@ -351,7 +355,7 @@ def _launch(x: Tensor, out: Tensor, q: Tensor, epilogue: tuple[Tensor, ...], fla
         )
         if split:
             conv2d_reduce_kernel[(cdiv(n, _REDUCE_N) * cdiv(m, _REDUCE_M),)](
-                sums, *epilogue, out, m, n, choice.splits, oh, ow, *target, EXPONENT=made.exponent, **flags,
+                sums, *epilogue, out, m, n, choice.splits, oh, ow, *target, EXPONENT=fixed["EXPONENT"], **flags,
                 BM=_REDUCE_M, BN=_REDUCE_N, INTERPRETED=INTERPRETED,
             )  # fmt: skip
 
@@ -427,7 +431,7 @@ def tiles_of(dot: str) -> Iterator[Tile]:
 
 
 # The window's side, PADDED, WHOLE_K and SPLIT. Beyond these a window changes numbers of the same kernel.
-_WINDOWS = (*((1, False, True, False), (3, True, False, False), (3, False, False, False), (3, True, False, True)),)
+_WINDOWS = ((3, True, False, False), (1, False, True, False), (3, False, False, False), (3, True, False, True))
 # Strides that are 1 are constants of the kernel, and such memory is read in vectors.
 _MEMORY = {
     "": {},
@@ -443,27 +447,26 @@ _MULTIPLES = {
 
 
 def configurations() -> Iterator[Configuration]:
-    """(name, kernel, signature, constants, warps, stages) of what is launched: to compile without a GPU.
-
-    Each tile with each kind of window; the largest with all words, numbers of slices and kinds of memory as well.
-    """
+    """What is launched, to compile without a GPU: each tile, the largest first; that one with all kinds of windows,
+    words, numbers of slices and kinds of memory. Epilogues with all that they can have."""
     for dot, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        own, every = slices.best(dtype, Format(4)), list(tiles_of(dot))
-        largest = max(every, key=lambda tile: (tile.bn * tile.bm, tile.bn))
-        for tile, window in itertools.product(every, _WINDOWS):
-            yield _tiled(dot, own, Format(4), tile, *window)
+        own = slices.best(dtype, Format(4))
+        every = sorted(tiles_of(dot), key=lambda tile: (tile.bn * tile.bm, tile.bn), reverse=True)
+        largest = every[0]
+        for tile in every:
+            for window in _WINDOWS if tile == largest else _WINDOWS[:1]:
+                yield _tiled(dot, own, Format(4), tile, *window)
         for fmt, layout in itertools.product(
             (Format(4), Format(4, "dense"), Format(5), Format(5, "dense")), slices.LAYOUTS
         ):
             # Words of e4m3 are for products of e4m3 alone.
             if layout != slices.E4M3 and slices.has(layout, fmt) and (layout, fmt) != (own, Format(4)):
-                for window in _WINDOWS[:2]:
-                    yield _tiled(dot, layout, fmt, largest, *window)
-        for memory, window in itertools.product(_MEMORY, _WINDOWS):
+                yield _tiled(dot, layout, fmt, largest, *_WINDOWS[0])
+        for memory, window in itertools.product(_MEMORY, _WINDOWS[:2]):
             if memory:
                 yield _tiled(dot, own, Format(4), largest, *window, memory=memory)
-        for used, flags in ((1, {}), (2, {"HAS_BIAS": True}), (3, {"HAS_SCALE": True})):
-            yield _tiled(dot, own, Format(4), largest, 3, True, False, False, used=used, **flags)
+        for used in (1, 2, 3):
+            yield _tiled(dot, own, Format(4), largest, *_WINDOWS[0], used=used)
         types = {
             "weight": "*i16",
             "weight_exp": "*i8",
@@ -471,34 +474,33 @@ def configurations() -> Iterator[Configuration]:
             "bias": _TYPES[dot],
             "out": _TYPES[dot],
         }
-        for scale, bias in itertools.product((False, True), (False, True)):
-            fixed = {"HAS_SCALE": scale, "HAS_BIAS": bias, "INTERPRETED": False, "EXPONENT": -3}
-            words = " scale" * scale + " bias" * bias
-            more = fixed | {"BM": _REDUCE_M, "BN": _REDUCE_N}
-            yield configuration(
-                f"conv2d reduce {dot}{words}", conv2d_reduce_kernel, types | {"parts": "*fp32"}, more, 4, 3
-            )
-        for (layout, fmt), tile, padded in itertools.product(
-            ((own, Format(4)), (slices.FP16, Format(5, "dense"))), _DIRECT_TILES, (False, True)
-        ):
-            made = decoder(layout, fmt)
+        flags = {"HAS_SCALE": True, "HAS_BIAS": True, "INTERPRETED": False}
+        fixed = flags | {"EXPONENT": -3, "BM": _REDUCE_M, "BN": _REDUCE_N}
+        parts = types | {"parts": "*fp32"}
+        del parts["weight"]
+        yield configuration(f"conv2d reduce {dot}", conv2d_reduce_kernel, parts, fixed, others="i32")
+        for tile, padded in itertools.product(_DIRECT_TILES, (True, False)):
             usual = " contiguous" if tile.bm > tile.bn else " channels last"
-            for used, memory in ((made.codec.codes, ""), (1, usual)):
-                choice = Choice("direct", tile)
+            for layout, fmt, memory in (
+                (own, Format(4), ""),
+                (own, Format(4), usual),
+                (slices.FP16, Format(5, "dense"), ""),
+            ):
+                made = decoder(layout, fmt)
+                used = 1 if memory else made.codec.codes
                 words = slices.ALIGN
-                fixed = constants(made, choice, dot, used * words, words, (3, 3), padded)
-                fixed |= {"HAS_SCALE": True, "HAS_BIAS": True, "INTERPRETED": False} | _MEMORY[memory]
+                fixed = constants(made, Choice("direct", tile), dot, used * words, words, (3, 3), padded)
+                fixed |= flags | _MEMORY[memory]
                 name = f"conv2d direct {dot} {fmt.bits}-bit {fmt.levels} {tile.bn}×{tile.bm}{' padded' * padded}"
                 name += f" {used} slices{memory}"
-                yield configuration(
-                    name, conv2d_direct_kernel, types | {"x": _TYPES[dot]}, fixed, tile.warps, tile.stages
-                )
+                more = types | {"x": _TYPES[dot]}
+                yield configuration(name, conv2d_direct_kernel, more, fixed, tile.warps, tile.stages, "i32")
 
 
 def _tiled(
     dot: str, layout: str, fmt: Format, tile: Tile, size: int, padded: bool, whole: bool, split: bool, used: int = 0,
-    memory: str = "", HAS_SCALE: bool = True, HAS_BIAS: bool = True,
-):  # fmt: skip
+    memory: str = "",
+) -> Configuration:  # fmt: skip
     """conv2d_kernel in one configuration; ``used``: slices that K reaches, all if 0."""
     made = decoder(layout, fmt)
     used = used or made.codec.codes
@@ -506,12 +508,11 @@ def _tiled(
     k = used * words if whole else used * words - 1
     fixed = constants(made, Choice("tile", tile, 2 if split else 1, 1), dot, k, words, (size, size), padded)
     # Sums that are parts have no epilogue yet.
-    scale, bias = HAS_SCALE and not split, HAS_BIAS and not split
-    fixed |= {"HAS_SCALE": scale, "HAS_BIAS": bias, "INTERPRETED": False} | _MEMORY[memory]
+    fixed |= {"HAS_SCALE": not split, "HAS_BIAS": not split, "INTERPRETED": False} | _MEMORY[memory]
     types = {"x": _TYPES[dot], "weight": "*i16", "weight_exp": "*i8", "words": "i32:16"} | _MULTIPLES[memory]
-    types |= {"weight_scale": "*fp32" if scale else "*i8", "bias": _TYPES[dot] if bias else "*i8"}
+    types |= {"weight_scale": "*i8" if split else "*fp32", "bias": "*i8" if split else _TYPES[dot]}
     types["out"] = "*fp32" if split else _TYPES[dot]
-    name = f"conv2d {dot} {fmt.bits}-bit {fmt.levels} in {layout} {tile.bn}×{tile.bm}, {size}×{size}"
+    name = f"conv2d {dot} {fmt.bits}-bit {fmt.levels} in {layout} {tile.bn}×{tile.bm}, {size}×{size},"
     name += " padded" * padded + " whole" * whole + " split" * split + memory
     name += f" {used} slices" if used != made.codec.codes else ""
-    return configuration(name, conv2d_kernel, types, fixed, tile.warps, tile.stages)
+    return configuration(name, conv2d_kernel, types, fixed, tile.warps, tile.stages, "i32")

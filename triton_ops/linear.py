@@ -9,6 +9,7 @@ their sums in ascending order: the same bits in every run.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -146,8 +147,7 @@ def linear_kernel(
             )  # fmt: skip
             word += PIECE
     inside = (n < N)[:, None] & (m < M)[None, :]
-    # A tile's offsets have 32 bits: sums whose addresses are all different, where N is no multiple of 16, took twice the
-    # registers otherwise.
+    # A tile's offsets have 32 bits: where N is no multiple of 16, sums have addresses of their own, which spilled.
     place = tl.arange(0, BM)[None, :] * N + tl.arange(0, BN)[:, None]
     out += (pid % m_tiles * BM).to(tl.int64) * N + (pid // m_tiles) * BN
     if SPLIT:
@@ -207,8 +207,14 @@ _LIFT = 256
 _ALIGN = 16
 
 
-def lift(decode: Decoder, dot: str) -> int:
-    """By what decoded numbers are multiplied before they become operands."""
+def lift(decode: Decoder, dot: str) -> float:
+    """By what decoded numbers are multiplied before they become operands: a power of two.
+
+    float32 products have weights of 1 at most, so that they overflow where the dense product does, not eight octaves
+    before it. In 16 bits that would cost an instruction for every two weights, in float32 it is little.
+    """
+    if dot == "fp32":
+        return 2.0**decode.exponent
     return _LIFT if dot == "e4m3" and decode.codec.base == -14 else 1
 
 
@@ -240,7 +246,7 @@ def constants(decode: Decoder, dot: str, tile: tiles.Tile, k: int, words: int) -
     """linear_kernel's constants for a decoder, a type of products and a tile."""
     lifted = lift(decode, dot)
     return decode.constants | {
-        "EXPONENT": decode.exponent - (lifted.bit_length() - 1),
+        "EXPONENT": decode.exponent - int(math.log2(lifted)),
         "LIFT": lifted,
         "DOT": dot,
         "BM": tile.bm,

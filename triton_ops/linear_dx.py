@@ -6,6 +6,7 @@ of two, unless there is a row scale. A tile of words gives a tile of columns in 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..format import Format
 from . import checks, operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .launch import INTERPRETED, cdiv, on_device_of
-from .linear import aligned
+from .linear import aligned, lift
 
 
 # The number of rows makes no other kernel: one less is compiled when it changes.
@@ -25,8 +26,8 @@ def linear_dx_kernel(
     grad, weight, weight_exp, weight_scale, out, M, N, K, words, stride_m, EXPONENT: tl.constexpr,
     HAS_SCALE: tl.constexpr, CODES: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr, FIELD: tl.constexpr,
     BASE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, SOURCE: tl.constexpr, ASSEMBLY: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    DOT: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """[BM, BK] tiles of dx, one in each slice of K. grad [M, N], rows stride_m apart; out [M, K].
 
@@ -64,12 +65,12 @@ def linear_dx_kernel(
         if INTERPRETED and DOT == "bf16":
             g = rounded(g, tl.bfloat16, INTERPRETED)
         g = as_operand(g, DOT, 1, INTERPRETED)
-        sum_a = tl.dot(g, as_operand(a, DOT, 1, INTERPRETED), sum_a, input_precision=PRECISION)
-        sum_b = tl.dot(g, as_operand(b, DOT, 1, INTERPRETED), sum_b, input_precision=PRECISION)
+        sum_a = tl.dot(g, as_operand(a, DOT, LIFT, INTERPRETED), sum_a, input_precision=PRECISION)
+        sum_b = tl.dot(g, as_operand(b, DOT, LIFT, INTERPRETED), sum_b, input_precision=PRECISION)
         if CODES > 2:
-            sum_c = tl.dot(g, as_operand(c, DOT, 1, INTERPRETED), sum_c, input_precision=PRECISION)
+            sum_c = tl.dot(g, as_operand(c, DOT, LIFT, INTERPRETED), sum_c, input_precision=PRECISION)
         if CODES > 3:
-            sum_d = tl.dot(g, as_operand(d, DOT, 1, INTERPRETED), sum_d, input_precision=PRECISION)
+            sum_d = tl.dot(g, as_operand(d, DOT, LIFT, INTERPRETED), sum_d, input_precision=PRECISION)
         weights += step
     for s in tl.static_range(CODES):
         acc = sum_a if s == 0 else sum_b if s == 1 else sum_c if s == 2 else sum_d
@@ -87,8 +88,10 @@ PRODUCTS = {torch.float32: ("fp32", "ieee"), torch.float16: ("fp32", "tf32"), to
 def constants(made: Decoder, dtype: torch.dtype, tile: tiles.Tile, scale: bool) -> dict[str, Any]:
     """linear_dx_kernel's constants; ``scale``: there is a row scale."""
     dot, precision = PRODUCTS[dtype]
+    lifted = lift(made, DOT[dtype])  # float16 gradients are small enough without
     return made.constants | {
-        "EXPONENT": made.exponent,
+        "EXPONENT": made.exponent - int(math.log2(lifted)),
+        "LIFT": lifted,
         "HAS_SCALE": scale,
         "DOT": dot,
         "PRECISION": precision,

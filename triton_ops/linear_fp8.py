@@ -71,6 +71,13 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(torch.float8_e4m3fn), exponents
 
 
+def product_of(layout: str, capability: int) -> tuple[str, str]:
+    """(the type of the products, the layout of the weights) on a kind of GPU, 90 for sm_90."""
+    if capability >= FIRST_E4M3:
+        return "e4m3", layout
+    return "fp16", slices.FP16 if layout == slices.E4M3 else layout
+
+
 def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, backend):
     fmt, k = Format(bits, levels), x.shape[-1] if x.dim() else 0
     n = checks.packed("linear_fp8", weight, weight_exp, weight_scale, k, fmt, layout)
@@ -85,9 +92,9 @@ def linear_fp8(x, weight, weight_exp, weight_scale, bias, bits, levels, layout, 
     dot = "e4m3"
     if INTERPRETED:
         x8 = x8.float()
-    elif operands.capability(x.device) < FIRST_E4M3:
-        x8, dot = x8.to(torch.float16), "fp16"
-        if layout == slices.E4M3:
-            weight, layout = storage.ready_as(weight, n, k, fmt, layout, slices.FP16), slices.FP16
+    else:
+        dot, wanted = product_of(layout, operands.capability(x.device))
+        x8 = x8.to(torch.float16) if dot == "fp16" else x8
+        weight, layout = storage.ready_as(weight, n, k, fmt, layout, wanted), wanted
     y = multiply(x8, t, weight, weight_exp, weight_scale, bias, fmt, layout, dot, x.dtype)
     return y.view(*x.shape[:-1], n)

@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tables
-from .launch import on_device
+from .launch import Configuration, configuration, on_device
 from .tables import CHUNK, DTYPES, GROUPS, WARPS
 
-# Columns of the table after the first program; state that there is none of has address 0.
-_NUMEL, _P, _GRAD, _FIRST, _SECOND, _MASK = (tl.constexpr(i) for i in range(1, 7))
+# Columns of the table after the first program and the number of weights; state that there is none of has address 0.
+_P, _GRAD, _FIRST, _SECOND, _MASK = (tl.constexpr(i) for i in range(2, 7))
 _COLUMNS = tl.constexpr(7)
 _STATE = torch.float32
 
@@ -42,10 +42,15 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _sgd_tile(
-    weights, grads, buffers, mask, first, left, lr, momentum, dampening_left, weight_decay, DTYPE: tl.constexpr,
-    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    FIRST_STEP: tl.constexpr, FULL: tl.constexpr, GROUPS: tl.constexpr,
+    weights, grads, buffers, _, mask, first, left, numbers, options, DTYPE: tl.constexpr, FULL: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
+    lr, momentum, dampening_left, weight_decay = numbers
+    MOMENTUM: tl.constexpr = options[0]
+    DECAY: tl.constexpr = options[1]
+    NESTEROV: tl.constexpr = options[2]
+    MAXIMIZE: tl.constexpr = options[3]
+    FIRST_STEP: tl.constexpr = options[4]
     place = tables.positions(GROUPS)
     inside = place < left
     frozen = tables.spread(tables.load_bytes(mask, first, left, 0, FULL, GROUPS))
@@ -69,45 +74,13 @@ def _sgd_tile(
 
 
 @triton.jit
-def sgd_step(
-    table, owners, lr, momentum, dampening_left, weight_decay, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-    DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, FIRST_STEP: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """One program a chunk of a parameter."""
-    program = tl.program_id(0)
-    row = table + tl.load(owners + program) * _COLUMNS
-    first = (program - tl.load(row)) * CHUNK
-    weights = tables.to_weights(tl.load(row + _P), DTYPE, ALIGNED)
-    grads = tables.to_weights(tl.load(row + _GRAD), DTYPE, ALIGNED)
-    buffers = tables.to_pointer(tl.load(row + _FIRST), tl.int32, ALIGNED)
-    mask = tl.load(row + _MASK)
-    lr = tl.cast(lr, tl.float32)
-    momentum = tl.cast(momentum, tl.float32)
-    dampening_left = tl.cast(dampening_left, tl.float32)
-    weight_decay = tl.cast(weight_decay, tl.float32)
-    tile: tl.constexpr = GROUPS * 8
-    left = tl.minimum(tl.load(row + _NUMEL) - first, CHUNK)
-    for _ in tl.range(0, (left // tile).to(tl.int32)):
-        _sgd_tile(
-            weights, grads, buffers, mask, first, tile, lr, momentum, dampening_left, weight_decay, DTYPE, MOMENTUM,
-            DECAY, NESTEROV, MAXIMIZE, FIRST_STEP, True, GROUPS,
-        )  # fmt: skip
-        first += tile
-    left = left % tile
-    if left > 0:
-        _sgd_tile(
-            weights, grads, buffers, mask, first, left, lr, momentum, dampening_left, weight_decay, DTYPE, MOMENTUM,
-            DECAY, NESTEROV, MAXIMIZE, FIRST_STEP, False, GROUPS,
-        )  # fmt: skip
-
-
-@triton.jit
 def _adamw_tile(
-    weights, grads, firsts, seconds, mask, first, left, beta1, beta1_left, beta2, beta2_left, decay, step_size,
-    inverse_correction2, eps, DTYPE: tl.constexpr, NEAR_ONE: tl.constexpr, MAXIMIZE: tl.constexpr,
-    FULL: tl.constexpr, GROUPS: tl.constexpr,
+    weights, grads, firsts, seconds, mask, first, left, numbers, options, DTYPE: tl.constexpr, FULL: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
+    beta1, beta1_left, beta2, beta2_left, decay, step_size, inverse_correction2, eps = numbers
+    NEAR_ONE: tl.constexpr = options[0]
+    MAXIMIZE: tl.constexpr = options[1]
     place = tables.positions(GROUPS)
     inside = place < left
     frozen = tables.spread(tables.load_bytes(mask, first, left, 0, FULL, GROUPS))
@@ -136,42 +109,58 @@ def _adamw_tile(
 
 
 @triton.jit
+def _each_tile(
+    TILE: tl.constexpr, table, owners, numbers, options, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """TILE, one of the two above, for all tiles of this program's chunk of a parameter."""
+    row, first, left = tables.my_chunk(table, owners, _COLUMNS, CHUNK)
+    weights = tables.to_weights(tl.load(row + _P), DTYPE, ALIGNED)
+    grads = tables.to_weights(tl.load(row + _GRAD), DTYPE, ALIGNED)
+    firsts = tables.to_pointer(tl.load(row + _FIRST), tl.int32, ALIGNED)
+    seconds = tables.to_pointer(tl.load(row + _SECOND), tl.int32, ALIGNED)
+    mask = tl.load(row + _MASK)
+    tile: tl.constexpr = GROUPS * 8
+    for _ in tl.range(0, (left // tile).to(tl.int32)):
+        TILE(weights, grads, firsts, seconds, mask, first, tile, numbers, options, DTYPE, True, GROUPS)
+        first += tile
+    left = left % tile
+    if left > 0:
+        TILE(weights, grads, firsts, seconds, mask, first, left, numbers, options, DTYPE, False, GROUPS)
+
+
+@triton.jit
+def _f32(x):
+    return tl.cast(x, tl.float32)
+
+
+@triton.jit
+def sgd_step(
+    table, owners, lr, momentum, dampening_left, weight_decay, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
+    DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, FIRST_STEP: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk of a parameter."""
+    numbers = (_f32(lr), _f32(momentum), _f32(dampening_left), _f32(weight_decay))
+    # A tuple with a name would hold tensors: options are constants only as an argument.
+    _each_tile(
+        _sgd_tile, table, owners, numbers, (MOMENTUM, DECAY, NESTEROV, MAXIMIZE, FIRST_STEP), DTYPE, ALIGNED, CHUNK,
+        GROUPS,
+    )  # fmt: skip
+
+
+@triton.jit
 def adamw_step(
     table, owners, beta1, beta1_left, beta2, beta2_left, decay, step_size, inverse_correction2, eps,
     DTYPE: tl.constexpr, NEAR_ONE: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk of a parameter."""
-    program = tl.program_id(0)
-    row = table + tl.load(owners + program) * _COLUMNS
-    first = (program - tl.load(row)) * CHUNK
-    weights = tables.to_weights(tl.load(row + _P), DTYPE, ALIGNED)
-    grads = tables.to_weights(tl.load(row + _GRAD), DTYPE, ALIGNED)
-    firsts = tables.to_pointer(tl.load(row + _FIRST), tl.int32, ALIGNED)
-    seconds = tables.to_pointer(tl.load(row + _SECOND), tl.int32, ALIGNED)
-    mask = tl.load(row + _MASK)
-    beta1 = tl.cast(beta1, tl.float32)
-    beta1_left = tl.cast(beta1_left, tl.float32)
-    beta2 = tl.cast(beta2, tl.float32)
-    beta2_left = tl.cast(beta2_left, tl.float32)
-    decay = tl.cast(decay, tl.float32)
-    step_size = tl.cast(step_size, tl.float32)
-    inverse_correction2 = tl.cast(inverse_correction2, tl.float32)
-    eps = tl.cast(eps, tl.float32)
-    tile: tl.constexpr = GROUPS * 8
-    left = tl.minimum(tl.load(row + _NUMEL) - first, CHUNK)
-    for _ in tl.range(0, (left // tile).to(tl.int32)):
-        _adamw_tile(
-            weights, grads, firsts, seconds, mask, first, tile, beta1, beta1_left, beta2, beta2_left, decay, step_size,
-            inverse_correction2, eps, DTYPE, NEAR_ONE, MAXIMIZE, True, GROUPS,
-        )  # fmt: skip
-        first += tile
-    left = left % tile
-    if left > 0:
-        _adamw_tile(
-            weights, grads, firsts, seconds, mask, first, left, beta1, beta1_left, beta2, beta2_left, decay, step_size,
-            inverse_correction2, eps, DTYPE, NEAR_ONE, MAXIMIZE, False, GROUPS,
-        )  # fmt: skip
+    numbers = (
+        _f32(beta1), _f32(beta1_left), _f32(beta2), _f32(beta2_left), _f32(decay), _f32(step_size),
+        _f32(inverse_correction2), _f32(eps),
+    )  # fmt: skip
+    _each_tile(_adamw_tile, table, owners, numbers, (NEAR_ONE, MAXIMIZE), DTYPE, ALIGNED, CHUNK, GROUPS)
 
 
 # Two moments in float32 beside the weights: with four warps, a tile of 16-bit weights spilled on sm_90.
@@ -297,15 +286,13 @@ def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, lr, beta1, beta2,
 # --- compile-only builds ----------------------------------------------------------------------------------------------
 
 
-def configurations() -> Iterator[tuple]:
-    """(name, kernel, signature, constexprs, num_warps, num_stages) of what launches use, for builds without a GPU."""
-    pointers = {"table": "*i64", "owners": "*i64"}
-    sgd = dict.fromkeys(("lr", "momentum", "dampening_left", "weight_decay"), "fp32")
-    adamw = ("beta1", "beta1_left", "beta2", "beta2_left", "decay", "step_size", "inverse_correction2", "eps")
+def configurations() -> Iterator[Configuration]:
+    """What launches use, for builds without a GPU."""
+    types = {"table": "*i64", "owners": "*i64"}
     plain = {"MOMENTUM": False, "DECAY": False, "NESTEROV": False, "MAXIMIZE": False, "FIRST_STEP": False}
     for kind in DTYPES.values():
         for aligned in (False, True):
-            sizes = {"ALIGNED": aligned, "CHUNK": CHUNK, "GROUPS": GROUPS}
+            sizes = {"DTYPE": kind, "ALIGNED": aligned, "CHUNK": CHUNK, "GROUPS": GROUPS}
             name = f"{kind}{' aligned' * aligned}"
             for more in (
                 {},
@@ -314,13 +301,13 @@ def configurations() -> Iterator[tuple]:
                 {"MOMENTUM": True, "DECAY": True, "NESTEROV": True, "MAXIMIZE": True},
             ):
                 words = "".join(f" {word.lower()}" for word in more)
-                constants = {"DTYPE": kind, **plain, **more, **sizes}
-                yield tables.configuration(f"sgd_step {name}{words}", sgd_step, pointers, constants, **sgd)
+                constants = {**plain, **more, **sizes}
+                yield configuration(
+                    f"sgd_step {name}{words}", sgd_step, types, constants, WARPS, tables.STAGES, others="fp32"
+                )
             for near_one in (False, True):
-                constants = {"DTYPE": kind, "NEAR_ONE": near_one, "MAXIMIZE": near_one, **sizes}
+                constants = {"NEAR_ONE": near_one, "MAXIMIZE": near_one, **sizes}
                 words = " near_one maximize" * near_one
-                numbers = dict.fromkeys(adamw, "fp32")
-                warps = _ADAMW_WARPS
-                yield tables.configuration(
-                    f"adamw_step {name}{words}", adamw_step, pointers, constants, warps=warps, **numbers
+                yield configuration(
+                    f"adamw_step {name}{words}", adamw_step, types, constants, _ADAMW_WARPS, tables.STAGES, "fp32"
                 )

@@ -1,15 +1,20 @@
-"""Which weights freeze next, and n1: reference.partition_threshold and reference.exponents, for many tensors at once.
+"""Which weights freeze next: reference.partition_threshold, and n1 with it (exponents.py), for many tensors at once.
 
-The key of a weight is the bits of |w| as a float32 (of a float16 from 2^-25 on: ``_base``), or its random rank; keys
+The key of a weight is the bits of |w| as a float32 (of a float16 from 2^-25 on: ``base``), or its random rank; keys
 keep the order of reference's. A radix select counts one digit after the other, each among the candidates that agree
 with the digits found before, and the threshold is exact without sorting and without asking the device for anything.
 
-The first digit, the exponent and the upper mantissa bits, also decides n1: its histogram holds, with each count, the
-exact sum of the bits below the digit. Programs count in *copies*, one histogram for every few chunks of a tensor, so
-that equal weights all over a tensor do not wait for one counter; one more kernel adds the copies up. Integers: the
-order of additions changes nothing. Reads of W: three for float32, two for bfloat16 and float16, with the exponents of
-tensors in them; a random partition reads none, as its keys come from indices, but for exponents one. The exponents of
-rows (``channel``) are apart: one read by the ``max`` rule, two by ``mse``.
+The first digit, the exponent and the upper mantissa bits, also decides n1 of tensors: its histogram holds, with each
+count, the exact sum of the bits below the digit. What decides n1 of rows the first two passes find by the way. Programs
+count in *copies*, one histogram for every few chunks of a tensor, so that equal weights all over a tensor do not wait
+for one counter; one more kernel adds the copies up. Integers: the order of additions changes nothing. Of the last digit
+every chunk has a copy of its own: that says how many ties lie in the chunks before each, whatever the threshold will
+be, and freezing takes the first in flat order without counting them.
+
+Reads of W, whatever the weights, the masks, the rule and the granularity: three for float32, two for bfloat16 and
+float16. A random partition reads none, as its keys come from indices, but for exponents one, or two by ``mse`` for
+rows. Freezing (quantize.py) is one more, and the only write. Memory beside W: counters, 4 bytes for every 32 weights at
+the most (every 16 where n1 of tensors is found too, and at least 16 KiB a tensor), and what ``Rows`` takes.
 """
 
 # Constexprs are in capitals, and look like constants to the linter.
@@ -25,161 +30,167 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..format import MSE_OCTAVES, N1_ZERO_ROW, Format
-from ..reference import exponent_limits
+from ..format import Format
+from . import exponents as exponents_module
 from . import tables
-from .launch import cdiv, on_device
+from .exponents import COUNT_SHIFT, COUNTS, LARGEST, NOTHING, REST_MASK, ROW_BINS, Rows, count_rows, largest_of_rows
+from .launch import Configuration, cdiv, configuration, on_device
 from .tables import CHUNK, DTYPES, GROUPS, WARPS
 
 # (shift, bits) of each digit of a 31-bit key. 2048 counters of 8 bytes a copy stay in the second-level cache for a
 # thousand copies, and of three passes the last two meet few candidates.
 FIRST_BITS = 11
-_RANDOM_DIGITS = ((20, 11), (10, 10), (0, 10))
+_RANDOM_DIGITS = ((20, 11), (9, 11), (0, 9))
 _MAGNITUDE_DIGITS = {
-    torch.float32: ((20, 11), (10, 10), (0, 10)),
+    torch.float32: ((20, 11), (9, 11), (0, 9)),
     # The lower half of a widened bfloat16 is zero.
     torch.bfloat16: ((20, 11), (16, 4)),
     # 29 bits above 2^-25, of which a widened float16 leaves 13 zero.
     torch.float16: ((18, 11), (13, 5)),
 }
-# Chunks that share a copy: 2^17 weights, so that counters take at most 1/32 of a float32 weight's memory. With a sum
-# of 20-bit rests under the count of a copy, 2^37, there is room for a count of 2^22.
+# Chunks that share a copy: 2^17 weights, so that counters take at most 1/32 of a float32 weight's memory. The 2^9 of a
+# last digit, 4 bytes each, are as many for one chunk.
 COPY_CHUNKS = 8
-_COUNT_SHIFT = tl.constexpr(42)
-_REST_MASK = tl.constexpr((1 << 42) - 1)
 # The histograms' bins that one program adds up, from so many copies at once.
 _SUM_BINS = 64
 _SUM_COPIES = 32
-# Two bins an octave of a row: 8 octaves of candidates, 15 magnitudes, 2 more at the top and 1 below are 51 bins.
-_ROW_BINS = 64
-# Weights of a row that one program takes: a sum of 22-bit rests stays under _COUNT_SHIFT.
-_SEGMENT = 1 << 16
-_ROW_TILE = 1024
-
-# One program decides n1 of a tensor: with fewer warps its int64 limbs would not fit the registers.
-_WARPS_OF_EXPONENTS = 16
-
-# The digits that hold all octaves of the mse rule, 25 of them: 8 or, for float16, 32 an octave.
-_WINDOWS = {torch.float32: 256, torch.bfloat16: 256, torch.float16: 1024}
+# Chunks whose ties the adding kernel reads at once.
+_SCAN = 1024
 
 _ALL = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 _SIGNLESS = tl.constexpr(0x7FFFFFFF)
-_HALF_OCTAVE = tl.constexpr(0x400000)
-_OCTAVES = tl.constexpr(MSE_OCTAVES)
-_ZERO_ROW = tl.constexpr(N1_ZERO_ROW)
-_LIMB = tl.constexpr(0xFFFFFFFF)
 # What every float16 but 0 is above, as a float32: its octave is the first that float16 keys count.
 _FLOAT16_BASE = tl.constexpr(102 << 23)
+_NOTHING, _LARGEST, _COUNTS = tl.constexpr(NOTHING), tl.constexpr(LARGEST), tl.constexpr(COUNTS)
 
 # Columns of the table after the first program.
-_NUMEL, _W, _MASK, _KEEP, _SEED, _COPY, _COPIES, _ROWS, _ROW = (tl.constexpr(i) for i in range(1, 10))
-_COLUMNS = tl.constexpr(10)
-# Those of the table of rows.
-_R_LENGTH, _R_W, _R_KEEP, _R_SEGMENTS, _R_ROW = (tl.constexpr(i) for i in range(1, 6))
-_R_COLUMNS = tl.constexpr(6)
+_NUMEL, _W, _MASK, _KEEP, _SEED, _COPY, _COPIES, _PROGRAMS, _ROW, _LENGTH, _SLOT, _SEGMENTS = (
+    tl.constexpr(i) for i in range(1, 13)
+)
+_COLUMNS = tl.constexpr(13)
 
 
-# --- kernels: digits --------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _base(DTYPE: tl.constexpr):
+def base(dtype: torch.dtype) -> int:
     """What the keys of a dtype begin at: float16's exponents fit digits of two bits less."""
-    return 102 << 23 if DTYPE == tl.float16 else 0
-
-
-@triton.jit
-def _magnitude_keys(bits, DTYPE: tl.constexpr):
-    x = tables.widen(bits, DTYPE) & _SIGNLESS
-    if DTYPE == tl.float16:
-        x = tl.maximum(x - _FLOAT16_BASE, 0)
-    return x
+    return _FLOAT16_BASE.value if dtype == torch.float16 else 0
 
 
 @triton.jit
 def _count_tile(
-    weights, mask, keep, seed, first, left, counters, prefix, DTYPE: tl.constexpr, RANDOM: tl.constexpr,
-    DIGIT: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
-    GROUPS: tl.constexpr,
+    row, weights, mask, keep, seed, first, left, counters, prefix, largest, row_counters, DTYPE: tl.constexpr,
+    RANDOM: tl.constexpr, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, MAGNITUDES: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, SEGMENT: tl.constexpr,
+    FULL: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Counts one tile, of which ``left`` weights exist, in ``counters``."""
+    """Counts one tile, of which ``left`` weights exist, in ``counters``, and what its rows need."""
     place = tables.positions(GROUPS)
     inside = place < left
-    frozen = tables.spread(tables.load_bytes(mask, first, left, 0, FULL, GROUPS))
-    kept = tables.spread(tables.load_bytes(keep, first, left, 0xFF, FULL, GROUPS))
-    if RANDOM:
-        key = tables.random_keys(first + place, seed)
-    else:
-        key = _magnitude_keys(tables.load(weights + first + place, inside, FULL), DTYPE)
-    taken = inside & kept
-    if not SPLIT:
-        taken = taken & (frozen == 0)
-    counter = (key >> SHIFT) & ((1 << BITS) - 1)
-    # The count above, the sum of what is below the first digit in one addition.
-    one = tl.full([GROUPS, 8], 1, tl.int64) << _COUNT_SHIFT
-    if DIGIT == 0:
-        one += (key & ((1 << SHIFT) - 1)).to(tl.int64)
-    else:
-        taken = taken & ((key >> (SHIFT + BITS)) == prefix)
-    if SPLIT:
-        counter += tl.where(frozen, 1 << BITS, 0)
-    tl.atomic_add(counters + counter, one, mask=taken, sem="relaxed")
+    kept = tables.spread(tables.load_bytes(keep, first, left, 0xFF, FULL, GROUPS)) & inside
+    if ROWS != _NOTHING or not RANDOM:
+        x = tables.widen(tables.load(weights + first + place, inside, FULL), DTYPE) & _SIGNLESS
+    if ROWS == _LARGEST:
+        largest_of_rows(tl.where(kept, x, 0), largest, first, tl.load(row + _LENGTH), GROUPS)
+    if ROWS == _COUNTS:
+        count_rows(
+            tl.where(kept, x, 0), largest, row_counters, first, tl.load(row + _LENGTH), tl.load(row + _SEGMENTS),
+            MAGNITUDES, LO, HI, SEGMENT, GROUPS,
+        )  # fmt: skip
+    if DIGIT >= 0:
+        frozen = tables.spread(tables.load_bytes(mask, first, left, 0, FULL, GROUPS))
+        if RANDOM:
+            key = tables.random_keys(first + place, seed)
+        elif DTYPE == tl.float16:
+            key = tl.maximum(x - _FLOAT16_BASE, 0)
+        else:
+            key = x
+        taken = kept
+        if not SPLIT:
+            taken = taken & (frozen == 0)
+        counter = (key >> SHIFT) & ((1 << BITS) - 1)
+        if DIGIT == 0:
+            # The count above, the sum of what is below the first digit in one addition.
+            one = (tl.full([GROUPS, 8], 1, tl.int64) << COUNT_SHIFT) + (key & ((1 << SHIFT) - 1))
+        else:
+            one = tl.full([GROUPS, 8], 1, tl.int32)
+            taken = taken & ((key >> (SHIFT + BITS)) == prefix)
+        if SPLIT:
+            counter += tl.where(frozen, 1 << BITS, 0)
+        tl.atomic_add(counters + counter, one, mask=taken, sem="relaxed")
 
 
 @triton.jit
 def count_digits(
-    table, owners, selection, counters, DTYPE: tl.constexpr, RANDOM: tl.constexpr, DIGIT: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-    COPY_CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
+    table, owners, selection, counters, largest, row_counters, DTYPE: tl.constexpr, RANDOM: tl.constexpr,
+    DIGIT: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    MAGNITUDES: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, SEGMENT: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, COPY_CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk: adds its candidates' digits to its copy; with SPLIT the frozen ones', apart from them."""
-    program = tl.program_id(0)
-    t = tl.load(owners + program)
-    row = table + t * _COLUMNS
-    chunk = program - tl.load(row)
-    numel = tl.load(row + _NUMEL)
+    """One program a chunk: adds its candidates' digits to its copy; with SPLIT the frozen ones', apart from them.
+
+    DIGIT: 0 for the first, 1 for a later one, −1 for none. ROWS: what else the pass does, for the n1 of rows.
+    COPY_CHUNKS 1: a copy a program.
+    """
+    row, first, left = tables.my_chunk(table, owners, _COLUMNS, CHUNK)
     weights = tables.to_weights(tl.load(row + _W), DTYPE, ALIGNED)
     mask = tl.load(row + _MASK)
     keep = tl.load(row + _KEEP)
     seed = tl.load(row + _SEED)
-    copy = tl.load(row + _COPY) + chunk // COPY_CHUNKS
+    copy = tl.program_id(0).to(tl.int64)
+    if COPY_CHUNKS > 1:
+        copy = tl.load(row + _COPY) + first // (CHUNK * COPY_CHUNKS)
     mine = counters + copy * ((2 if SPLIT else 1) << BITS)
-    prefix = tl.load(selection + 2 * t).to(tl.int32)
+    prefix = 0
+    if DIGIT > 0:
+        prefix = tl.load(selection + 2 * tl.load(owners + tl.program_id(0))).to(tl.int32)
+    if ROWS != _NOTHING:
+        largest += tl.load(row + _ROW)
+        row_counters += tl.load(row + _SLOT) * ROW_BINS
     tile: tl.constexpr = GROUPS * 8
-    first = chunk * CHUNK
-    left = tl.minimum(numel - first, CHUNK)
     for _ in tl.range(0, (left // tile).to(tl.int32)):
         _count_tile(
-            weights, mask, keep, seed, first, tile, mine, prefix, DTYPE, RANDOM, DIGIT, SHIFT, BITS, SPLIT, True, GROUPS
+            row, weights, mask, keep, seed, first, tile, mine, prefix, largest, row_counters, DTYPE, RANDOM, DIGIT,
+            SHIFT, BITS, SPLIT, ROWS, MAGNITUDES, LO, HI, SEGMENT, True, GROUPS,
         )  # fmt: skip
         first += tile
     left = left % tile
     if left > 0:
         _count_tile(
-            weights, mask, keep, seed, first, left, mine, prefix, DTYPE, RANDOM, DIGIT, SHIFT, BITS, SPLIT, False,
-            GROUPS,
+            row, weights, mask, keep, seed, first, left, mine, prefix, largest, row_counters, DTYPE, RANDOM, DIGIT,
+            SHIFT, BITS, SPLIT, ROWS, MAGNITUDES, LO, HI, SEGMENT, False, GROUPS,
         )  # fmt: skip
 
 
 @triton.jit
 def sum_copies(
-    table, counters, histograms, BITS: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr
-):
-    """histograms[tensor, part, 0 and 1, bin]: the counts and the rests of all copies. Grid: tensor, bins, part."""
+    table, counters, histograms, FIRST: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr,
+    COPIES: tl.constexpr, COPY_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """histograms[tensor, part, 0 and 1, bin]: the counts of all copies and, of a FIRST digit, the rests. Grid: tensor,
+    bins, part."""
     t = tl.program_id(0).to(tl.int64)
     bins = tl.program_id(1) * BINS + tl.arange(0, BINS)
     part = tl.program_id(2)
     row = table + t * _COLUMNS
-    first = tl.load(row + _COPY)
-    copies = tl.load(row + _COPIES)
+    if COPY_CHUNKS > 1:
+        first = tl.load(row + _COPY)
+        copies = tl.load(row + _COPIES)
+    else:
+        first = tl.load(row)
+        copies = tl.load(row + _PROGRAMS)
     count = tl.zeros([BINS], tl.int64)
     rest = tl.zeros([BINS], tl.int64)
     for c in tl.range(0, copies.to(tl.int32), COPIES):
         copy = c + tl.arange(0, COPIES)
         pointer = counters + ((first + copy)[:, None] * PARTS + part) * (1 << BITS) + bins[None, :]
-        found = tl.load(pointer, mask=(copy < copies)[:, None] & (bins >= 0)[None, :], other=0)
-        count += tl.sum(found >> _COUNT_SHIFT, axis=0)
-        rest += tl.sum(found & _REST_MASK, axis=0)
+        found = tl.load(pointer, mask=(copy < copies)[:, None] & (bins >= 0)[None, :], other=0).to(tl.int64)
+        if FIRST:
+            count += tl.sum(found >> COUNT_SHIFT, axis=0)
+            rest += tl.sum(found & REST_MASK, axis=0)
+        else:
+            count += tl.sum(found, axis=0)
     out = histograms + (t * PARTS + part) * (2 << BITS) + bins
     tl.store(out, count)
     tl.store(out + (1 << BITS), rest)
@@ -187,7 +198,7 @@ def sum_copies(
 
 @triton.jit
 def select_digit(
-    histograms, selection, selected, DTYPE: tl.constexpr, DIGIT: tl.constexpr, LAST: tl.constexpr,
+    histograms, selection, selected, picked, DTYPE: tl.constexpr, DIGIT: tl.constexpr, LAST: tl.constexpr,
     BITS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program a tensor: (digits so far, how many still to select) with one digit more; LAST: the threshold."""
@@ -213,216 +224,24 @@ def select_digit(
         key = tl.where(wanted > 0, key, _ALL)
     tl.store(selected + 2 * t, key)
     tl.store(selected + 2 * t + 1, wanted)
-
-
-# --- kernels: exponents -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _nearest(x, LO: tl.constexpr, HI: tl.constexpr):
-    """The max rule: the exponent of the power nearest to a float32 with bits x, ties up, within the limits."""
-    return tl.minimum(tl.maximum(((x + _HALF_OCTAVE) >> 23) - 127, LO), HI)
+    tl.store(picked + t, digit.to(tl.int32))
 
 
 @triton.jit
-def _limb_sum(value, shift, K: tl.constexpr):
-    """Limb K of Σ value·2^shift in base 2^32, not normalized: 0 ≤ value < 2^60, 0 ≤ shift < 96."""
-    low = (value & _LIMB) << (shift & 31).to(tl.int64)
-    high = (value >> 32) << (shift & 31).to(tl.int64)
-    at = K - (shift >> 5)
-    part = tl.where(at == 0, low & _LIMB, 0)
-    part += tl.where(at == 1, (low >> 32) + (high & _LIMB), 0)
-    part += tl.where(at == 2, high >> 32, 0)
-    return tl.sum(part, axis=0)
-
-
-@triton.jit
-def _least_error(e, half, count, total, top, LO: tl.constexpr, MAGNITUDES: tl.constexpr):
-    """The mse rule: the n1 from top down with the least Σ(count·q² − 2q·Σ|w|), ties to the larger; exact.
-
-    Bins of weights m·2^e with 0.5 ≤ m < 0.75 (half 0) or 0.75 ≤ m < 1 (half 1), total: the sum of their m in 2^-24.
-    A score has up to 112 bits: five limbs of 32, the uppermost with the sign.
-    """
-    lowest = tl.maximum(top - _OCTAVES, LO)
-    floor = lowest - MAGNITUDES
-    best = top
-    b0 = tl.full([], 0, tl.int64)
-    b1 = b0
-    b2 = b0
-    b3 = b0
-    b4 = b0 + _ALL
-    for down in tl.range(0, top - lowest + 1):
-        n1 = top - down
-        n2 = n1 + 1 - MAGNITUDES
-        level = tl.minimum(e - 1 + half, n1)
-        level = tl.where(level >= n2, level, tl.where((e == n2) & (half == 0), n2, LO - 1))
-        nonzero = (level >= LO) & (e >= floor)
-        n = tl.where(nonzero, count, 0)
-        s = tl.where(nonzero, total, 0)
-        square = tl.where(nonzero, 2 * (level - floor) + 24, 0)
-        product = tl.where(nonzero, level - floor + e - floor + 1, 0)
-        s0 = _limb_sum(n, square, 0) - _limb_sum(s, product, 0)
-        s1 = _limb_sum(n, square, 1) - _limb_sum(s, product, 1) + (s0 >> 32)
-        s2 = _limb_sum(n, square, 2) - _limb_sum(s, product, 2) + (s1 >> 32)
-        s3 = _limb_sum(n, square, 3) - _limb_sum(s, product, 3) + (s2 >> 32)
-        s4 = _limb_sum(n, square, 4) - _limb_sum(s, product, 4) + (s3 >> 32)
-        s0 = s0 & _LIMB
-        s1 = s1 & _LIMB
-        s2 = s2 & _LIMB
-        s3 = s3 & _LIMB
-        less = (s1 < b1) | ((s1 == b1) & (s0 < b0))
-        less = (s2 < b2) | ((s2 == b2) & less)
-        less = (s3 < b3) | ((s3 == b3) & less)
-        less = (s4 < b4) | ((s4 == b4) & less)
-        best = tl.where(less, n1, best)
-        b0 = tl.where(less, s0, b0)
-        b1 = tl.where(less, s1, b1)
-        b2 = tl.where(less, s2, b2)
-        b3 = tl.where(less, s3, b3)
-        b4 = tl.where(less, s4, b4)
-    return best
-
-
-@triton.jit
-def tensor_exponents(
-    table, histograms, n1, DTYPE: tl.constexpr, MAGNITUDES: tl.constexpr, MSE: tl.constexpr, LO: tl.constexpr,
-    HI: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program a tensor: n1 of all its rows from its first digit's histogram."""
+def ties_before(table, counters, picked, before, BITS: tl.constexpr, SCAN: tl.constexpr):
+    """One program a tensor: how many weights with the key of the threshold, whose last digit was ``picked``, are in
+    the chunks before each."""
     t = tl.program_id(0).to(tl.int64)
-    size: tl.constexpr = 1 << BITS
-    counts = histograms + t * PARTS * 2 * size
-    digits = tl.arange(0, size)
-    count = tl.load(counts + digits)
-    rest = tl.load(counts + size)
-    if PARTS == 2:
-        count += tl.load(counts + 2 * size + digits)
-        rest += tl.load(counts + 3 * size)
-    largest = tl.max(tl.where(count > 0, digits, 0), axis=0)
-    best = _nearest((largest << SHIFT) + _base(DTYPE), LO, HI)
-    if MSE:
-        # The octave of digits of weights in [2^(e−1), 2^e) is e + 126, less what float16 keys begin at.
-        octave: tl.constexpr = 23 - SHIFT
-        bias: tl.constexpr = 24 if DTYPE == tl.float16 else 126
-        floor = tl.maximum(best - _OCTAVES, LO) - MAGNITUDES
-        d = (tl.maximum(floor + bias, 0) << octave) + tl.arange(0, WINDOW)
-        n = tl.load(counts + d, mask=d < size, other=0)
-        s = tl.load(counts + size + d, mask=d < size, other=0)
-        if PARTS == 2:
-            n += tl.load(counts + 2 * size + d, mask=d < size, other=0)
-            s += tl.load(counts + 3 * size + d, mask=d < size, other=0)
-        e = (d >> octave) - bias
-        half = (d >> (octave - 1)) & 1
-        s += n * (((1 << octave) + (d & ((1 << octave) - 1))) << SHIFT)
-        if DTYPE != tl.float16:
-            # Subnormals: those from 2^-127 on are one octave with the leading bit in the digit, others are 0 always.
-            under = d < (1 << octave)
-            e = tl.where(under, -126, e)
-            half = tl.where(under, (d >> (octave - 2)) & 1, half)
-            s = tl.where(under, 2 * (s - (n << 23)), s)
-            n = tl.where(d < (1 << (octave - 1)), 0, n)
-            s = tl.where(d < (1 << (octave - 1)), 0, s)
-        else:
-            n = tl.where(d < (1 << octave), 0, n)
-            s = tl.where(d < (1 << octave), 0, s)
-        best = _least_error(e, half, n, s, best, LO, MAGNITUDES)
-    best = tl.where((largest == 0) & (rest == 0), _ZERO_ROW, best).to(tl.int8)
-    rows = tl.load(table + t * _COLUMNS + _ROWS)
-    out = n1 + tl.load(table + t * _COLUMNS + _ROW)
-    for r in tl.range(0, rows.to(tl.int32), ROWS):
-        each = r + tl.arange(0, ROWS)
-        tl.store(out + each, tl.zeros([ROWS], tl.int8) + best, mask=each < rows)
-
-
-@triton.jit
-def _row_values(weights, keep, i, inside, DTYPE: tl.constexpr):
-    """The bits of |w| in float32 at [TILE] indices i; 0 for what ``keep`` drops and what is not there."""
-    x = tables.widen(tl.load(weights + i, mask=inside, other=0), DTYPE) & _SIGNLESS
-    byte = tl.load(tables.to_pointer(keep, tl.uint8, False) + i // 8, mask=inside & (keep != 0), other=0xFF)
-    return tl.where(((byte.to(tl.int32) >> (i % 8).to(tl.int32)) & 1) != 0, x, 0)
-
-
-@triton.jit
-def row_largest(table, owners, largest, DTYPE: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr):
-    """One program a segment of a row: the bits of its largest |w|."""
-    program = tl.program_id(0)
-    entry = table + tl.load(owners + program) * _R_COLUMNS
-    segments = tl.load(entry + _R_SEGMENTS)
-    mine = program - tl.load(entry)
-    r = mine // segments
-    length = tl.load(entry + _R_LENGTH)
-    weights = tables.to_weights(tl.load(entry + _R_W), DTYPE, False)
-    keep = tl.load(entry + _R_KEEP)
-    # In flat indices of the whole weight.
-    begin = r * length + (mine % segments) * SEGMENT
-    end = tl.minimum(begin + SEGMENT, (r + 1) * length)
-    x = tl.zeros([TILE], tl.int32)
-    for at in tl.range(0, (end - begin).to(tl.int32), TILE):
-        i = begin + at + tl.arange(0, TILE)
-        x = tl.maximum(x, _row_values(weights, keep, i, i < end, DTYPE))
-    # Integers: the order in which segments come changes nothing.
-    tl.atomic_max(largest + tl.load(entry + _R_ROW) + r, tl.max(x, axis=0), sem="relaxed")
-
-
-@triton.jit
-def row_count(
-    table, owners, largest, counters, DTYPE: tl.constexpr, MAGNITUDES: tl.constexpr, LO: tl.constexpr,
-    HI: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr,
-):  # fmt: skip
-    """One program a segment of a row: its half octaves from the row's floor up, counts and sums as in count_digits."""
-    program = tl.program_id(0)
-    entry = table + tl.load(owners + program) * _R_COLUMNS
-    segments = tl.load(entry + _R_SEGMENTS)
-    mine = program - tl.load(entry)
-    r = mine // segments
-    length = tl.load(entry + _R_LENGTH)
-    weights = tables.to_weights(tl.load(entry + _R_W), DTYPE, False)
-    keep = tl.load(entry + _R_KEEP)
-    top = _nearest(tl.load(largest + tl.load(entry + _R_ROW) + r), LO, HI)
-    # Bin 1 is the lower half of the floor's octave; what is below adds nothing.
-    below = 2 * (tl.maximum(top - _OCTAVES, LO) - MAGNITUDES + 126) - 1
-    # In flat indices of the whole weight.
-    begin = r * length + (mine % segments) * SEGMENT
-    end = tl.minimum(begin + SEGMENT, (r + 1) * length)
-    for at in tl.range(0, (end - begin).to(tl.int32), TILE):
-        i = begin + at + tl.arange(0, TILE)
-        x = _row_values(weights, keep, i, i < end, DTYPE)
-        subnormal = x < (1 << 23)
-        halves = tl.where(subnormal, (x >> 21) & 1, x >> 22) - below
-        rest = tl.where(subnormal, x << 1, x) & 0x3FFFFF
-        one = (tl.full([TILE], 1, tl.int64) << _COUNT_SHIFT) + rest
-        pointer = counters + program.to(tl.int64) * BINS + halves
-        tl.atomic_add(pointer, one, mask=(halves > 0) & (x >= _HALF_OCTAVE), sem="relaxed")
-
-
-@triton.jit
-def row_exponents(
-    table, owners, largest, counters, n1, MAGNITUDES: tl.constexpr, MSE: tl.constexpr, LO: tl.constexpr,
-    HI: tl.constexpr, BINS: tl.constexpr,
-):  # fmt: skip
-    """One program a segment, of which each row's first decides n1."""
-    program = tl.program_id(0)
-    entry = table + tl.load(owners + program) * _R_COLUMNS
-    segments = tl.load(entry + _R_SEGMENTS)
-    mine = program - tl.load(entry)
-    if mine % segments == 0:
-        row = tl.load(entry + _R_ROW) + mine // segments
-        x = tl.load(largest + row)
-        best = _nearest(x, LO, HI)
-        if MSE:
-            bins = tl.arange(0, BINS)
-            count = tl.zeros([BINS], tl.int64)
-            rest = tl.zeros([BINS], tl.int64)
-            for s in tl.range(0, segments.to(tl.int32)):
-                found = tl.load(counters + (program.to(tl.int64) + s) * BINS + bins)
-                count += found >> _COUNT_SHIFT
-                rest += found & _REST_MASK
-            half = (bins + 1) & 1
-            e = tl.maximum(best - _OCTAVES, LO) - MAGNITUDES + ((bins - 1) >> 1)
-            total = rest + count * ((2 + half) << 22)
-            best = _least_error(e, half, count, total, best, LO, MAGNITUDES)
-        tl.store(n1 + row, tl.where(x == 0, _ZERO_ROW, best).to(tl.int8))
+    row = table + t * _COLUMNS
+    first = tl.load(row)
+    programs = tl.load(row + _PROGRAMS)
+    digit = tl.load(picked + t)
+    found = tl.zeros([], tl.int64)
+    for at in tl.range(0, programs.to(tl.int32), SCAN):
+        i = at + tl.arange(0, SCAN)
+        count = tl.load(counters + ((first + i) << BITS) + digit, mask=i < programs, other=0).to(tl.int64)
+        tl.store(before + first + i, found + tl.cumsum(count, axis=0) - count, mask=i < programs)
+        found += tl.sum(count, axis=0)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -448,6 +267,7 @@ class Keys:
         keeps: for each, uint8 [ceil(numel/8)], what may be frozen, or None for everything.
         random: keys are random ranks (reference.random_keys) instead of magnitudes.
         seeds: for each, the int64 seed of its ranks; read where ``random``.
+        fmt: for whose rows the passes work too (``rows``), where its granularity is ``channel``; None: for none.
 
     Raises:
         ValueError, TypeError: lists of different lengths, masks of the wrong size or dtype, other dtypes of weights.
@@ -460,6 +280,7 @@ class Keys:
         keeps: Sequence[Tensor | None],
         random: bool = False,
         seeds: Sequence[int] | None = None,
+        fmt: Format | None = None,
     ):
         tables.check_weights("partition", ws, masks, keeps)
         # Flat indices are those of the shape, whatever the strides; a copy lives as long as its address.
@@ -468,12 +289,10 @@ class Keys:
         self.dtype, self.device = ws[0].dtype, ws[0].device
         self.random = random
         self.digits = _RANDOM_DIGITS if random else _MAGNITUDE_DIGITS[self.dtype]
-        programs = tables.chunks(ws)
-        self._programs = sum(programs)
-        copies = [cdiv(p, COPY_CHUNKS) for p in programs]
+        self.rows = Rows(ws, fmt or Format(5))
+        self._programs = tables.chunks(ws)
+        copies = [cdiv(p, COPY_CHUNKS) for p in self._programs]
         self._copies = sum(copies)
-        rows = [w.shape[0] for w in ws]
-        self._rows = rows
         columns = zip(
             [w.numel() for w in ws],
             [w.data_ptr() for w in self._ws],
@@ -482,18 +301,19 @@ class Keys:
             seeds or [0] * len(ws),
             accumulate(copies, initial=0),
             copies,
-            rows,
-            accumulate(rows, initial=0),
+            self._programs,
+            *zip(*self.rows.columns, strict=True),
             strict=False,
         )
-        self._table, self._owners = tables.build(list(columns), programs, self.device)
+        self._table, self._owners = tables.build(list(columns), self._programs, self.device)
         self._aligned = tables.aligned(self._ws)
+        self._tied = self._picked = None
 
     def start(self, counts: Sequence[int]) -> Tensor:
         """The selection before the first digit: int64 [T, 2] of (no digits, how many to select)."""
         if len(counts) != len(self._ws):
             raise ValueError(f"partition: counts: expected {len(self._ws)}, got {len(counts)}")
-        return torch.tensor([[0, count] for count in counts]).to(self.device, non_blocking=True)
+        return tables.upload(torch.tensor([[0, count] for count in counts]), self.device)
 
     def histograms(self, digit: int, selection: Tensor, frozen_too: bool = False) -> Tensor:
         """One pass over the weights: counts digit number ``digit`` of the candidates that ``selection`` leaves.
@@ -502,33 +322,58 @@ class Keys:
             int64 [T, 1, 2, 2^bits]: counts and, for the first digit, sums of the bits below it. With ``frozen_too`` [T,
             2, 2, 2^bits], the candidates and then the frozen ones (a first digit's only, where all weights matter).
         """
-        shift, bits = self.digits[digit]
+        _, bits = self.digits[digit]
         parts = 2 if frozen_too else 1
-        counters = torch.zeros(max(self._copies, 1) * parts << bits, dtype=torch.int64, device=self.device)
+        # The last digit's copies are the chunks': how many ties each has.
+        last = digit == len(self.digits) - 1
+        copies = sum(self._programs) if last else self._copies
+        dtype = torch.int64 if digit == 0 else torch.int32
+        counters = torch.zeros(max(copies, 1) * parts << bits, dtype=dtype, device=self.device)
         out = torch.empty((len(self._ws), parts, 2, 1 << bits), dtype=torch.int64, device=self.device)
+        copy_chunks = 1 if last else COPY_CHUNKS
+        self._pass(digit, selection, counters, digit, self.digits[digit], frozen_too, copy_chunks)
+        bins = min(_SUM_BINS, 1 << bits)
         with on_device(self.device):
-            if self._programs:
-                count_digits[(self._programs,)](
-                    self._table, self._owners, selection, counters, DTYPE=DTYPES[self.dtype], RANDOM=self.random,
-                    DIGIT=digit, SHIFT=shift, BITS=bits, SPLIT=frozen_too, ALIGNED=self._aligned, CHUNK=CHUNK,
-                    COPY_CHUNKS=COPY_CHUNKS, GROUPS=GROUPS, num_warps=WARPS, num_stages=tables.STAGES,
-                )  # fmt: skip
-            bins = min(_SUM_BINS, 1 << bits)
             sum_copies[(len(self._ws), (1 << bits) // bins, parts)](
-                self._table, counters, out, BITS=bits, PARTS=parts, BINS=bins, COPIES=_SUM_COPIES, num_warps=WARPS,
-                num_stages=tables.STAGES,
+                self._table, counters, out, FIRST=digit == 0, BITS=bits, PARTS=parts, BINS=bins, COPIES=_SUM_COPIES,
+                COPY_CHUNKS=copy_chunks, num_warps=WARPS, num_stages=tables.STAGES,
             )  # fmt: skip
+        if last:
+            self._tied = counters
         return out
+
+    def _pass(
+        self,
+        number: int,
+        selection: Tensor,
+        counters: Tensor,
+        digit: int = -1,
+        bits: tuple[int, int] = (0, 0),
+        split: bool = False,
+        copy_chunks: int = 1,
+    ) -> None:
+        """Launches count_digits for a pass of that number: for a digit, for rows, or for both."""
+        rows = self.rows
+        with on_device(self.device):
+            if sum(self._programs):
+                count_digits[(sum(self._programs),)](
+                    self._table, self._owners, selection, counters, rows.largest, rows.counters,
+                    DTYPE=DTYPES[self.dtype], RANDOM=self.random, DIGIT=min(digit, 1), SHIFT=bits[0], BITS=bits[1],
+                    SPLIT=split, ROWS=rows.passes[number] if number < len(rows.passes) else NOTHING,
+                    **rows.constants(), ALIGNED=self._aligned, CHUNK=CHUNK, COPY_CHUNKS=copy_chunks, GROUPS=GROUPS,
+                    num_warps=WARPS, num_stages=tables.STAGES,
+                )  # fmt: skip
 
     def select(self, digit: int, selection: Tensor, histograms: Tensor) -> Tensor:
         """The next selection, int64 [T, 2]; after the last digit the thresholds (``partition_thresholds``)."""
         _, bits = self.digits[digit]
-        last = digit == len(self.digits) - 1
-        selected = torch.empty_like(selection)
+        selected = torch.empty((len(self._ws), 2), dtype=torch.int64, device=self.device)
+        self._picked = torch.empty(len(self._ws), dtype=torch.int32, device=self.device)
         with on_device(self.device):
             select_digit[(len(self._ws),)](
-                histograms, selection, selected, DTYPE=tl.float32 if self.random else DTYPES[self.dtype],
-                DIGIT=min(digit, 1), LAST=last, BITS=bits, PARTS=histograms.shape[1], num_warps=WARPS,
+                histograms, selection, selected, self._picked,
+                DTYPE=tl.float32 if self.random else DTYPES[self.dtype], DIGIT=min(digit, 1),
+                LAST=digit == len(self.digits) - 1, BITS=bits, PARTS=histograms.shape[1], num_warps=WARPS,
                 num_stages=tables.STAGES,
             )  # fmt: skip
         return selected
@@ -541,60 +386,27 @@ class Keys:
             selection = self.select(digit, selection, known)
         return selection
 
+    def ties_before(self) -> Tensor:
+        """After the last ``select``, int64 [programs]: of each chunk how many ties are in its tensor's before it."""
+        before = torch.empty(sum(self._programs), dtype=torch.int64, device=self.device)
+        with on_device(self.device):
+            ties_before[(len(self._ws),)](
+                self._table, self._tied, self._picked, before, BITS=self.digits[-1][1], SCAN=_SCAN, num_warps=WARPS,
+                num_stages=tables.STAGES,
+            )  # fmt: skip
+        return before
+
     def exponents(self, histograms: Tensor, fmt: Format) -> list[Tensor]:
         """n1 of each weight, int8 [N, 1], all rows alike, from the first digit's histograms of all that counts."""
         if self.random:
             raise ValueError("partition: exponents: expected histograms of magnitudes, got random ranks'")
-        n1 = torch.empty(sum(self._rows), dtype=torch.int8, device=self.device)
-        shift, bits = self.digits[0]
-        lo, hi = exponent_limits(self.dtype)
-        with on_device(self.device):
-            tensor_exponents[(len(self._ws),)](
-                self._table, histograms, n1, DTYPE=DTYPES[self.dtype], MAGNITUDES=fmt.magnitudes,
-                MSE=fmt.exponent == "mse", LO=lo, HI=hi, SHIFT=shift, BITS=bits, PARTS=histograms.shape[1],
-                WINDOW=_WINDOWS[self.dtype], ROWS=_ROW_TILE, num_warps=_WARPS_OF_EXPONENTS, num_stages=tables.STAGES,
-            )  # fmt: skip
-        return [part.view(-1, 1) for part in n1.split(self._rows)]
+        return Rows(self._ws, fmt).exponents_of_tensors(histograms, self.digits[0], base(self.dtype))
 
-
-def _channel_exponents(ws: Sequence[Tensor], keeps: Sequence[Tensor | None], fmt: Format) -> list[Tensor]:
-    """n1 of each row of each weight, int8 [N, 1]."""
-    tables.check_weights("exponents", ws, [None] * len(ws), keeps)
-    flat = [w.detach().contiguous() for w in ws]
-    rows = [w.shape[0] for w in ws]
-    lengths = [w.numel() // max(w.shape[0], 1) for w in ws]
-    segments = [max(cdiv(k, _SEGMENT), 1) for k in lengths]
-    programs = [n * s for n, s in zip(rows, segments, strict=True)]
-    device, dtype = ws[0].device, DTYPES[ws[0].dtype]
-    lo, hi = exponent_limits(ws[0].dtype)
-    columns = zip(
-        lengths,
-        [w.data_ptr() for w in flat],
-        map(tables.address, keeps),
-        segments,
-        accumulate(rows, initial=0),
-        strict=False,
-    )
-    table, owners = tables.build(list(columns), programs, device)
-    n1 = torch.empty(sum(rows), dtype=torch.int8, device=device)
-    largest = torch.zeros(sum(rows), dtype=torch.int32, device=device)
-    mse = fmt.exponent == "mse"
-    counters = torch.zeros(sum(programs) * _ROW_BINS if mse else 1, dtype=torch.int64, device=device)
-    options = {"num_warps": WARPS, "num_stages": tables.STAGES}
-    with on_device(device):
-        grid = (sum(programs),)
-        if sum(programs):
-            row_largest[grid](table, owners, largest, DTYPE=dtype, SEGMENT=_SEGMENT, TILE=_ROW_TILE, **options)
-            if mse:
-                row_count[grid](
-                    table, owners, largest, counters, DTYPE=dtype, MAGNITUDES=fmt.magnitudes, LO=lo, HI=hi,
-                    SEGMENT=_SEGMENT, TILE=_ROW_TILE, BINS=_ROW_BINS, **options,
-                )  # fmt: skip
-            row_exponents[grid](
-                table, owners, largest, counters, n1, MAGNITUDES=fmt.magnitudes, MSE=mse, LO=lo, HI=hi,
-                BINS=_ROW_BINS, **options,
-            )  # fmt: skip
-    return [part.view(-1, 1) for part in n1.split(rows)]
+    def exponents_of_rows(self, known: bool = False) -> list[Tensor]:
+        """n1 of each row of each weight, int8 [N, 1]; ``known``: all digits were counted, and the rows by the way."""
+        for number in range(0 if known else len(self.rows.passes)):
+            self._pass(number, self.rows.counters, self.rows.counters)
+        return self.rows.exponents()
 
 
 def exponents_of(ws: Sequence[Tensor], fmt: Format, keeps: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -608,10 +420,9 @@ def exponents_of(ws: Sequence[Tensor], fmt: Format, keeps: Sequence[Tensor | Non
     if not ws:
         return []
     none = [None] * len(ws)
-    keeps = none if keeps is None else keeps
+    keys = Keys(ws, none, none if keeps is None else keeps, fmt=fmt)
     if fmt.granularity == "channel":
-        return _channel_exponents(ws, keeps, fmt)
-    keys = Keys(ws, none, keeps)
+        return keys.exponents_of_rows()
     return keys.exponents(keys.histograms(0, keys.start([0] * len(ws))), fmt)
 
 
@@ -644,14 +455,32 @@ def exponents_and_thresholds(
     random: bool = False,
     seeds: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """``exponents_of`` and ``partition_thresholds`` with the first digits of both from one pass where they are."""
+    """``exponents_of`` and ``partition_thresholds`` from the same passes."""
     if not ws:
         return [], torch.empty((0, 2), dtype=torch.int64)
-    if random or fmt.granularity == "channel":
-        return exponents_of(ws, fmt, keeps), partition_thresholds(ws, masks, keeps, counts, random, seeds)
-    keys = Keys(ws, masks, keeps)
+    n1, thresholds, _ = decide(ws, masks, keeps, counts, fmt, random, seeds)
+    return n1, thresholds
+
+
+def decide(
+    ws: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    counts: Sequence[int],
+    fmt: Format,
+    random: bool = False,
+    seeds: Sequence[int] | None = None,
+) -> tuple[list[Tensor], Tensor, Keys]:
+    """``exponents_and_thresholds``, and the keys, which know the ``ties_before`` each chunk."""
+    if fmt.granularity == "channel":
+        keys = Keys(ws, masks, keeps, random, seeds, fmt)
+        thresholds = keys.thresholds(counts)
+        return keys.exponents_of_rows(known=True), thresholds, keys
+    keys = Keys(ws, masks, keeps, random, seeds)
+    if random:
+        return exponents_of(ws, fmt, keeps), keys.thresholds(counts), keys
     first = keys.histograms(0, keys.start(counts), frozen_too=True)
-    return keys.exponents(first, fmt), keys.thresholds(counts, first)
+    return keys.exponents(first, fmt), keys.thresholds(counts, first), keys
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -678,65 +507,66 @@ def exponents_and_threshold(w, mask, keep, count, random, seed, bits, levels, gr
 # --- compile-only builds ----------------------------------------------------------------------------------------------
 
 
-def configurations() -> Iterator[tuple]:
-    """(name, kernel, signature, constexprs, num_warps, num_stages) of what launches use, for builds without a GPU."""
-    tabled = {"table": "*i64", "owners": "*i64"}
+def configurations() -> Iterator[Configuration]:
+    """What launches use, for builds without a GPU."""
     for dtype, kind in DTYPES.items():
-        lo, hi = exponent_limits(dtype)
-        passes = [(False, *digit) for digit in enumerate(_MAGNITUDE_DIGITS[dtype])]
-        passes += [(True, *digit) for digit in enumerate(_RANDOM_DIGITS)]
-        for random, digit, (shift, bits) in passes:
-            if random and kind != tl.float32:
-                continue
-            for aligned in (False, True):
-                for split in (False, True) if digit == 0 and not random else (False,):
-                    yield tables.configuration(
-                        f"count_digits {kind} {digit}{' random' * random}{' frozen' * split}{' aligned' * aligned}",
-                        count_digits,
-                        {**tabled, "selection": "*i64", "counters": "*i64"},
-                        {
-                            "DTYPE": kind, "RANDOM": random, "DIGIT": digit, "SHIFT": shift, "BITS": bits,
-                            "SPLIT": split, "ALIGNED": aligned, "CHUNK": CHUNK, "COPY_CHUNKS": COPY_CHUNKS,
-                            "GROUPS": GROUPS,
-                        },
-                    )  # fmt: skip
-        last = len(_MAGNITUDE_DIGITS[dtype]) - 1
-        for digit in sorted({0, min(last, 1)}):
-            for final in (False, True):
-                yield tables.configuration(
-                    f"select_digit {kind} digit {digit}{' last' * final}",
-                    select_digit,
-                    {"histograms": "*i64", "selection": "*i64", "selected": "*i64"},
-                    {"DTYPE": kind, "DIGIT": digit, "LAST": final, "BITS": FIRST_BITS, "PARTS": 1},
-                )
-        for mse in (False, True):
-            rule = "mse" if mse else "max"
-            shift, bits = _MAGNITUDE_DIGITS[dtype][0]
-            limits = {"MAGNITUDES": 8, "LO": lo, "HI": hi}
-            yield tables.configuration(
-                f"tensor_exponents {kind} {rule}",
-                tensor_exponents,
-                {"table": "*i64", "histograms": "*i64", "n1": "*i8"},
-                {
-                    "DTYPE": kind, **limits, "MSE": mse, "SHIFT": shift, "BITS": bits, "PARTS": 2,
-                    "WINDOW": _WINDOWS[dtype], "ROWS": _ROW_TILE,
-                },
-                warps=_WARPS_OF_EXPONENTS,
-            )  # fmt: skip
-            rows = {**tabled, "largest": "*i32", "counters": "*i64", "n1": "*i8"}
-            yield tables.configuration(
-                f"row_exponents {kind} {rule}", row_exponents, rows, {**limits, "MSE": mse, "BINS": _ROW_BINS}
-            )
-        size = {"SEGMENT": _SEGMENT, "TILE": _ROW_TILE}
-        rows = {**tabled, "largest": "*i32"}
-        yield tables.configuration(f"row_largest {kind}", row_largest, rows, {"DTYPE": kind, **size})
-        rows["counters"] = "*i64"
-        constants = {"DTYPE": kind, **limits, **size, "BINS": _ROW_BINS}
-        yield tables.configuration(f"row_count {kind}", row_count, rows, constants)
-    for parts in (1, 2):
-        yield tables.configuration(
-            f"sum_copies {parts}",
-            sum_copies,
-            {"table": "*i64", "counters": "*i64", "histograms": "*i64"},
-            {"BITS": FIRST_BITS, "PARTS": parts, "BINS": _SUM_BINS, "COPIES": _SUM_COPIES},
-        )
+        digits = _MAGNITUDE_DIGITS[dtype]
+        for aligned in (False, True):
+            for number in range(len(digits)):
+                for rows in (NOTHING, (LARGEST, COUNTS, NOTHING)[number]):
+                    if rows or number != 2:
+                        yield _count(dtype, number, digits, aligned=aligned, rows=rows)
+            yield _count(dtype, 0, digits, aligned=aligned, split=True)
+        # Without a digit, and in a random partition.
+        for rows in (LARGEST, COUNTS):
+            yield _count(dtype, -1, digits, aligned=True, rows=rows)
+            yield _count(dtype, rows - LARGEST, _RANDOM_DIGITS, aligned=True, rows=rows, random=True)
+        if kind == tl.float32:
+            yield _count(dtype, 2, digits, aligned=True)
+            for number in range(len(_RANDOM_DIGITS)):
+                yield _count(dtype, number, _RANDOM_DIGITS, aligned=True, random=True)
+        for number, (_, bits) in enumerate(digits):
+            last = number == len(digits) - 1
+            types = {"histograms": "*i64", "selection": "*i64", "selected": "*i64", "picked": "*i32"}
+            constants = {"DTYPE": kind, "DIGIT": min(number, 1), "LAST": last, "BITS": bits, "PARTS": 1}
+            name = f"select_digit {kind} digit {number}{' last' * last}"
+            yield configuration(name, select_digit, types, constants, WARPS, tables.STAGES)
+        bits = digits[-1][1]
+        types = {"table": "*i64", "counters": "*i32", "picked": "*i32", "before": "*i64"}
+        constants = {"BITS": bits, "SCAN": _SCAN}
+        yield configuration(f"ties_before {kind}", ties_before, types, constants, WARPS, tables.STAGES)
+        yield from exponents_module.configurations_of(dtype, digits[0], base(dtype))
+    for first, parts, bits, copy_chunks in (
+        *((True, parts, FIRST_BITS, COPY_CHUNKS) for parts in (1, 2)),
+        (False, 1, FIRST_BITS, COPY_CHUNKS),
+        *((False, 1, digits[-1][1], 1) for digits in _MAGNITUDE_DIGITS.values()),
+    ):
+        types = {"table": "*i64", "counters": "*i64" if first else "*i32", "histograms": "*i64"}
+        constants = {"FIRST": first, "BITS": bits, "PARTS": parts, "BINS": min(_SUM_BINS, 1 << bits)}
+        constants |= {"COPIES": _SUM_COPIES, "COPY_CHUNKS": copy_chunks}
+        name = f"sum_copies {parts} {'first' if first else 'later'} {bits} bits"
+        yield configuration(name, sum_copies, types, constants, WARPS, tables.STAGES)
+
+
+def _count(
+    dtype: torch.dtype,
+    number: int,
+    digits: Sequence[tuple[int, int]],
+    aligned: bool,
+    rows: int = NOTHING,
+    split: bool = False,
+    random: bool = False,
+) -> Configuration:
+    shift, bits = digits[number] if number >= 0 else (0, 0)
+    last = number in (-1, len(digits) - 1)
+    constants = {
+        "DTYPE": DTYPES[dtype], "RANDOM": random, "DIGIT": min(number, 1), "SHIFT": shift, "BITS": bits,
+        "SPLIT": split, "ROWS": rows, **exponents_module.constants(dtype, Format(5)), "ALIGNED": aligned,
+        "CHUNK": CHUNK, "COPY_CHUNKS": 1 if last else COPY_CHUNKS, "GROUPS": GROUPS,
+    }  # fmt: skip
+    types = {"table": "*i64", "owners": "*i64", "selection": "*i64", "counters": "*i32" if number > 0 else "*i64"}
+    types |= {"largest": "*i32", "row_counters": "*i64"}
+    words = f"{' random' * random}{' frozen' * split}{' aligned' * aligned}{('', ' largest', ' rows')[rows]}"
+    return configuration(
+        f"count_digits {DTYPES[dtype]} {number}{words}", count_digits, types, constants, WARPS, tables.STAGES
+    )

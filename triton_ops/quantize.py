@@ -1,10 +1,12 @@
 """Freezing what a threshold selects: reference.quantize_with_mask_, for many tensors in the same launches.
 
-The first kernel reads every weight once and writes once those that change: keys above the threshold are quantized and
-their bits set, pruned weights become +0. Which of the weights with just the threshold's key are the first in flat
-order is known when those of the chunks before are counted; it counts them by the way, a second kernel adds up the
-counts before each chunk, and the third freezes ties in the chunks that have some to take. For float32 weights that is
-a chunk or two. No result depends on the order of programs.
+Every weight is read once, and written once if it changes: keys above the threshold are quantized and their bits set,
+pruned weights become +0. Of the weights with just the threshold's key the first in flat order are frozen too: which
+those are in a chunk is known when the ties of the chunks before it are counted, as partition.py has done.
+
+For a threshold from elsewhere, as ``torch.ops.inq.quantize_with_mask_`` takes it, they are not. Then the first kernel
+counts them by the way, a second one adds up the counts before each chunk, and the third freezes ties in the chunks that
+have some to take, which it reads and writes once more. No result depends on the order of programs.
 """
 
 # Constexprs are in capitals, and look like constants to the linter.
@@ -22,7 +24,7 @@ from torch import Tensor
 from ..format import Format
 from ..reference import exponent_limits
 from . import tables
-from .launch import on_device
+from .launch import Configuration, configuration, on_device
 from .tables import CHUNK, DTYPES, GROUPS, WARPS
 
 # Chunks whose ties the adding kernel reads at once.
@@ -31,6 +33,9 @@ _SCAN = 1024
 _SIGNLESS = tl.constexpr(0x7FFFFFFF)
 _HALF_OCTAVE = tl.constexpr(0x400000)
 _POWER = tl.constexpr(0x7F800000)
+# What becomes of the weights with the threshold's key.
+COUNTED, ALONE, TAKEN = 0, 1, 2
+_COUNTED, _ALONE, _TAKEN = (tl.constexpr(i) for i in (COUNTED, ALONE, TAKEN))
 
 # Columns of the table after the first program.
 _NUMEL, _W, _MASK, _KEEP, _SEED, _N1, _THRESHOLD, _LENGTH, _PROGRAMS = (tl.constexpr(i) for i in range(1, 10))
@@ -57,25 +62,13 @@ def _quantized(x, n1, MAGNITUDES: tl.constexpr, LO: tl.constexpr):
 
 
 @triton.jit
-def _rows_in(first, length, GROUPS: tl.constexpr):
-    """int32 [GROUPS, 8]: the rows of a tile's weights, counted from that of the first; a row has ``length``."""
-    place = tables.positions(GROUPS)
-    column = first % length
-    if length >= GROUPS * 8:
-        # At most one row ends in the tile.
-        rows = (column + place >= length).to(tl.int32)
-    else:
-        rows = (column.to(tl.int32) + place) // length.to(tl.int32)
-    return rows
-
-
-@triton.jit
 def _freeze_tile(
     weights, mask, keep, seed, n1, length, key, take, first, left, last_row, MAGNITUDES: tl.constexpr,
     LO: tl.constexpr, DTYPE: tl.constexpr, RANDOM: tl.constexpr, TIES: tl.constexpr, FULL: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Freezes one tile's weights above ``key``, or with TIES the first ``take`` of those at it.
+    """Freezes one tile's weights above ``key`` and, unless TIES are _COUNTED only, the first ``take`` of those at it;
+    where these are dealt with _ALONE, nothing else.
 
     Returns int32 [GROUPS]: how many are at the key, and how many are frozen now."""
     place = tables.positions(GROUPS)
@@ -90,18 +83,26 @@ def _freeze_tile(
     candidates = kept & (frozen == 0)
     tied = candidates & (keys == key)
     of_group = tl.sum(tied.to(tl.int32), axis=1)
-    if TIES:
-        before = (tl.cumsum(of_group, axis=0) - of_group)[:, None] + tl.cumsum(tied.to(tl.int32), axis=1)
-        chosen = tied & (before <= take)
-        changed = chosen
-    else:
-        chosen = candidates & (keys > key)
+    chosen = candidates & (keys > key)
+    if TIES != _COUNTED:
+        some = tied
+        if take < tl.sum(of_group, axis=0):
+            some = tied & (place < 0)
+            if take > 0:
+                rank = (tl.cumsum(of_group, axis=0) - of_group)[:, None] + tl.cumsum(tied.to(tl.int32), axis=1)
+                some = tied & (rank <= take)
+        if TIES == _ALONE:
+            chosen = some
+        else:
+            chosen = chosen | some
+    changed = chosen
+    if TIES != _ALONE:
         changed = chosen | (inside & (kept == 0))
     if tl.max(tl.max(changed.to(tl.int32), axis=1), axis=0) > 0:
-        row = tl.minimum(first // length + _rows_in(first, length, GROUPS), last_row)
+        row = tl.minimum(first // length + tables.rows_in(first, length, GROUPS), last_row)
         x = _quantized(tables.widen(bits, DTYPE), tl.load(n1 + row).to(tl.int32), MAGNITUDES, LO)
         new = tl.where(chosen, tables.narrow(x, DTYPE), bits)
-        if not TIES:
+        if TIES != _ALONE:
             new = tl.where(kept, new, 0)
         tables.store(weights + first + place, new, inside, FULL)
     frozen = frozen | chosen
@@ -114,11 +115,10 @@ def _freeze_tile(
 
 @triton.jit
 def _freeze_chunk(
-    row, chunk, take, MAGNITUDES: tl.constexpr, LO: tl.constexpr, DTYPE: tl.constexpr, RANDOM: tl.constexpr,
-    TIES: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+    row, first, left, take, MAGNITUDES: tl.constexpr, LO: tl.constexpr, DTYPE: tl.constexpr, RANDOM: tl.constexpr,
+    TIES: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """``_freeze_tile`` for all tiles of a chunk, in order: how many of it are at the key, and how many frozen now."""
-    numel = tl.load(row + _NUMEL)
     weights = tables.to_weights(tl.load(row + _W), DTYPE, ALIGNED)
     mask = tl.load(row + _MASK)
     keep = tl.load(row + _KEEP)
@@ -128,10 +128,8 @@ def _freeze_chunk(
     threshold = tables.to_pointer(tl.load(row + _THRESHOLD), tl.int64, False)
     # A key beyond all keys selects nothing: what is at it has no ties to take.
     key = tl.minimum(tl.load(threshold), 0x7FFFFFFF).to(tl.int32)
-    last_row = numel // length - 1
+    last_row = tl.load(row + _NUMEL) // length - 1
     tile: tl.constexpr = GROUPS * 8
-    first = chunk * CHUNK
-    left = tl.minimum(numel - first, CHUNK)
     tied = tl.zeros([GROUPS], tl.int32)
     frozen = tl.zeros([GROUPS], tl.int32)
     for _ in tl.range(0, (left // tile).to(tl.int32)):
@@ -142,7 +140,7 @@ def _freeze_chunk(
         first += tile
         tied += more
         frozen += now
-        if TIES:
+        if TIES != _COUNTED:
             take -= tl.sum(more, axis=0)
     left = left % tile
     if left > 0:
@@ -156,17 +154,35 @@ def _freeze_chunk(
 
 
 @triton.jit
+def _left_to_take(row, before, CHUNK: tl.constexpr):
+    """How many ties this program may freeze, at most those of a chunk."""
+    ties = tl.load(tables.to_pointer(tl.load(row + _THRESHOLD), tl.int64, False) + 1)
+    left = ties - tl.load(before + tl.program_id(0))
+    return tl.minimum(tl.maximum(left, 0), CHUNK).to(tl.int32)
+
+
+@triton.jit
+def freeze_all(
+    table, owners, before, totals, MAGNITUDES: tl.constexpr, LO: tl.constexpr, DTYPE: tl.constexpr,
+    RANDOM: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk: freezes what the threshold selects, adds up what is frozen; ``before``: ties before it."""
+    row, first, left = tables.my_chunk(table, owners, _COLUMNS, CHUNK)
+    take = _left_to_take(row, before, CHUNK)
+    _, held = _freeze_chunk(row, first, left, take, MAGNITUDES, LO, DTYPE, RANDOM, _TAKEN, ALIGNED, GROUPS)
+    tl.atomic_add(totals + tl.load(owners + tl.program_id(0)), held.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def freeze_above(
     table, owners, tied, frozen, MAGNITUDES: tl.constexpr, LO: tl.constexpr, DTYPE: tl.constexpr,
     RANDOM: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: freezes what is above the threshold, counts what is at it and what is frozen."""
-    program = tl.program_id(0)
-    row = table + tl.load(owners + program) * _COLUMNS
-    chunk = program - tl.load(row)
-    ties, held = _freeze_chunk(row, chunk, 0, MAGNITUDES, LO, DTYPE, RANDOM, False, ALIGNED, CHUNK, GROUPS)
-    tl.store(tied + program, ties)
-    tl.store(frozen + program, held)
+    row, first, left = tables.my_chunk(table, owners, _COLUMNS, CHUNK)
+    ties, held = _freeze_chunk(row, first, left, 0, MAGNITUDES, LO, DTYPE, RANDOM, _COUNTED, ALIGNED, GROUPS)
+    tl.store(tied + tl.program_id(0), ties)
+    tl.store(frozen + tl.program_id(0), held)
 
 
 @triton.jit
@@ -194,13 +210,10 @@ def freeze_ties(
     RANDOM: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk: freezes those of its ties that are among the first in flat order."""
-    program = tl.program_id(0)
-    row = table + tl.load(owners + program) * _COLUMNS
-    chunk = program - tl.load(row)
-    take = tl.load(tables.to_pointer(tl.load(row + _THRESHOLD), tl.int64, False) + 1) - tl.load(before + program)
-    if (take > 0) & (tl.load(tied + program) > 0):
-        few = tl.minimum(take, CHUNK).to(tl.int32)
-        _freeze_chunk(row, chunk, few, MAGNITUDES, LO, DTYPE, RANDOM, True, ALIGNED, CHUNK, GROUPS)
+    row, first, left = tables.my_chunk(table, owners, _COLUMNS, CHUNK)
+    take = _left_to_take(row, before, CHUNK)
+    if (take > 0) & (tl.load(tied + tl.program_id(0)) > 0):
+        _freeze_chunk(row, first, left, take, MAGNITUDES, LO, DTYPE, RANDOM, _ALONE, ALIGNED, GROUPS)
 
 
 # With four warps its tile needs more registers than a thread of sm_120 can have.
@@ -208,6 +221,22 @@ _TIES_WARPS = 8
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def check(
+    name: str, ws: Sequence[Tensor], masks: Sequence[Tensor], n1s: Sequence[Tensor], keeps: Sequence[Tensor | None]
+) -> None:
+    """TypeError, ValueError: tensors that are not as ``freeze_`` takes them."""
+    tables.check_weights(name, ws, masks, keeps)
+    if len(n1s) != len(ws):
+        raise ValueError(f"{name}: n1s: expected {len(ws)}, got {len(n1s)}")
+    for i, (w, n1) in enumerate(zip(ws, n1s, strict=True)):
+        if n1.dtype != torch.int8:
+            raise TypeError(f"{name}: n1 number {i}: expected int8, got {n1.dtype}")
+        if list(n1.shape) != [w.shape[0], 1]:
+            raise ValueError(f"{name}: n1 number {i}: expected shape [{w.shape[0]}, 1], got {list(n1.shape)}")
+        if n1.device != w.device:
+            raise ValueError(f"{name}: n1 number {i}: expected a tensor on {w.device}, got {n1.device}")
 
 
 def freeze_(
@@ -219,6 +248,7 @@ def freeze_(
     fmt: Format,
     random: bool = False,
     seeds: Sequence[int] | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """``quantize_with_mask_`` of several weights of one dtype on one device, in the same launches.
 
@@ -230,6 +260,7 @@ def freeze_(
         keeps: for each, uint8 [ceil(numel/8)], or None.
         fmt: the format; its granularity and rule do not matter here.
         random, seeds: as in ``partition.Keys``.
+        before: ``partition.Keys.ties_before`` of the same weights and masks; without it ties are counted here.
 
     Returns:
         int64 [T] on the device: how many weights of each are frozen now.
@@ -240,12 +271,7 @@ def freeze_(
     if not ws:
         return torch.empty(0, dtype=torch.int64)
     name = "quantize_with_mask_"
-    tables.check_weights(name, ws, masks, keeps)
-    for i, (w, n1) in enumerate(zip(ws, n1s, strict=True)):
-        if n1.dtype != torch.int8:
-            raise TypeError(f"{name}: n1 number {i}: expected int8, got {n1.dtype}")
-        if list(n1.shape) != [w.shape[0], 1]:
-            raise ValueError(f"{name}: n1 number {i}: expected shape [{w.shape[0]}, 1], got {list(n1.shape)}")
+    check(name, ws, masks, n1s, keeps)
     if thresholds.dtype != torch.int64:
         raise TypeError(f"{name}: thresholds: expected int64, got {thresholds.dtype}")
     if list(thresholds.shape) != [len(ws), 2]:
@@ -270,10 +296,6 @@ def freeze_(
     )
     table, owners = tables.build(list(columns), programs, device)
     total = sum(programs)
-    tied = torch.empty(total, dtype=torch.int32, device=device)
-    frozen = torch.empty(total, dtype=torch.int32, device=device)
-    before = torch.empty(total, dtype=torch.int64, device=device)
-    totals = torch.empty(len(ws), dtype=torch.int64, device=device)
     constants = {
         "MAGNITUDES": fmt.magnitudes,
         "LO": exponent_limits(dtype)[0],
@@ -282,14 +304,23 @@ def freeze_(
         "ALIGNED": tables.aligned(flat),
         "CHUNK": CHUNK,
         "GROUPS": GROUPS,
+        "num_stages": tables.STAGES,
     }
-    options = {"num_warps": WARPS, "num_stages": tables.STAGES}
+    totals = torch.zeros(len(ws), dtype=torch.int64, device=device)
     with on_device(device):
-        if total:
-            freeze_above[(total,)](table, owners, tied, frozen, **constants, **options)
-        count_before[(len(ws),)](table, tied, frozen, before, totals, SCAN=_SCAN, **options)
-        if total:
-            freeze_ties[(total,)](table, owners, tied, before, **constants, **options | {"num_warps": _TIES_WARPS})
+        if before is not None:
+            if total:
+                freeze_all[(total,)](table, owners, before, totals, **constants, num_warps=_TIES_WARPS)
+        else:
+            tied, frozen = (torch.empty(total, dtype=torch.int32, device=device) for _ in range(2))
+            before = torch.empty(total, dtype=torch.int64, device=device)
+            if total:
+                freeze_above[(total,)](table, owners, tied, frozen, **constants, num_warps=WARPS)
+            count_before[(len(ws),)](
+                table, tied, frozen, before, totals, SCAN=_SCAN, num_warps=WARPS, num_stages=tables.STAGES
+            )
+            if total:
+                freeze_ties[(total,)](table, owners, tied, before, **constants, num_warps=_TIES_WARPS)
     for w, used in zip(ws, flat, strict=True):
         if used.data_ptr() != w.data_ptr():
             w.detach().copy_(used)
@@ -304,10 +335,10 @@ def quantize_with_mask_(w, mask, n1, threshold, keep, bits, levels, random, seed
 # --- compile-only builds ----------------------------------------------------------------------------------------------
 
 
-def configurations() -> Iterator[tuple]:
-    """(name, kernel, signature, constexprs, num_warps, num_stages) of what launches use, for builds without a GPU."""
-    tables_of = {"table": "*i64", "owners": "*i64"}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+def configurations() -> Iterator[Configuration]:
+    """What launches use, for builds without a GPU."""
+    pointers = {"table": "*i64", "owners": "*i64", "tied": "*i32", "frozen": "*i32", "before": "*i64", "totals": "*i64"}
+    for dtype in DTYPES:
         for random in (False, True):
             for aligned in (False, True):
                 constants = {
@@ -319,10 +350,9 @@ def configurations() -> Iterator[tuple]:
                     "CHUNK": CHUNK,
                     "GROUPS": GROUPS,
                 }
-                name = f"{DTYPES[dtype]}{' random' if random else ''}{' aligned' if aligned else ''}"
-                counted = {**tables_of, "tied": "*i32", "frozen": "*i32"}
-                yield tables.configuration(f"freeze_above {name}", freeze_above, counted, constants)
-                counted = {**tables_of, "tied": "*i32", "before": "*i64"}
-                yield tables.configuration(f"freeze_ties {name}", freeze_ties, counted, constants, warps=_TIES_WARPS)
-    pointers = {"table": "*i64", "tied": "*i32", "frozen": "*i32", "before": "*i64", "totals": "*i64"}
-    yield tables.configuration("count_before", count_before, pointers, {"SCAN": _SCAN})
+                for kernel, warps in ((freeze_all, _TIES_WARPS), (freeze_above, WARPS), (freeze_ties, _TIES_WARPS)):
+                    name = f"{kernel.__name__} {DTYPES[dtype]}{' random' * random}{' aligned' * aligned}"
+                    types = {argument: pointers[argument] for argument in kernel.arg_names if argument in pointers}
+                    yield configuration(name, kernel, types, constants, warps, tables.STAGES)
+    types = {argument: pointers[argument] for argument in count_before.arg_names if argument in pointers}
+    yield configuration("count_before", count_before, types, {"SCAN": _SCAN}, WARPS, tables.STAGES)

@@ -23,7 +23,7 @@ from .. import layouts, reference, slices
 from ..format import Format
 from . import checks, operands
 from .codec import decoder, rounded
-from .launch import INTERPRETED, cdiv, on_device_of
+from .launch import INTERPRETED, Configuration, cdiv, configuration, on_device_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -353,14 +353,6 @@ def ready_as(weight: Tensor, n: int, k: int, fmt: Format, layout: str, wanted: s
 # --- what to compile --------------------------------------------------------------------------------------------------
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
-
-
-def configuration(name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], warps: int, stages: int):
-    """One entry of ``configurations``: arguments without a type in ``types`` are constants or int32."""
-    names = kernel.arg_names
-    signature = {a: "constexpr" if a in constexprs else types.get(a, "i32") for a in names}
-    return name, kernel, signature, constexprs, warps, stages
 
 
 def configurations() -> Iterator[Configuration]:
@@ -375,11 +367,11 @@ def configurations() -> Iterator[Configuration]:
         lowest, _ = reference.exponent_limits(dtype)
         constants = fields(fmt) | {"LOWEST": lowest, "BN": rows, "BG": columns // 8}
         types = {"w": _TYPES[dtype], "n1": "*i8", "out": "*u8"}
-        yield configuration(f"pack {name}", pack_kernel, types, constants, 4, 3)
+        yield configuration(f"pack {name}", pack_kernel, types, constants, others="i32")
         constants = fields(fmt) | {"HAS_SCALE": scale, "BN": rows, "BK": columns, "INTERPRETED": False}
         types = {"out": _TYPES[dtype], "weight": "*u8", "weight_exp": "*i8"}
         types["weight_scale"] = "*fp32" if scale else "*i8"
-        yield configuration(f"unpack {name}", unpack_kernel, types, constants, 4, 3)
+        yield configuration(f"unpack {name}", unpack_kernel, types, constants, others="i32")
     for layout, fmt in (
         (slices.BF16, Format(4)),
         (slices.FP16, Format(5, "dense")),
@@ -389,6 +381,8 @@ def configurations() -> Iterator[Configuration]:
         c, word = slices.codec(layout, fmt), "*i8" if layout == slices.E4M3 else "*i16"
         constants = fields(fmt) | _codec_constants(layout, fmt, _PREPACK)
         constants |= {"WORDS": word_bits(c), "BN": rows, "BW": columns}
-        yield configuration(f"prepack {name}", prepack_kernel, {"weight": "*u8", "out": word}, constants, 4, 3)
+        yield configuration(f"prepack {name}", prepack_kernel, {"weight": "*u8", "out": word}, constants, others="i32")
         constants = fields(fmt) | _codec_constants(layout, fmt, _UNPREPACK) | {"BN": rows, "BG": columns // 8}
-        yield configuration(f"unprepack {name}", unprepack_kernel, {"weight": word, "out": "*u8"}, constants, 4, 3)
+        yield configuration(
+            f"unprepack {name}", unprepack_kernel, {"weight": word, "out": "*u8"}, constants, others="i32"
+        )

@@ -1,9 +1,9 @@
 """What the training kernels share: tables of several tensors for one launch, and the bits of weights and masks.
 
 A *table* is int64 on the device, one row of ``columns`` numbers a tensor: the first of the tensor's programs, then
-what the kernel wants to know (addresses, sizes, seeds). ``owners`` names the tensor of every program. Both reach the
-device in one copy that waits for nothing. Weights are read as integers of their size and worked on as the bits of a
-float32, in *tiles* of groups of eight: one byte of a mask each.
+what the kernel wants to know (the number of weights, addresses, seeds). ``owners`` names the tensor of every program.
+Both reach the device in one copy that waits for nothing, once for tensors that stay where they are. Weights are read as
+integers of their size and worked on as the bits of a float32, in *tiles* of groups of eight: one byte of a mask each.
 """
 
 # Constexprs are in capitals, and Triton needs the else of a branch that it drops.
@@ -11,16 +11,16 @@ float32, in *tiles* of groups of eight: one byte of a mask each.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, cdiv
+from .launch import INTERPRETED, cdiv, on_device
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -58,16 +58,75 @@ def aligned(*lists: Sequence[Tensor]) -> bool:
     return all(t.data_ptr() % ALIGNMENT == 0 for tensors in lists for t in tensors)
 
 
+def upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """``numbers`` on ``device``, in a copy that the host does not wait for: pinned memory, where there is CUDA."""
+    return _pinned(numbers, device).to(device, non_blocking=True)
+
+
+def _pinned(numbers: Tensor, device: torch.device) -> Tensor:
+    return numbers.pin_memory() if device.type == "cuda" else numbers
+
+
 def build(rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The (table, owners) of tensors with ``rows`` of numbers and so many ``programs``, on ``device``."""
-    first = accumulate(programs, initial=0)
-    table = torch.tensor([[begin, *row] for begin, row in zip(first, rows, strict=False)], dtype=torch.int64)
-    owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(programs, dtype=torch.int64))
-    # An even number of entries, so that the second part begins at a multiple of ALIGNMENT as well.
-    pad = torch.zeros(table.numel() % 2, dtype=torch.int64)
-    both = torch.cat([table.view(-1), pad, owners]).to(device, non_blocking=True)
-    split = table.numel() + pad.numel()
-    return both[:split], both[split:]
+    """The (table, owners) of tensors with ``rows`` of numbers and so many ``programs``, on ``device``.
+
+    They are kept and given again to who asks with the same numbers: an optimizer's next step uploads nothing. As the
+    numbers are all that a table holds, one can never be wrong for other tensors that lie where freed ones lay. What a
+    CUDA graph is captured with is kept for ever, since it may be replayed at any time.
+    """
+    numbers = (tuple(map(tuple, rows)), tuple(programs))
+    key = (device, *numbers)
+    stream, capturing = _stream(device)
+    if capturing:
+        # A capture begins when the device is idle: whatever stream copied a table, it has arrived. One that is made
+        # only now is copied whenever the graph is replayed, and is nobody else's.
+        known = next(iter(_recent.get(key, {}).values()), None) or _Table(*numbers, device)
+        _captured[id(known)] = known
+        return known.table, known.owners
+    # What another stream copies may not have arrived.
+    of_streams = _recent.setdefault(key, {})
+    if stream not in of_streams:
+        of_streams[stream] = _Table(*numbers, device)
+    _recent.move_to_end(key)
+    known = of_streams[stream]
+    while len(_recent) > KEPT or (len(_recent) > 1 and _numbers() > KEPT_NUMBERS):
+        _recent.popitem(last=False)
+    return known.table, known.owners
+
+
+class _Table:
+    """``build``'s result, with the memory of the host that a captured copy is made from at every replay."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.device):
+        first = accumulate(programs, initial=0)
+        table = torch.tensor([[begin, *row] for begin, row in zip(first, rows, strict=False)], dtype=torch.int64)
+        owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(programs, dtype=torch.int64))
+        # An even number of entries, so that the second part begins at a multiple of ALIGNMENT as well.
+        pad = torch.zeros(table.numel() % 2, dtype=torch.int64)
+        split = table.numel() + pad.numel()
+        self.host = _pinned(torch.cat([table.view(-1), pad, owners]), device)
+        both = self.host.to(device, non_blocking=True)
+        self.table, self.owners = both[:split], both[split:]
+
+
+# The tables of an optimizer's steps with the few addresses that an allocator gives gradients in turn, and of a large
+# model no more than 16 MiB of them.
+KEPT = 64
+KEPT_NUMBERS = 1 << 21
+_recent: OrderedDict[tuple, dict[int, _Table]] = OrderedDict()
+_captured: dict[int, _Table] = {}
+
+
+def _numbers() -> int:
+    return sum(each.host.numel() for of_streams in _recent.values() for each in of_streams.values())
+
+
+def _stream(device: torch.device) -> tuple[int, bool]:
+    """The stream that launches go to, by its number, and whether it is being captured into a graph."""
+    if device.type != "cuda":
+        return 0, False
+    with on_device(device):
+        return torch.cuda.current_stream().cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 def check_weights(name: str, ws: Sequence[Tensor], masks: Sequence[Tensor | None], keeps: Sequence[Tensor | None]):
@@ -107,17 +166,6 @@ def check_bits(name: str, bits: Tensor, w: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {w.device}, got {bits.device}")
 
 
-# --- compile-only builds ----------------------------------------------------------------------------------------------
-
-
-def configuration(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], *, warps: int = WARPS, **numbers: str
-) -> tuple:
-    """An entry of ``configurations()``: ``pointers`` are the arguments that are tensors, ``numbers`` the other ones."""
-    signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
-    return name, kernel, signature, constants, warps, STAGES
-
-
 # --- the device's side ------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +185,15 @@ def to_weights(location, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
         return to_pointer(location, tl.int32, ALIGNED)
     else:
         return to_pointer(location, tl.int16, ALIGNED)
+
+
+@triton.jit
+def my_chunk(table, owners, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's row of the table, the first of its weights, and how many they are (column 1: the numel)."""
+    program = tl.program_id(0)
+    row = table + tl.load(owners + program) * COLUMNS
+    first = (program - tl.load(row)) * CHUNK
+    return row, first, tl.minimum(tl.load(row + 1) - first, CHUNK)
 
 
 @triton.jit
@@ -184,6 +241,19 @@ def gather(bits):
 def positions(GROUPS: tl.constexpr):
     """[GROUPS, 8]: where the weights of a tile lie in it."""
     return tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def rows_in(first, length, GROUPS: tl.constexpr):
+    """int32 [GROUPS, 8]: the rows of a tile's weights, counted from that of the first; a row has ``length``."""
+    place = positions(GROUPS)
+    column = first % length
+    if length >= GROUPS * 8:
+        # At most one row ends in the tile.
+        rows = (column + place >= length).to(tl.int32)
+    else:
+        rows = (column.to(tl.int32) + place) // length.to(tl.int32)
+    return rows
 
 
 @triton.jit

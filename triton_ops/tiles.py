@@ -77,6 +77,8 @@ _16_HOPPER = {
     64: Tile(256, 64, 64, 4, 2),
     128: Tile(256, 64, 64, 4, 2),
 }
+# Where N is no multiple of 16, each sum has an address of its own, and those of 64 rows spilled.
+_16_HOPPER_RAGGED = {rows: _16_HOPPER[min(rows, 32)] for rows in ROWS}
 # Blackwell's sums lie in tensor memory, 512 columns of it, and each slice of K has its own.
 _16_BLACKWELL = {
     16: Tile(128, 16, 64, 4, 3),
@@ -125,6 +127,8 @@ HOPPER: dict[str, dict[int, Tile]] = DEFAULTS | {
     "linear e4m3": _FP8_HOPPER,
     "linear_dx fp16": _DX_HOPPER,
     "linear_dx bf16": _DX_HOPPER,
+    "linear fp16 ragged": _16_HOPPER_RAGGED,
+    "linear bf16 ragged": _16_HOPPER_RAGGED,
 }
 # There, Triton 3.6 makes TF32 products of float32 tiles of 64 rows, whatever precision is asked for.
 _FP32_BLACKWELL = {rows: Tile(32, min(rows, 64), 16, 4, 2) for rows in ROWS}
@@ -148,6 +152,12 @@ def product(dot: str, source: str) -> str:
     return "e4m3 of 16" if dot == "e4m3" and source != "e4m3" else dot
 
 
+def row(table: Mapping[str, Mapping[int, Tile]], product: str, n: int) -> Mapping[int, Tile]:
+    """The row of a table for ``product``, "linear fp16": the one of "linear fp16 ragged", where there is one, if n, the
+    rows of weights, is no multiple of 16."""
+    return table.get(f"{product} ragged" if n % 16 else product, table[product])
+
+
 def rows_class(m: int) -> int:
     """The column of the table for ``m`` rows."""
     return next((rows for rows in ROWS if m <= rows), ROWS[-1])
@@ -169,7 +179,7 @@ def select(
     """
     if op == "linear" and dot in ("fp16", "bf16") and m >= DENSE_ROWS:
         return Choice("dense", None)
-    tile = table[f"{op} {dot}"][rows_class(m)]
+    tile = row(table, f"{op} {dot}", n)[rows_class(m)]
     if op != "linear":
         return Choice("tile", tile)
     programs, steps = -(-n // tile.bn) * -(-m // tile.bm), -(-words // tile.bk)

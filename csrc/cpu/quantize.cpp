@@ -77,6 +77,8 @@ void quantize_with_mask(const KeySource& source, void* w, uint8_t* mask, const i
       freeze(p, late[i] * kChunk, std::min((late[i] + 1) * kChunk, numel), take[i]);
     }
   });
+  // Bits after the last weight become 0, as the definition's do.
+  if (const int64_t last = numel % 8; last != 0) mask[numel / 8] &= static_cast<uint8_t>((1 << last) - 1);
 }
 
 }  // namespace inq::cpu

@@ -1,0 +1,286 @@
+"""``inq bench static --library``: the machine code of the compiled CUDA library, read back from the file that ships.
+
+Needs no GPU: cuobjdump takes the library apart. For each kernel and architecture: registers, shared memory, spills,
+tensor-core instructions, how weights are loaded, and what their decoding costs. Budgets hold or the exit status is 1.
+
+Decoding is counted by data flow, so that anybody can recount: from the registers of weights that each tensor-core
+instruction of the main loop takes, backwards through the loop to the loads that they come from. What lies between is
+the decoding, addresses and other work are not.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..table import render
+from . import report
+from .static import instructions, kind, main_loop, opcode
+
+SCHEMA = 1
+LIBRARY = Path(__file__).resolve().parent.parent / "inq_kernels" / "_cuda.so"
+# Instructions for two weights (issue of the CUDA kernels; KERNELS.md counts 1.75 to 2.0, and 1.0 to e4m3).
+BUDGET, BUDGET_E4M3 = 2.0, 1.0
+# What the decoding of others costs for two weights by the same count: KERNELS.md, "Instructions per 2 weights".
+PEERS = {
+    "Marlin, int4 to fp16": 2.25,
+    "vLLM Marlin, Machete, tinygemm, u4 to bf16": 2.75,
+    "Humming float4e3m0, to 16 bits": 4.75,
+    "Humming float5e4m0, to 16 bits": 5.4,
+    "Humming float4e3m0, to fp8": 1.75,
+    "CUTLASS table, to fp8": 2.75,
+}
+_REGISTER = re.compile(r"\bR(\d+)\b")
+_WRITE_NO_REGISTER = {"ST", "STG", "STS", "STL", "RED", "REDG", "BRA", "BAR", "EXIT", "LDGSTS", "SYNCS", "UTMALDG"} | {
+    "ISETP", "FSETP", "HSETP2", "DSETP", "PLOP3", "R2P", "R2UR", "FCHK", "UBLKCP",
+}  # fmt: skip
+_LOADS = ("LDG", "LDS", "LDSM", "LD", "LDL", "LDC", "LDCU", "S2R")
+
+
+def _registers(first: str, count: int) -> list[int]:
+    """``R8`` and what follows it in an instruction of so many registers; none of RZ or what is no register."""
+    match = re.fullmatch(r"-?!?~?\|?R(\d+)(?:\.\w+)*\|?", first)
+    return [int(match[1]) + i for i in range(count)] if match else []
+
+
+def _operands(text: str) -> list[str]:
+    _, _, rest = text.partition(" ")
+    return [each.strip() for each in re.split(r",(?![^\[]*\])", rest)] if rest else []
+
+
+def defined(text: str) -> list[int]:
+    """The registers that an instruction writes."""
+    name, operands = opcode(text), _operands(text)
+    parts = name.split(".")
+    if not operands or parts[0] in _WRITE_NO_REGISTER:
+        return []
+    # Predicates may come first: LOP3.LUT P0, R1, …
+    first = next((each for each in operands[:3] if not re.fullmatch(r"!?U?P(T|\d+)", each)), "")
+    if parts[0].endswith("GMMA"):
+        return []
+    if parts[0].endswith("MMA"):
+        return _registers(first, 4)
+    width = 4 if "128" in parts else 2 if "64" in parts or "WIDE" in parts else 1
+    if parts[0] == "LDSM":
+        width = int(parts[-1]) if parts[-1].isdigit() else 1
+    return _registers(first, width)
+
+
+def used(text: str) -> list[int]:
+    """The registers that an instruction reads, accumulators and addresses included."""
+    operands = _operands(text)
+    first = next((i for i, each in enumerate(operands[:3]) if not re.fullmatch(r"!?U?P(T|\d+)", each)), 0)
+    found = []
+    for each in operands[first + 1 :]:
+        for match in _REGISTER.finditer(each):
+            found.append(int(match[1]))
+            if ".64" in each:
+                found.append(int(match[1]) + 1)
+    return found
+
+
+def weights_of(text: str) -> list[int]:
+    """The registers of weights, the left operand, of a tensor-core instruction; none of another instruction, or of one
+    whose left operand is in shared memory."""
+    if kind(text) != "tensor":
+        return []
+    operands = _operands(text)
+    return _registers(operands[1], 4) if len(operands) > 1 else []
+
+
+def decoding(body: Sequence[str]) -> dict:
+    """What lies between the loads of weights and the products of one loop.
+
+    Returns:
+        ``instructions``: how many, each counted once; ``by_name``; ``weights``: how many a thread decodes; ``loads``:
+        the instructions that weights come from, by name.
+    """
+    writers: dict[int, list[int]] = {}
+    for at, text in enumerate(body):
+        for register in defined(text):
+            writers.setdefault(register, []).append(at)
+
+    def writer(register: int, before: int) -> int | None:
+        """The last to write it, in this turn of the loop or in the one before; None if it is the same in all turns."""
+        places = writers.get(register)
+        return None if not places else max((p for p in places if p < before), default=max(places))
+
+    slices: set[int] = set()
+    loads: set[int] = set()
+    products: set[tuple] = set()
+    weights = 0
+    for at, text in enumerate(body):
+        taken = weights_of(text)
+        if not taken:
+            continue
+        key = tuple(writer(register, at) for register in taken)
+        # The same weights against other tokens are decoded once.
+        if opcode(text).split(".")[0] == "HMMA" and (key, tuple(taken)) in products:
+            continue
+        products.add((key, tuple(taken)))
+        weights += 16 if opcode(text).startswith("Q") else 8
+        waiting = [place for place in key if place is not None]
+        while waiting:
+            place = waiting.pop()
+            if place in slices or place in loads:
+                continue
+            if opcode(body[place]).split(".")[0] in _LOADS:
+                loads.add(place)
+                continue
+            slices.add(place)
+            waiting += [p for register in used(body[place]) if (p := writer(register, place)) is not None]
+    names = Counter(opcode(body[place]) for place in slices)
+    return {
+        "instructions": len(slices),
+        "by_name": dict(sorted(names.items())),
+        "weights": weights,
+        "loads": dict(sorted(Counter(opcode(body[place]) for place in loads).items())),
+    }
+
+
+# --- the library ------------------------------------------------------------------------------------------------------
+
+
+def cuobjdump() -> str:
+    """CUDA's, or that of Triton's wheel. RuntimeError: neither is there."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    try:
+        from triton import knobs
+    except ImportError:
+        raise RuntimeError("static: expected cuobjdump, from CUDA or from Triton's wheel, found neither") from None
+    return knobs.nvidia.cuobjdump.path
+
+
+def kernels(library: Path) -> Iterator[dict]:
+    """For each kernel and architecture: its mangled name, ``sm``, SASS text and resources."""
+    tool = cuobjdump()
+    usage: dict[tuple[str, str], dict[str, int]] = {}
+    sass: dict[tuple[str, str], list[str]] = {}
+    for option in ("-res-usage", "-sass"):
+        done = subprocess.run([tool, option, str(library)], capture_output=True, text=True, check=True)
+        arch = name = ""
+        for line in done.stdout.splitlines():
+            if match := re.match(r"\s*arch = (sm_\w+)", line):
+                arch = match[1]
+            elif match := re.match(r"\s*(?:Function : |Function )(\w+):?\s*$", line):
+                name = match[1]
+            elif option == "-res-usage":
+                if found := re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line):
+                    usage[arch, name] = {key: int(value) for key, value in found}
+            elif name:
+                sass.setdefault((arch, name), []).append(line)
+    for (arch, name), lines in sass.items():
+        yield {"name": name, "sm": arch.removeprefix("sm_"), "sass": "\n".join(lines), "usage": usage.get((arch, name))}
+
+
+def demangled(names: Sequence[str]) -> dict[str, str]:
+    """Readable names: templates' arguments, without parameters."""
+    tool = shutil.which("c++filt")
+    if tool is None or not names:
+        return {name: name for name in names}
+    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    return {
+        name: re.sub(r"^void |inq::cuda::|\(anonymous namespace\)::|\([^()]*\)$", "", text)
+        for name, text in zip(names, done.stdout.splitlines(), strict=True)
+    }
+
+
+def describe(kernel: dict) -> dict:
+    """A row of the table."""
+    code = instructions(kernel["sass"])
+    texts = [text for _, text in code]
+    has_tensor = any(kind(text) == "tensor" for text in texts)
+    wanted = (lambda t: kind(t) == "tensor") if has_tensor else (lambda t: kind(t) == "global")
+    body = main_loop(code, wanted)
+    row = {"name": kernel["name"], "sm": kernel["sm"], "registers": kernel["usage"]["REG"]}
+    row |= {"stack": kernel["usage"]["STACK"], "local": sum(kind(text) == "local" for text in texts)}
+    tensor = Counter(opcode(text).split(".")[0] for text in texts if kind(text) == "tensor")
+    copies = Counter(opcode(t) for t in texts if re.match(r"LDGSTS|UBLKCP|UTMALDG|CCTL", t))
+    row |= {"tensor": dict(sorted(tensor.items())), "copies": dict(sorted(copies.items()))}
+    row["decoding"] = decoding(body) if has_tensor else None
+    return row
+
+
+def per_two(row: dict) -> float | None:
+    """Instructions of decoding for two weights."""
+    found = row["decoding"]
+    return 2 * found["instructions"] / found["weights"] if found and found["weights"] else None
+
+
+def problems(row: dict) -> list[str]:
+    """What is wrong with a row, in words."""
+    found = []
+    if row["stack"] or row["local"]:
+        found.append(f"spills: {row['stack']} bytes of stack, {row['local']} instructions")
+    hopper = "hopper" in row["name"] and "linear" in row["name"]
+    if hopper and not any(name in row["tensor"] for name in ("HGMMA", "QGMMA")):
+        found.append(f"tensor cores: expected HGMMA or QGMMA, got {row['tensor'] or 'none'}")
+    cost = per_two(row)
+    if row["decoding"] is not None and cost is None:
+        found.append("decoding: expected weights in registers of the products, found none in the main loop")
+    limit = BUDGET_E4M3 if "QGMMA" in row["tensor"] else BUDGET
+    if cost is not None and cost > limit:
+        found.append(f"decoding: expected at most {limit} instructions for two weights, got {cost:.2f}")
+    for load in row["decoding"]["loads"] if row["decoding"] else ():
+        if load.startswith("LDG") and "128" not in load:
+            found.append(f"weights: expected loads of 128 bits, got {load}")
+    return found
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """The results as a table for people, with what others pay."""
+    lines = [
+        "# Machine code of the CUDA library",
+        "",
+        "By `inq bench static --library`, from the file that ships; no GPU. Decoding: instructions of the main loop "
+        "between the loads of weights and the products, for two weights. Nothing here is a measurement of time.",
+        "",
+        "| kernel | sm | registers | spills | decoding / 2 weights | weights from | copies | tensor cores |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def words(counts: dict | None) -> str:
+        return ", ".join(f"{count} {name}" for name, count in (counts or {}).items())
+
+    for row in rows:
+        cost, decoded = per_two(row), row["decoding"] or {}
+        cells = [row["name"].replace("|", "\\|"), row["sm"], row["registers"], row["local"]]
+        cells += ["" if cost is None else f"{cost:.2f}", words(decoded.get("loads"))]
+        lines.append("| " + " | ".join(map(str, [*cells, words(row["copies"]), words(row["tensor"])])) + " |")
+    lines += ["", "Others, by KERNELS.md's count, for two weights:", ""]
+    lines += [f"- {name}: {count}" for name, count in PEERS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def run(out: Path | None, library: Path = LIBRARY) -> int:
+    """``inq bench static --library``: files under ``out``, problems on stderr and as exit status 1."""
+    if not library.exists():
+        print(f"inq bench: static: expected a CUDA library, {library.name} is not built here", file=sys.stderr)
+        return 1
+    found = sorted(map(describe, kernels(library)), key=lambda row: (row["name"], row["sm"]))
+    if not found:
+        print(f"inq bench: static: expected kernels in {library.name}, found none", file=sys.stderr)
+        return 1
+    names = demangled(sorted({row["name"] for row in found}))
+    rows = [row | {"name": names[row["name"]]} for row in found]
+    out = out or Path("bench", "results", "static-cuda")
+    out.mkdir(parents=True, exist_ok=True)
+    report.write(out / "static.json", {"schema": SCHEMA, "rows": rows})
+    (out / "static.md").write_text(markdown(rows))
+    cells, wrong = [], []
+    for row in rows:
+        wrong += [f"{row['name']} on sm_{row['sm']}: {each}" for each in problems(row)]
+        cost = per_two(row)
+        if cost is not None:
+            cells.append((row["name"], row["sm"], row["registers"], f"{cost:.2f}", " ".join(row["tensor"])))
+    print(render(("kernel", "sm", "registers", "decoding/2 weights", "tensor cores"), cells))
+    print(f"{out / 'static.json'}: {len(rows)} kernels, {len(wrong)} problems")
+    for each in wrong:
+        print(f"inq bench: {each}", file=sys.stderr)
+    return 1 if wrong else 0

@@ -1,0 +1,84 @@
+"""bench/static_cuda.py: the decoding of a main loop, counted by data flow."""
+
+import pytest
+from inq_kernels.bench import static_cuda
+
+# A loop that loads a word, decodes it into the four registers of a product and multiplies it with two sets of tokens.
+# The second product of each pair takes the same weights: they are decoded once. Addresses do not count.
+LOOP = [
+    "LDG.E.128.CONSTANT R4, desc[UR4][R2.64]",
+    "IADD3 R2, P0, R2, 0x200, RZ",
+    "LOP3.LUT R8, R4, 0xcc00cc00, RZ, 0xc0, !PT",
+    "IMAD.SHL.U32 R9, R4, 0x4, RZ",
+    "LOP3.LUT R9, R9, 0xcc00cc00, RZ, 0xc0, !PT",
+    "IMAD.SHL.U32 R10, R4, 0x100, RZ",
+    "LOP3.LUT R10, R10, 0xcc00cc00, RZ, 0xc0, !PT",
+    "IMAD.SHL.U32 R11, R4, 0x400, RZ",
+    "LOP3.LUT R11, R11, 0xcc00cc00, RZ, 0xc0, !PT",
+    "LDSM.16.M88.4 R16, [R30]",
+    "HMMA.16816.F32 R20, R8, R16, R20",
+    "HMMA.16816.F32 R24, R8, R18, R24",
+]
+
+
+def test_decoding_is_what_lies_between_loads_and_products():
+    found = static_cuda.decoding(LOOP)
+    assert found["instructions"] == 7
+    assert found["weights"] == 8
+    assert found["by_name"] == {"IMAD.SHL.U32": 3, "LOP3.LUT": 4}
+    assert found["loads"] == {"LDG.E.128.CONSTANT": 1}
+    assert static_cuda.per_two({"decoding": found}) == pytest.approx(1.75)
+
+
+def test_a_pipeline_decodes_for_the_next_turn():
+    """The products first: their weights are those of the turn before."""
+    assert static_cuda.decoding([*LOOP[-2:], *LOOP[:-2]]) == static_cuda.decoding(LOOP)
+
+
+def test_registers_of_a_load_are_all_its_own():
+    body = [LOOP[0], "LOP3.LUT R8, R7, 0x1, RZ, 0xc0, !PT", "HMMA.16816.F32 R20, R8, R16, R20"]
+    found = static_cuda.decoding(body)
+    assert (found["instructions"], found["loads"]) == (1, {"LDG.E.128.CONSTANT": 1})
+
+
+def test_weights_of_hopper():
+    text = "HGMMA.64x128x16.F32.BF16 R24, R8, gdesc[UR8], R24, gsb0"
+    assert static_cuda.weights_of(text) == [8, 9, 10, 11]
+    assert static_cuda.weights_of("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, !UPT") == []
+    assert static_cuda.decoding([text])["weights"] == 8
+    assert static_cuda.decoding([text.replace("HGMMA.64x128x16", "QGMMA.64x128x32")])["weights"] == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "registers"),
+    [
+        ("LOP3.LUT P0, R9, R4, R5, RZ, 0xc0, !PT", [9]),
+        ("IMAD.WIDE R12, R4, 0x4, R2", [12, 13]),
+        ("LDS.128 R12, [R3+0x10]", [12, 13, 14, 15]),
+        ("STS.128 [R3], R12", []),
+        ("ISETP.GE.AND P0, PT, R3, R4, PT", []),
+        ("LDGSTS.E.BYPASS.128 [R3], desc[UR4][R6.64]", []),
+        ("EXIT", []),
+    ],
+)
+def test_what_an_instruction_writes(text, registers):
+    assert static_cuda.defined(text) == registers
+
+
+def row(**changed):
+    decoding = {"instructions": 7, "weights": 8, "by_name": {}, "loads": {"LDS.128": 1}}
+    return {"name": "linear", "sm": "80", "stack": 0, "local": 0, "tensor": {"HMMA": 2}, "decoding": decoding} | changed
+
+
+def test_budgets():
+    assert static_cuda.problems(row()) == []
+    assert "spills: 8 bytes" in static_cuda.problems(row(stack=8))[0]
+    slow = {"instructions": 9, "weights": 8, "by_name": {}, "loads": {}}
+    assert "expected at most 2.0 instructions for two weights, got 2.25" in static_cuda.problems(row(decoding=slow))[0]
+    e4m3 = row(name="linear_hopper", tensor={"QGMMA": 1}, decoding=slow | {"instructions": 5})
+    assert "expected at most 1.0" in static_cuda.problems(e4m3)[0]
+    assert "expected HGMMA" in static_cuda.problems(row(name="linear_hopper"))[0]
+    narrow = row()["decoding"] | {"loads": {"LDG.E": 1}}
+    assert "expected loads of 128 bits, got LDG.E" in static_cuda.problems(row(decoding=narrow))[0]
+    none = row()["decoding"] | {"weights": 0}
+    assert "found none in the main loop" in static_cuda.problems(row(decoding=none))[0]
