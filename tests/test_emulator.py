@@ -55,6 +55,20 @@ class TestGood:
         c = run_good(good, "mma_pipelined", seed, a, b, (16, 8), torch.float32, 160)
         assert torch.equal(c, a.float() @ b.float().T)
 
+    def test_mma_transposed(self, good, seed):
+        a, b = integers(2, 16, 16, dtype=torch.bfloat16, most=8)
+        c = run_good(good, "mma_transposed", seed, a, b, (16, 16), torch.float32)
+        assert torch.equal(c, a.float() @ b.float())
+
+    def test_atomics(self, good, seed):
+        a = torch.randint(0, 2**30, (200,), dtype=torch.int32)
+        c = run_good(good, "atomics", seed, a, a, (3,), torch.int64, 200, inout=True)
+        every = 0
+        for x in a.tolist():
+            every |= x
+        assert c.view(torch.int32)[:3].tolist() == [every, a.max(), -a.max()]
+        assert c[2] == a.sum()
+
     def test_stream_k(self, good, seed):
         a = integers(37, 100)
         c = run_good(good, "stream_k", seed, a, torch.zeros(38, dtype=torch.int32), (1,), torch.int32, 100, 37, True)
