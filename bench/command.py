@@ -104,6 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sm", type=int, choices=CAPABILITIES, help="of static: only these GPUs (90: Hopper)", **many)
     parser.add_argument("--only", metavar="WORD", help="of static and tune: only names with one of these words", **many)
     parser.add_argument("--jobs", type=_positive(int), default=2, metavar="N", help="of static: processes (default: 2)")
+    parser.add_argument(
+        "--library", action="store_true", help="of static: the compiled CUDA library's kernels, instead of Triton's"
+    )
     parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
 
 
@@ -115,8 +118,10 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         if args.what == "static":
-            from . import static
+            from . import static, static_cuda
 
+            if args.library:
+                return static_cuda.run(args.out)
             return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs)
         if args.what == "tune":
             return _tune(args)

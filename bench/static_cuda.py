@@ -26,8 +26,8 @@ SCHEMA = 1
 LIBRARY = Path(__file__).resolve().parent.parent / "inq_kernels" / "_cuda.so"
 # Instructions for two weights of a product's decoding: KERNELS.md counts 1.75 to 2.0, and 1.0 to e4m3.
 BUDGET, BUDGET_E4M3 = 2.0, 1.0
-# Dense levels are 2^-126 and up in bfloat16: a multiplication for each register, two rotations at most ("Dense into bf16
-# takes one HMUL2 a register").
+# Dense levels are 2^-126 and up in bfloat16: a multiplication for each register, and a rotation ("Dense into bf16 takes
+# one HMUL2 a register").
 BUDGET_LIFTED = 3.25
 # linear_dx turns each register around (MOVM), and turns float16's exponents into bfloat16's.
 BUDGET_DX = {"f16": 6.5, "bf16": 4.25}
