@@ -28,13 +28,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars bench static gpu test emulate mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars bench static static-cuda gpu test emulate mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
+	@echo "make static-cuda   the same for the compiled CUDA library, as it is in the file"
 	@echo "make gpu       on a machine with one: the tests of its kernels, then the benchmarks (under 8 minutes)"
 	@echo "make test      the whole test suite"
 	@echo "make emulate   CUDA kernels on the CPU, 20 schedules of each (make test runs 3)"
@@ -55,6 +56,10 @@ bench: $(READY)
 
 static: $(READY)
 	$(PY) -m inq_kernels.cli bench static $(STATIC)
+
+# What nvcc made: needs the library (INQ_CUDA_ARCHS=all make static-cuda builds it for all GPUs).
+static-cuda: $(READY)
+	$(PY) -m inq_kernels.cli bench static --library $(STATIC)
 
 # Each part ends by itself: no test begins after 190 seconds, no case after 150; the build takes one minute at most. What was
 # left out is counted in the report. No speed without correct results: the benchmarks do not run if a test fails. Eight

@@ -108,6 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of static: write nothing; compile the extremes of the committed table again and compare",
     )  # fmt: skip
     parser.add_argument("--jobs", type=_positive(int), default=2, metavar="N", help="of static: processes (default: 2)")
+    parser.add_argument(
+        "--library", action="store_true", help="of static: the compiled CUDA library's kernels, instead of Triton's"
+    )
     parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
 
 
@@ -119,8 +122,10 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         if args.what == "static":
-            from . import static
+            from . import static, static_cuda
 
+            if args.library:
+                return static_cuda.run(args.out)
             return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs, args.check)
         if args.what == "tune":
             return _tune(args)

@@ -73,39 +73,41 @@ def quantize_rows(library, seed, x):
     return values, exponents
 
 
+# Every pair of a kind and a tile: every instance.
 CASES = pairwise(
-    number=(torch.float16, torch.bfloat16),
-    fmt=FORMATS,
+    kind=[(dtype, fmt) for dtype in (torch.float16, torch.bfloat16) for fmt in FORMATS],
     tile=TILES,
     m=(1, 9, 64, 130),
     n=(1, 20, 132, 300),
     k=(1, 40, 96, 200, 330, 1000),
     splits=(1, 2, 3),
+    processors=(1, 3, 132),
     bias=(None, torch.float16, torch.bfloat16, torch.float32),
     scale=(False, True),
 )
 
 
 def identity(case):
-    name = str(case.get("number", "")).removeprefix("torch.")
+    dtype, fmt = case["kind"]
     tile = "x".join(map(str, case["tile"]))
-    return f"{name}-{case['fmt'].bits}{case['fmt'].levels}-{tile}-{case['m']}x{case['n']}x{case['k']}"
+    return f"{str(dtype)[6:]}-{fmt.bits}{fmt.levels}-{tile}-{case['m']}x{case['n']}x{case['k']}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=identity)
 @pytest.mark.parametrize("seed", seeds())
 def test_linear_beside_float64_and_the_exact_oracle(library, case, seed):
-    m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "number"))
+    m, n, k, (dtype, fmt) = (case[name] for name in ("m", "n", "k", "kind"))
     packed = random_packed(fmt, n, k, scale=case["scale"], seed=seed)
     bias = torch.randn(n, generator=generator(1)).to(case["bias"]) if case["bias"] else None
     x = integer_case(fmt, k, (m, k), dtype, seed)
-    y = linear(library, seed, padded(x, seed % 2), packed, bias, case["tile"], case["splits"])
+    how = (packed, bias, case["tile"], case["splits"])
+    y = linear(library, seed, padded(x, seed % 2), *how, processors=case["processors"])
     # The epilogue adds bias in float32 whatever its type; so does the reference.
     expected = inq.linear(x, packed, bias, backend="reference")
     assert same_bits(y + 0.0, expected + 0.0)
     if seed == 0:
         x = torch.randn(m, k, generator=generator(2)).to(dtype)
-        y = linear(library, seed, padded(x), packed, bias, case["tile"], case["splits"])
+        y = linear(library, seed, padded(x), *how, processors=case["processors"])
         w = inq.unpack(packed, torch.float64)
         exact = torch.nn.functional.linear(x.double(), w, None if bias is None else bias.double())
         size = x.double().abs() @ w.abs().T
@@ -120,13 +122,13 @@ def test_linear_beside_float64_and_the_exact_oracle(library, case, seed):
 
 
 FP8_CASES = pairwise(
-    fmt=FORMATS,
+    kind=[(dtype, fmt) for dtype in FLOATS for fmt in FORMATS],
     tile=TILES,
-    dtype=(torch.float16, torch.bfloat16, torch.float32),
     m=(1, 9, 64, 130),
     n=(1, 20, 132, 300),
     k=(1, 40, 128, 200, 330, 1000),
     splits=(1, 2),
+    processors=(1, 3, 132),
     bias=(False, True),
     scale=(False, True),
 )
@@ -135,12 +137,13 @@ FP8_CASES = pairwise(
 @pytest.mark.parametrize("case", FP8_CASES, ids=identity)
 @pytest.mark.parametrize("seed", seeds())
 def test_linear_fp8_beside_the_exact_oracle(library, case, seed):
-    m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
+    m, n, k, (dtype, fmt) = (case[name] for name in ("m", "n", "k", "kind"))
     packed = random_packed(fmt, n, k, scale=case["scale"], seed=seed)
     bias = torch.randn(n, generator=generator(1)).to(dtype) if case["bias"] else None
     for x in (integer_case(fmt, k, (m, k), dtype, seed), torch.randn(m, k, generator=generator(2)).to(dtype)):
         values, t = quantize_rows(library, seed, x)
-        y = linear(library, seed, values, packed, bias, case["tile"], case["splits"], t, dtype)
+        how = (packed, bias, case["tile"], case["splits"], t, dtype)
+        y = linear(library, seed, values, *how, processors=case["processors"])
         parts = (packed.weight, packed.weight_exp, packed.weight_scale, bias)
         expected = torch.ops.inq.linear_fp8(x, *parts, fmt.bits, fmt.levels, "storage", "reference")
         if x.dtype == dtype and bool((x == x.round()).all()):

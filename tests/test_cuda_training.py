@@ -148,7 +148,7 @@ class Table:
             room = 0 if capacity is None else capacity(numel)
             listed = device.output((room,), torch.int32, f"list[{i}]")
             pointers = [address(t) for t in (self.ws[i], self.masks[i], keeps[i])]
-            sizes = [numel, numel // n if n else 0, self.rows, self.chunks]
+            sizes = [numel, n, numel // n if n else 0, self.rows, self.chunks]
             rows.append([*pointers, *sizes, c.seed, c.count, address(listed), room])
             self.chunks += chunks_of(numel, chunk)
             self.rows += n

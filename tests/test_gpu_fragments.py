@@ -46,6 +46,8 @@ def cases():
     box = torch.arange(20 * 56).view(20, 56).bfloat16()
     yield "transpose", ints(45, 70, most=30000).short(), None, (70, 45), torch.int16, 70, 45
     yield "mma_pipelined", ints(16, 160, most=8).half(), ints(8, 160, most=8).half(), (16, 8), torch.float32, 160, 0
+    a, b = ints(2, 16, 16, most=8).bfloat16()
+    yield "mma_transposed", a, b, (16, 16), torch.float32, 0, 0
     yield "warp_functions", ints(32, most=2**30).int(), None, (6, 32), torch.int32, 0, 0
     yield "named_barriers", ints(64, most=100).int(), None, (64,), torch.int32, 0, 5
     yield "bulk", ints(512, most=2**30).int(), None, (512,), torch.int32, 2048, 0

@@ -15,8 +15,22 @@ PACKAGE = ROOT / "inq_kernels"
 
 # DESIGN.md section 5: a module imports only what stands to its left.
 LAYERS = [
-    *("table", "format", "reference", "slices", "layouts", "library", "cpu", "triton_ops", "backends", "ops", "nn"),
-    *("optim", "inq", "files", "file_format", "checkpoint", "transcode", "training", "demo", "bench", "cli"),
+    *("table", "format", "reference", "slices", "fragments", "layouts", "library", "cpu", "cuda", "triton_ops"),
+    *(
+        "backends",
+        "ops",
+        "nn",
+        "optim",
+        "inq",
+        "files",
+        "file_format",
+        "checkpoint",
+        "transcode",
+        "training",
+        "demo",
+        "bench",
+        "cli",
+    ),
 ]
 # Sub-packages that have a folder of their own at the root (pyproject.toml maps them).
 MAPPED = {"bench": ROOT / "bench", "triton_ops": ROOT / "triton_ops"}

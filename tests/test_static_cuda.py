@@ -77,6 +77,10 @@ def test_budgets():
     assert "expected at most 2.0 instructions for two weights, got 2.25" in static_cuda.problems(row(decoding=slow))[0]
     e4m3 = row(name="linear_hopper", tensor={"QGMMA": 1}, decoding=slow | {"instructions": 5})
     assert "expected at most 1.0" in static_cuda.problems(e4m3)[0]
+    name = "linear_kernel<Plan<CodecOf<(Number)1, (Levels)1>, 8, false> >"
+    assert static_cuda.budget(row(name=name)) == static_cuda.BUDGET_LIFTED
+    assert static_cuda.budget(row(name=name.replace("false", "true"))) == static_cuda.BUDGET_DX["bf16"]
+    assert static_cuda.budget(row(name=name.replace("(Levels)1", "(Levels)2"))) == static_cuda.BUDGET
     assert "expected HGMMA" in static_cuda.problems(row(name="linear_hopper"))[0]
     narrow = row()["decoding"] | {"loads": {"LDG.E": 1}}
     assert "expected loads of 128 bits, got LDG.E" in static_cuda.problems(row(decoding=narrow))[0]

@@ -47,6 +47,7 @@ INQ_DEVICE int exponent_of(const Slot* slots, const ExponentRule& rule, Exponent
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread();
   if (thread == 0) st_shared(&shared->largest, 0);
   sync_threads();
+#pragma unroll 1
   for (int s = thread; s <= kTiny; s += kThreads) {
     if (ld_shared(&slots[s].count) != 0) atomic_max(&shared->largest, s == kTiny ? 1 : s + 2);
   }
@@ -60,16 +61,19 @@ INQ_DEVICE int exponent_of(const Slot* slots, const ExponentRule& rule, Exponent
   const int last = larger(top - kMseOctaves, rule.lowest);
   // Every weight below 2^(this − 1) is 0 for all candidates and adds the same to all their errors.
   const int floor = last - magnitudes(rule.format);
-  // A warp for each candidate, its lanes for the slots.
+  // A warp for each candidate, its lanes for the slots. Loops here are rolled up: they are short, and their numbers wide.
+#pragma unroll 1
   for (int candidate = warp_of_thread(); candidate <= top - last; candidate += kThreads / 32) {
     const int n1 = top - candidate;
     Wide score = 0;
+#pragma unroll 1
     for (int s = larger(2 * (floor + 126), 0) + lane; s <= smaller(2 * (top + 127) + 1, kSlots - 1); s += 32) {
       const int level = slot_level(s, n1, rule);
       if (level < rule.lowest) continue;
       score += static_cast<Wide>(ld_shared(&slots[s].count)) << (2 * (level - floor) + 24);
       score -= static_cast<Wide>(ld_shared(&slots[s].sum)) << (level - floor + s / 2 - 126 - floor + 1);
     }
+#pragma unroll 1
     for (int mask = 16; mask > 0; mask /= 2) {
       const auto low = shuffle_xor(static_cast<unsigned long long>(score), mask);
       const auto high = shuffle_xor(static_cast<unsigned long long>(score >> 64), mask);
@@ -83,6 +87,7 @@ INQ_DEVICE int exponent_of(const Slot* slots, const ExponentRule& rule, Exponent
   sync_threads();
   int best = top;
   Wide least = 0;
+#pragma unroll 1
   for (int candidate = 0; candidate <= top - last; ++candidate) {
     const Wide score = static_cast<Wide>(ld_shared(&shared->scores[candidate][1])) << 64 |
                        static_cast<Wide>(ld_shared(&shared->scores[candidate][0]));

@@ -91,12 +91,12 @@ INQ_DEVICE void step_tile(const Step& step, Raw<kType>* w, const Raw<kType>* gra
   if constexpr (kSecond) store_tile<uint32_t, kRun>(second, vector, runs, old_second);
 }
 
-// Blocks of an SM that the registers are to suffice for. AdamW's of 16-bit weights do not without spilling.
-template <DType kType, bool kSecond>
-constexpr int kBlocks = kSecond && kType != DType::float32 ? 2 : 3;
+// Blocks of an SM that the registers are to suffice for. Of AdamW's two have 64 KB in flight, and three would spill.
+template <bool kSecond>
+constexpr int kBlocks = kSecond ? 2 : 3;
 
 template <DType kType, bool kFirst, bool kSecond, class Step>
-__global__ void __launch_bounds__(kThreads, kBlocks<kType, kSecond>) masked_step(const __grid_constant__ KernelParams<Step> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kSecond>) masked_step(const __grid_constant__ KernelParams<Step> p) {
   using T = Raw<kType>;
   const StepTensor* const t = tensor_of(p.tensors, p.tensor_count, &StepTensor::first_chunk, blockIdx.x);
   const int64_t numel = ld_global(&t->numel);

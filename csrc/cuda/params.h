@@ -19,15 +19,15 @@ constexpr int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
 
 // One tensor of a list. Any alignment that its dtype has; multiples of 16 bytes are faster.
 struct WeightTensor {
-  void* w;              // contiguous
-  uint8_t* mask;        // one bit a weight, set: frozen; null: none is
-  const uint8_t* keep;  // one bit a weight, clear: pruned; null: all are kept
+  void* w;               // contiguous
+  uint8_t* mask;         // one bit a weight, set: frozen; null: none is
+  const uint8_t* keep;   // one bit a weight, clear: pruned; null: all are kept
   int64_t numel;
-  int64_t length;       // weights of a row: numel / rows
-  int64_t first_row;    // rows of the tensors before it
-  int64_t first_chunk;  // chunks (chunks_of) of the tensors before it
-  uint64_t seed;        // of a random partition
-  int64_t count;        // how many weights partition is to select
+  int64_t rows, length;  // and the weights of each: numel / rows
+  int64_t first_row;     // rows of the tensors before it
+  int64_t first_chunk;   // chunks (chunks_of) of the tensors before it
+  uint64_t seed;         // of a random partition
+  int64_t count;         // how many weights partition is to select
   // Room for the keys of `capacity` weights, whose first digit is that of the threshold (list_capacity).
   uint32_t* list;
   int64_t capacity;

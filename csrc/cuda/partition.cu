@@ -193,6 +193,7 @@ INQ_DEVICE void gather_slots(const PartitionState* state, Slot* slots) {
     const int first = s == kTiny ? 0 : s < 2 ? 4 + 2 * s : 4 * s;
     const int end = first + (s < 2 ? 2 : 4);
     Slot slot{0, 0};
+#pragma unroll 1
     for (int d = first; d < end; ++d) {
       for (int part = 0; part < 2; ++part) {
         const unsigned long long count = ld_global(&state->count[part][d]), rest = ld_global(&state->rest[part][d]);
@@ -291,8 +292,8 @@ __global__ void __launch_bounds__(kFirstThreads) count_first(const __grid_consta
     gather_slots(c.state, slots);
     const ExponentRule rule{p.all.format, p.mse, kLowest<kType>, kHighest<kType>};
     const int n1 = exponent_of<kFirstThreads>(slots, rule, &shared->select.exponent);
-    const int64_t length = ld_global(&c.t->length);
-    const int64_t first = ld_global(&c.t->first_row), rows = length > 0 ? c.numel / length : 0;
+    const int64_t first = ld_global(&c.t->first_row), rows = ld_global(&c.t->rows);
+#pragma unroll 1
     for (int64_t r = thread; r < rows; r += kFirstThreads) st_global(p.all.n1 + first + r, static_cast<int8_t>(n1));
   }
 }

@@ -65,8 +65,7 @@ struct RowPlace {
 
   INQ_DEVICE int rows_on(int place) const {
     if (length >= kPart) return column + place >= length ? 1 : 0;
-    return static_cast<int>((static_cast<uint32_t>(column) + static_cast<uint32_t>(place)) /
-                            static_cast<uint32_t>(length));
+    return (static_cast<int>(column) + place) / static_cast<int>(length);
   }
 };
 
@@ -89,7 +88,7 @@ INQ_DEVICE void quantize_tile(Format format, const RowPlace& rows, int place, ui
 }
 
 template <DType kType, bool kRandom>
-__global__ void __launch_bounds__(kThreads) freeze(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(kThreads, 2) freeze(const __grid_constant__ KernelParams p) {
   using T = Raw<kType>;
   constexpr int kRun = kVector<kType>;
   auto* const shared = reinterpret_cast<FreezeShared*>(dynamic_shared());
@@ -106,6 +105,13 @@ __global__ void __launch_bounds__(kThreads) freeze(const __grid_constant__ Kerne
   const uint64_t seed = kRandom ? ld_global(&t->seed) : 0;
   const bool aligned = is_aligned(w);
   const int64_t begin = (chunk - first_chunk) * kFreezeChunk + warp * (kTiles * kTile);
+  // Here, where few registers are in use: a 64-bit division is a call.
+  RowPlace rows{p.all.n1 + ld_global(&t->first_row), 0, ld_global(&t->length)};
+  if (begin < numel) {
+    const int64_t row = begin / rows.length;
+    rows.n1 += row;
+    rows.column = begin - row * rows.length;
+  }
   // Keys have 31 bits: one beyond all of them selects nothing, and has no ties to take.
   const int key = static_cast<int>(clamped<int64_t>(ld_global(p.all.thresholds + 2 * index), -1, 0x7FFFFFFF));
   const int64_t take = ld_global(p.all.thresholds + 2 * index + 1);
@@ -122,19 +128,22 @@ __global__ void __launch_bounds__(kThreads) freeze(const __grid_constant__ Kerne
     held |= (here & load_bits<kRun>(mask + tile / 8, left)) << (8 * i);
     load_tile<T, kRun>(w + tile, aligned && left >= kTile, here, raw[i]);
   }
+  const auto compare = [&](int mine, int bit) {
+    chosen |= static_cast<uint32_t>(mine > key) << bit;
+    tied |= static_cast<uint32_t>(mine == key) << bit;
+  };
+  if constexpr (kRandom) {
+    // Rolled up: side by side, their 64-bit products take more registers than there are.
+#pragma unroll 1
+    for (int bit = 0; bit < 8 * kTiles; ++bit) {
+      const int run = bit % 8 / kRun;
+      const int64_t place = begin + bit / 8 * kTile + run_place<kRun>(run) + bit % kRun;
+      compare(static_cast<int>(random_key(seed, static_cast<uint64_t>(place))), bit);
+    }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      int mine;
-      if constexpr (kRandom) {
-        const int64_t place = begin + i * kTile + run_place<kRun>(j / kRun) + j % kRun;
-        mine = static_cast<int>(random_key(seed, static_cast<uint64_t>(place)));
-      } else {
-        mine = static_cast<int>(raw[i][j] & (sizeof(T) == 4 ? kMagnitude : 0x7FFFu));
-      }
-      chosen |= static_cast<uint32_t>(mine > key) << (8 * i + j);
-      tied |= static_cast<uint32_t>(mine == key) << (8 * i + j);
+    for (int bit = 0; bit < 8 * kTiles; ++bit) {
+      compare(static_cast<int>(raw[bit / 8][bit % 8] & (sizeof(T) == 4 ? kMagnitude : 0x7FFFu)), bit);
     }
   }
   const uint32_t candidates = kept & ~held;
@@ -180,12 +189,6 @@ __global__ void __launch_bounds__(kThreads) freeze(const __grid_constant__ Kerne
   }
 
   const uint32_t pruned = inside & ~kept;
-  RowPlace rows{p.all.n1 + ld_global(&t->first_row), 0, ld_global(&t->length)};
-  if (chosen != 0) {
-    const int64_t row = begin / rows.length;
-    rows.n1 += row;
-    rows.column = begin - row * rows.length;
-  }
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const int64_t tile = begin + i * kTile, left = numel - tile;

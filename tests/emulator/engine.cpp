@@ -9,7 +9,7 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-#if defined(__x86_64__)
+#if defined(INQ_SWITCH)
 asm(R"(
 .text
 .globl inq_emulator_switch

@@ -8,7 +8,9 @@
 #include <cstdlib>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(INQ_UCONTEXT)
+#define INQ_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -41,7 +43,7 @@ class Stacks {
   std::vector<char*> free_;
 };
 
-#if defined(__x86_64__)
+#if defined(INQ_SWITCH)
 
 // Pushes the six registers a function must keep, changes stacks, pops the other fiber's.
 extern "C" __attribute__((visibility("hidden"))) void inq_emulator_switch(void** save, void* to);

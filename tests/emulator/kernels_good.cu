@@ -73,6 +73,38 @@ __global__ void mma_pipelined(const __grid_constant__ Params p) {
   for (int i = 0; i < 4; ++i) st_global(c + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2, d[i]);
 }
 
+// c [16][16] fp32 = a [16][16] b [16][16] of bf16, both row-major: b through ldmatrix.trans.
+__global__ void mma_transposed(const __grid_constant__ Params p) {
+  char* const shared = dynamic_shared();
+  const int lane = static_cast<int>(threadIdx.x);
+  Four* const words = reinterpret_cast<Four*>(shared);
+  st_shared(words + lane, ld_global_once(static_cast<const Four*>(p.a) + lane));
+  st_shared(words + 32 + lane, ld_global_once(static_cast<const Four*>(p.b) + lane));
+  sync_warp();
+  uint32_t a[4], b[4];
+  ldmatrix_x4(a, shared + lane % 16 * 32 + lane / 16 * 16);
+  ldmatrix_x4_trans(b, shared + 512 + lane % 16 * 32 + lane / 16 * 16);
+  for (int half = 0; half < 2; ++half) {
+    float d[4] = {};
+    const uint32_t column[2] = {b[2 * half], b[2 * half + 1]};
+    mma_bf16(d, a, column);
+    float* const c = static_cast<float*>(p.c) + 8 * half;
+    for (int i = 0; i < 4; ++i) st_global(c + (lane / 4 + i / 2 * 8) * 16 + lane % 4 * 2 + i % 2, d[i]);
+  }
+}
+
+// c = the OR, the largest, the smallest and the sum of a's n numbers (c begins as zeros).
+__global__ void atomics(const __grid_constant__ Params p) {
+  unsigned* const c = static_cast<unsigned*>(p.c);
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= p.n) return;
+  const unsigned x = ld_global(static_cast<const unsigned*>(p.a) + i);
+  atomic_or(c, x);
+  atomic_max(c + 1, x);
+  atomic_min(reinterpret_cast<int*>(c) + 2, -static_cast<int>(x));
+  atomic_add(reinterpret_cast<unsigned long long*>(c + 4), static_cast<unsigned long long>(x));
+}
+
 // c[0] = the sum of all blocks' sums; b [grid + 1] ints of zeros: partial sums, and how many are there.
 __global__ void stream_k(const __grid_constant__ Params p) {
   int* const partial = static_cast<int*>(const_cast<void*>(p.b));
@@ -287,6 +319,8 @@ int good(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int n, int m) 
   if (is("reduction")) return launch(reduction, dim3(static_cast<unsigned>(m)), 256, 64, nullptr, p);
   if (is("transpose")) return launch(transpose, dim3((n + 31) / 32, (m + 31) / 32), 128, 32 * 33 * 2, nullptr, p);
   if (is("mma_pipelined")) return launch(mma_pipelined, dim3(1), 32, 3 * 1024, nullptr, p);
+  if (is("mma_transposed")) return launch(mma_transposed, dim3(1), 32, 1024, nullptr, p);
+  if (is("atomics")) return launch(atomics, dim3(static_cast<unsigned>(n + 63) / 64), 64, 0, nullptr, p);
   if (is("stream_k")) return launch(stream_k, dim3(static_cast<unsigned>(m)), 32, 0, nullptr, p);
   if (is("bulk")) return launch(bulk, dim3(1), 64, 264, nullptr, p);
   if (is("histogram")) return launch(histogram, dim3(3), 96, n * 4, nullptr, p);
