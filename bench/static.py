@@ -1,11 +1,11 @@
-"""``inq bench static``: every Triton kernel compiled for every kind of GPU, and what its machine code will cost.
+"""``inq bench static``: Triton's kernels compiled for every kind of GPU, and what their machine code will cost.
 
 Needs Triton and no GPU. Each kernel is compiled as a launch would, disassembled with the tools of Triton's wheel, and
 counted: registers, spills, shared memory, and the instructions of its main loop for each weight that a thread decodes.
 Budgets hold or the exit status is 1 (KERNELS.md).
 
-All of them take some twenty minutes. The table that is committed says of which sources it was made, so that a test sees
-it grow old; ``--check`` compiles few of them, extremes of each kernel, and compares what comes out with the table.
+All of them take some ten minutes of a processor. The table that is committed says of which sources it was made, so that
+a test sees it grow old; ``--check`` compiles few of them, extremes of each kernel, and compares them with the table.
 """
 
 from __future__ import annotations

@@ -366,6 +366,9 @@ def test_the_choice_is_a_function_of_its_arguments():
     assert choose("linear", "fp32", 4096, 4096, 1024, 132).kernel == "tile"
     for m, expected in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 64), (2000, 64)):
         assert choose("linear", "bf16", m, 4096, 1024, 132, tiles.HOPPER).tile.bm == expected
+    for n, expected in ((4096, 64), (4097, 32), (4104, 32), (4112, 64)):
+        assert choose("linear", "bf16", 64, n, 1024, 132, tiles.HOPPER).tile.bm == expected
+        assert choose("linear", "bf16", 64, n, 1024, 132).tile.bm == 64
     wide = choose("linear", "fp16", 1, 100, 4096, 132)
     assert wide.splits * wide.steps >= -(-4096 // wide.tile.bk) > (wide.splits - 1) * wide.steps
 

@@ -44,20 +44,23 @@ _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "e4m3": "*fp8e4n
 # where each tile of conv2d is.
 _ALL_WORDS = (80, 90)
 _ALL_SIZES, _ALL_SIZES_E4M3 = (80, 90, 100), (89, 90, 100)
-_ALL_OF_CONV2D = (80, 90, 100)
+_ALL_OF_CONV2D = (90, 100)
+# Of kernels without products, what changes them most; the rest of their constants change little.
+_MOST = ("DTYPE", "RANDOM", "SPLIT", "MSE", "ROWS", "FIRST", "MOMENTUM", "NEAR_ONE", "PADDED", "BN")
 # What the head of the table says of all this.
 COVERED = (
     "Compiled on every kind of GPU: each tile that `select` can return for `linear`, of each type of product, from "
-    "4-bit words of the paper's levels, with K in whole steps and masked. On sm_80, 90 and 100 (e4m3: 89, 90 and "
-    "100; sm_86, 89 and 120 have sm_80's tiles) also with N a multiple of 16 and not, and for sums that are parts. "
-    "On sm_80 and 90 16-bit products also from the words of `dense` levels and of 5 bits, whole and masked, and "
-    "from words of the other type, masked; on sm_90 those of float32 and e4m3, too. Epilogues have all they can "
-    "have: row exponents, scale, bias. `linear_dx`: each tile on every kind of GPU, all words on sm_90. `conv2d`: "
-    "each tile with 3×3 windows that leave the image on sm_80, 90 and 100, and elsewhere the largest; other "
-    "windows, words and memory with the largest on sm_90. Kernels without products: every variant on sm_90, one of "
-    "each kernel and type on sm_80, one of each kernel elsewhere. Not compiled: the remaining combinations of "
-    "these; `dense` levels of 2 and 3 bits, which differ from 4 in numbers alone; arguments that are 1, or "
-    "multiples of 16, where those of no configuration are; tiles of a tuned file."
+    "4-bit words of the paper's levels (e4m3 also from 16-bit words, of 5 bits), with K in whole steps and masked, "
+    "N no multiple of 16 where K is masked. On sm_80, 90 and 100 (e4m3: 89, 90 and 100; sm_86, 89 and 120 have "
+    "sm_80's tiles) also for sums that are parts, and with whole K and such N. On sm_80 and 90 16-bit products also "
+    "from the words of `dense` levels and of 5 bits, with K masked, on sm_90 whole, too; and on sm_90, masked, from "
+    "words of the other type, and e4m3 from all. Epilogues have all they can have: row exponents, scale, bias. "
+    "`linear_dx`: each tile on every kind of GPU, all words on sm_90. `conv2d`: each tile with 3×3 windows that "
+    "leave the image on sm_90 and 100, and elsewhere the largest; other windows, words and memory with the largest "
+    "on sm_90. Kernels without products: on sm_90 for each type and each value of the constants that change them "
+    "most, one of each kernel elsewhere. Not compiled: the remaining combinations of these; `dense` levels of 2 and "
+    "3 bits, which differ from 4 in numbers alone; arguments that are 1, or multiples of 16, where those of no "
+    "configuration are; tiles of a tuned file."
 )
 
 
@@ -73,9 +76,11 @@ def configurations(capability: int = 90) -> Iterator[Configuration]:
         if "DOT" in each.constexprs:
             key += [each.constexprs["DOT"]]
             key += [each.constexprs[name] for name in ("BN", "BM") if capability in _ALL_OF_CONV2D]
-        elif capability == 80:
-            key += [str(each.constexprs.get("DTYPE")), *(t for t in each.signature.values() if t.startswith("*"))]
-        if capability == 90 or tuple(key) not in seen:
+            key += [each.name] * (capability == 90)
+        elif capability == 90:
+            key += [str(each.constexprs.get(name)) for name in _MOST]
+            key += [given for given in each.signature.values() if given.startswith("*")]
+        if tuple(key) not in seen:
             seen.add(tuple(key))
             yield each
 
@@ -123,7 +128,6 @@ _VARIANTS: dict[str, dict[str, bool]] = {
     "": {},
     " ragged": {"ragged": True},
     " masked": {"masked": True, "ragged": True},
-    " split": {"split": True},
     " masked split": {"masked": True, "split": True, "ragged": True},
 }
 
@@ -133,19 +137,23 @@ def _linear(table: Table, capability: int) -> Iterator[Configuration]:
     e4m3 = capability >= FIRST_E4M3
     for dot in ("fp16", "bf16", "fp32", "e4m3")[: 4 if e4m3 else 3]:
         sizes = capability in (_ALL_SIZES_E4M3 if dot == "e4m3" else _ALL_SIZES)
-        everything = capability in (_ALL_WORDS if dot in ("fp16", "bf16") else (90,))
         rows_exp = dot == "e4m3" or (dot == "fp16" and not e4m3)
         decoders = []
         for kind, fmt, layout, words in _codecs(dot):
             made = decoder(layout, fmt)
-            if made.constants in decoders or not (everything or (kind == "paper4" and not words)):
+            own = not words and (kind == "paper4" or (kind == "paper5" and dot == "e4m3"))
+            more = capability == 90 and dot != "fp32" if words else capability in _ALL_WORDS and dot in ("fp16", "bf16")
+            if made.constants in decoders or not (own or more or (dot == "e4m3" and capability == 90)):
                 continue
             decoders.append(made.constants)
             product = f"linear {tiles.product(dot, made.constants['SOURCE'])}"
             for rows, tile in _tiles(table[product]):
                 may_be_ragged = tile in tiles.row(table, product, 1).values()
-                own = _VARIANTS if kind == "paper4" and sizes else ("", " masked")
-                for variant in (" masked",) if words else own:
+                if kind == "paper4" and not words:
+                    variants = list(_VARIANTS) if sizes else ["", " masked"]
+                else:
+                    variants = ["", " masked"] if capability == 90 and dot != "e4m3" and not words else [" masked"]
+                for variant in variants:
                     facts = _VARIANTS[variant] | ({} if may_be_ragged else {"ragged": False})
                     if may_be_ragged or variant != " ragged":
                         name = f"linear {dot} {kind} m{rows}{words}{variant}"

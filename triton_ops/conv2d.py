@@ -463,9 +463,9 @@ def configurations() -> Iterator[Configuration]:
             if layout != slices.E4M3 and slices.has(layout, fmt) and (layout, fmt) != (own, Format(4)):
                 yield _tiled(dot, layout, fmt, largest, *_WINDOWS[0])
         for memory, window in itertools.product(_MEMORY, _WINDOWS[:2]):
-            if memory:
+            if memory and dot == "bf16":
                 yield _tiled(dot, own, Format(4), largest, *window, memory=memory)
-        for used in (1, 2, 3):
+        for used in (1, 2, 3) if dot == "bf16" else ():
             yield _tiled(dot, own, Format(4), largest, *_WINDOWS[0], used=used)
         types = {
             "weight": "*i16",
