@@ -16,7 +16,7 @@ STATIC ?=
 INQ_CUDA_ARCHS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo none)
 export INQ_CUDA_ARCHS
 # What only a device shows first; then the tests of Triton's kernels, not interpreted.
-GPU_TESTS = tests/test_gpu.py tests/test_gpu_fragments.py $(wildcard tests/test_triton_*.py)
+GPU_TESTS = tests/test_gpu.py $(wildcard tests/test_triton_*.py)
 # Where `make gpu` writes.
 GPU_OUT = $(or $(OUT),bench/results)
 
@@ -28,7 +28,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars bench static static-cuda gpu test emulate mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars bench static static-cuda gpu gpu-sanitize test emulate mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
 	@echo "make static-cuda   the same for the compiled CUDA library, as it is in the file"
+	@echo "make gpu-sanitize   there, compute-sanitizer over the CUDA library's tests"
 	@echo "make gpu       on a machine with one: the tests of its kernels, then the benchmarks (under 8 minutes)"
 	@echo "make test      the whole test suite"
 	@echo "make emulate   CUDA kernels on the CPU, 20 schedules of each (make test runs 3)"
@@ -61,17 +62,24 @@ static: $(READY)
 static-cuda: $(READY)
 	$(PY) -m inq_kernels.cli bench static --library $(STATIC)
 
-# Each part ends by itself: no test begins after 190 seconds, no case after 150; the build takes one minute at most. What was
-# left out is counted in the report. No speed without correct results: the benchmarks do not run if a test fails. Eight
-# processes, since most of the tests' time is compiling, a second or two for each kind of kernel.
+# Each part ends by itself: no test begins after 60 and 130 seconds, no case after 130; the build takes two minutes at most.
+# What was left out is counted in the report. No speed without correct results: the benchmarks do not run if a test fails.
+# Eight processes, since most of the tests' time is compiling, a second or two for each kind of Triton kernel.
 gpu: $(READY)
-	$(if $(READY),,$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)
+	$(if $(READY),,INQ_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)
 	mkdir -p "$(GPU_OUT)"
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu: expected a CUDA device, and torch finds none'"
-	INQ_TESTS_WITHIN=190 timeout 235 $(PY) -m pytest -p no:cacheprovider -n 8 -x -rs --junitxml="$(GPU_OUT)/gpu-tests.xml" \
+	INQ_GPU_BACKEND=cuda INQ_TESTS_WITHIN=60 timeout 80 $(PY) -m pytest -p no:cacheprovider -n 8 -x -rs \
+	  --junitxml="$(GPU_OUT)/gpu-tests-cuda.xml" tests/test_gpu.py tests/test_gpu_fragments.py
+	INQ_TESTS_WITHIN=110 timeout 140 $(PY) -m pytest -p no:cacheprovider -n 8 -x -rs --junitxml="$(GPU_OUT)/gpu-tests.xml" \
 	  $(GPU_TESTS)
-	timeout 185 $(PY) -m inq_kernels.cli bench --device cuda --bars --seconds-per-case 0.15 --within 150 \
+	timeout 150 $(PY) -m inq_kernels.cli bench --device cuda --bars --seconds-per-case 0.15 --within 120 \
 	  --out "$(GPU_OUT)/gpu" $(GPU)
+
+# compute-sanitizer over the CUDA library's tests: memcheck, initcheck and synccheck must find nothing, racecheck nothing
+# but what tests/racecheck-allowed.txt lists and explains. Needs a GPU; minutes.
+gpu-sanitize: $(READY)
+	INQ_GPU_BACKEND=cuda $(PY) tests/gpu_sanitize.py
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops, slices
+from ..ops import PackedWeight
 from .case import DTYPES, Context, attempt, nbytes, runner
 from .gpu import to_e4m3
 from .timing import Runner
@@ -20,10 +22,14 @@ INT4_GROUP, INT4_INNER_TILES = 128, 8
 MAX_M = {"int4": 256, "bitsandbytes": 256}
 
 
-def linear_baselines(context: Context, w: RandomWeights, m: int, dtype: str, x: Tensor) -> dict[str, Runner | str]:
-    """Baselines for y = x · Wᵀ: cuBLAS in x's dtype first."""
+def linear_baselines(
+    context: Context, w: RandomWeights, m: int, dtype: str, x: Tensor, packed: PackedWeight, op: str = "linear"
+) -> dict[str, Runner | str]:
+    """Baselines for y = x · Wᵀ: cuBLAS in x's dtype first. Triton's kernels are one of the CUDA library's."""
+    ours = {"Triton": attempt(lambda: _triton(context, packed, x, op))} if context.backend == "cuda" else {}
     return {
         f"cuBLAS {dtype}": attempt(lambda: _cublas(context, w, x, dtype)),
+        **ours,
         "_scaled_mm fp8": attempt(lambda: _scaled_mm(context, w, x)),
         "_weight_int4pack_mm": _limited("int4", m, lambda: attempt(lambda: _int4(context, w, x))),
         "Humming": _peer("humming", lambda: _humming(context, w, m, dtype, x)),
@@ -57,6 +63,21 @@ def _moved(x: Tensor, weight_bytes: int, n: int) -> int:
 def _cublas(context: Context, w: RandomWeights, x: Tensor, name: str) -> Runner:
     weights = context.copies(("dense", name), lambda: w.dense(DTYPES[name]))
     return runner(F.linear, [(x, each) for each in weights], _moved(x, nbytes(weights[0]), w.n))
+
+
+def _triton(context: Context, packed: PackedWeight, x: Tensor, op: str) -> Runner:
+    """``torch.ops.inq.<op>`` by Triton's kernels, from their layout."""
+    layout = slices.E4M3 if op == "linear_fp8" else slices.best(x.dtype, packed.format)
+    if not slices.has(layout, packed.format):
+        layout = slices.best(x.dtype, packed.format)
+    made = ops.prepack(packed, layout)
+    weights = context.copies(("Triton", layout, packed.format), made.weight.clone)
+    tail = (packed.weight_exp, packed.weight_scale, None, packed.format.bits, packed.format.levels, layout, "triton")
+    return runner(
+        getattr(torch.ops.inq, op),
+        [(x, each, *tail) for each in weights],
+        _moved(x, nbytes(made.weight), packed.shape[0]),
+    )
 
 
 def _scaled_mm(context: Context, w: RandomWeights, x: Tensor) -> Runner:

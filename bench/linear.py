@@ -76,10 +76,13 @@ def _linear(context: Context, k: int, n: int, bits: int, dtype: str, m: int) -> 
         dense = torch.nn.functional.linear(x[rows], w.dense(x.dtype, columns))
         return as_good_as_dense(y, exact, dense, torch.exp2(w.n1[columns].double()).T)
 
-    found = gpu_baselines if context.device == "cuda" else baselines
+    if context.device == "cuda":
+        others = gpu_baselines.linear_baselines(context, w, m, dtype, x, packed)
+    else:
+        others = baselines.linear_baselines(context, w, m, dtype, x)
     return Work(
         candidate,
-        found.linear_baselines(context, w, m, dtype, x),
+        others,
         check,
         2 * m * n * k,
         dtype,
@@ -159,7 +162,7 @@ def _linear_fp8(context: Context, k: int, n: int, bits: int, dtype: str, m: int)
 
     return Work(
         candidate,
-        gpu_baselines.linear_baselines(context, w, m, dtype, x),
+        gpu_baselines.linear_baselines(context, w, m, dtype, x, packed, "linear_fp8"),
         check,
         2 * m * n * k,
         "float8_e4m3fn",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import layouts, ops, reference, slices
+from .. import fragments, layouts, ops, reference, slices
 from ..format import Format
 from . import shapes
 from .case import DTYPES, Case, Context, Op, Request, Work, attempt, nbytes, runner, some
@@ -92,8 +92,9 @@ def _unpack_into(out: torch.Tensor, *arguments) -> torch.Tensor:
 
 def _prepack(context: Context, w: RandomWeights, bits: int, dtype: str, inverse: bool = False) -> Work:
     packed = w.packed()
-    ready = ops.prepack(packed, layouts.CPU16 if context.device == "cpu" else slices.best(torch.bfloat16, w.fmt))
-    together = 16 if ready.layout == layouts.CPU16 else 1  # rows of a panel
+    on_gpu = fragments.BF16 if context.backend == "cuda" else slices.best(torch.bfloat16, w.fmt)
+    ready = ops.prepack(packed, layouts.CPU16 if context.device == "cpu" else on_gpu)
+    together = 1 if ready.layout in slices.LAYOUTS else 16  # rows of a panel
     moved = nbytes(packed.weight, ready.weight)
     there = [(each, w.k, bits, w.fmt.levels, ready.layout) for each in context.copies("codes", lambda: packed.weight)]
     copies = context.copies("ready", lambda: ready.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops, reference, slices
+from .. import cuda, fragments, ops, reference, slices
 from ..format import Format
 from ..ops import PackedWeight
 from .case import DTYPES, Context
@@ -49,11 +49,19 @@ class RandomWeights:
 def prepacked(packed: PackedWeight, backend: str, layout: str | None = None) -> PackedWeight:
     """In the layout that ``backend`` multiplies from; the reference has the storage layout alone.
 
-    ``layout``: the one that Triton's kernels want for what they are given.
+    ``layout``: the one that a GPU's kernels want for what they are given.
     """
-    if backend == "reference":
-        return packed
-    return ops.prepack(packed, layout) if backend == "triton" and layout else ops.prepack(packed)
+    return packed if backend == "reference" else ops.prepack(packed, layout)
+
+
+def _layout(backend: str, dtype: str, fmt: Format) -> str | None:
+    """What a GPU's kernels multiply x of ``dtype`` from; None: the CPU's choice."""
+    if backend == "cuda":
+        return fragments.E4M3 if dtype == "e4m3" else cuda.LAYOUTS[DTYPES[dtype]]
+    if backend != "triton":
+        return None
+    layout = slices.best(DTYPES[dtype], fmt) if dtype in DTYPES else slices.E4M3
+    return layout if slices.has(layout, fmt) else slices.FP16
 
 
 def rotated(
@@ -63,9 +71,8 @@ def rotated(
     rotated copy."""
     fmt = Format(bits)
     w = context.get(("weights", bits), lambda: RandomWeights(n, k, fmt, device=context.device))
-    layout = slices.best(DTYPES[dtype], fmt) if dtype in DTYPES else slices.E4M3
-    layout = layout if slices.has(layout, fmt) else slices.FP16
-    kept = (bits, layout if context.backend == "triton" else None)
+    layout = _layout(context.backend, dtype, fmt)
+    kept = (bits, layout)
     packed = context.get(("packed", *kept), lambda: prepacked(w.packed(), context.backend, layout))
     codes = context.copies(("codes", *kept), lambda: packed.weight)
     return w, packed, [(each, packed.weight_exp, None) for each in codes]

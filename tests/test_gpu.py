@@ -1,4 +1,7 @@
-"""Triton's kernels on a CUDA device, through the public functions: ``make gpu``, or ``pytest -m gpu``.
+"""Kernels on a CUDA device, through the public functions: ``make gpu``, or ``pytest -m gpu``.
+
+INQ_GPU_BACKEND says whose: ``triton`` (the default), or ``cuda``, the compiled library, with Triton for what that has
+not.
 
 What the interpreter cannot show: machine code's results, the same bits in every run, graphs, streams, devices, sizes.
 tests/test_triton_*.py are run on the device as well; most of them are about values.
@@ -23,11 +26,13 @@ from support import (
 )
 
 import inq_kernels as inq
-from inq_kernels import backends, ops, slices
+from inq_kernels import backends, fragments, ops, slices
 
 FAKE = os.environ.get("INQ_FAKE_CUDA") == "1"
 DEVICE = "cpu" if FAKE else "cuda"
 RUNS = 2 if FAKE else 100
+BACKEND = os.environ.get("INQ_GPU_BACKEND", "triton")
+LAYOUT = fragments.FP16 if BACKEND == "cuda" else slices.FP16
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("one_patch_a_launch"),
@@ -40,12 +45,24 @@ MS = (1, 3, 16, 17, 64, 65, 130, 2048)
 
 
 @pytest.fixture(autouse=True)
-def triton_is_there():
-    """Functions without an argument for it choose Triton for tensors on the device. Not by INQ_BACKEND: a request never
-    falls back, and what tests prepare on the CPU, or unpack as float64, is none of Triton's."""
-    assert backends.availability()["triton"] is None
-    assert backends.select("pack", "", backends.availability(), "cuda") == "triton"
+def backend_is_there(monkeypatch):
+    """Functions without an argument for it choose BACKEND for tensors on the device. Not by INQ_BACKEND: a request
+    never falls back, and what tests prepare on the CPU, or unpack as float64, is none of Triton's."""
+    here = backends.availability()
+    assert here[BACKEND] is None
+    if BACKEND == "triton":
+        here["cuda"] = "these tests are Triton's"
+    monkeypatch.setattr(backends, "_availability", lambda: here)
+    backends._select_here.cache_clear()
+    assert backends.select("pack", "", backends.availability(), "cuda") == BACKEND
     assert backends.ENVIRONMENT not in os.environ
+    yield
+    backends._select_here.cache_clear()
+
+
+def backend_of(op, dtype):
+    """BACKEND, or Triton where that has not this operator for x of ``dtype``."""
+    return "triton" if backends.select(op, "", backends.availability(), "cuda", dtype) != BACKEND else BACKEND
 
 
 def to(packed, device=DEVICE):
@@ -54,7 +71,7 @@ def to(packed, device=DEVICE):
 
 
 def linear(x, packed, bias=None):
-    return inq.linear(x, packed, bias, backend="triton")
+    return inq.linear(x, packed, bias, backend=backend_of("linear", x.dtype))
 
 
 def normal(shape, dtype, seed=0):
@@ -70,9 +87,11 @@ def product(name, device=DEVICE, seed=0):
     conv = name.startswith("conv2d")
     n, k = (32, 64) if FAKE else (512, 2048)
     shape = (64, 32, 3, 3) if conv else (n, k)
-    layout = slices.E4M3 if name == "linear_fp8" else slices.FP16
+    backend = backend_of(name, torch.float16)
+    layouts = fragments if backend == "cuda" else slices
+    layout = layouts.E4M3 if name == "linear_fp8" else layouts.FP16
     packed = ops.prepack(to(random_packed(FMT, *shape, seed=seed), device), layout)
-    parts, tail = (packed.weight, packed.weight_exp, packed.weight_scale), (4, "paper", packed.layout, "triton")
+    parts, tail = (packed.weight, packed.weight_exp, packed.weight_scale), (4, "paper", packed.layout, backend)
     channels = 64 if name == "conv2d_dx" else 32
     x = normal((2, channels, 7, 8) if conv else (16, n if name == "linear_dx" else k), torch.float16, seed)
     between = {
@@ -257,8 +276,8 @@ def test_100_runs_of_a_product_give_the_same_bits(name):
 
 def test_100_layouts_have_the_same_bits():
     packed = to(random_packed(FMT, 200, 1000))
-    first = ops.prepack(packed, slices.FP16).weight
-    assert all(torch.equal(ops.prepack(packed, slices.FP16).weight, first) for _ in range(RUNS))
+    first = ops.prepack(packed, LAYOUT).weight
+    assert all(torch.equal(ops.prepack(packed, LAYOUT).weight, first) for _ in range(RUNS))
 
 
 @products
@@ -276,8 +295,8 @@ def test_storage_does_not_wait_for_the_device():
 
     def all_of_it():
         torch.ops.inq.unpack_(out, packed.weight, n1, None, 200, 4, "paper")
-        laid_out = torch.ops.inq.prepack(packed.weight, 200, 4, "paper", slices.FP16)
-        torch.ops.inq.unprepack(laid_out, 64, 200, 4, "paper", slices.FP16)
+        laid_out = torch.ops.inq.prepack(packed.weight, 200, 4, "paper", LAYOUT)
+        torch.ops.inq.unprepack(laid_out, 64, 200, 4, "paper", LAYOUT)
         torch.ops.inq.pack(w, n1, 4, "paper")
 
     all_of_it()
@@ -443,11 +462,13 @@ def test_layouts_beyond_31_bits():
     n, k = 70_016, 32_768
     small = to(random_packed(FMT, 64, k))
     packed = inq.PackedWeight(small.weight.repeat(n // 64, 1), small.weight_exp.repeat(n // 64, 1), None, FMT, (n, k))
-    expected = ops.prepack(small, slices.FP16).weight
-    laid_out = torch.ops.inq.prepack(packed.weight, k, 4, "paper", slices.FP16)
-    back = torch.ops.inq.unprepack(laid_out, n, k, 4, "paper", slices.FP16)
+    expected = ops.prepack(small, LAYOUT).weight
+    laid_out = torch.ops.inq.prepack(packed.weight, k, 4, "paper", LAYOUT)
+    back = torch.ops.inq.unprepack(laid_out, n, k, 4, "paper", LAYOUT)
+    # Fragments are of 16 rows.
+    rows = 64 // expected.shape[0]
     for start in (0, 32_768, 65_536, n - 64):
-        assert torch.equal(laid_out[start : start + 64], expected)
+        assert torch.equal(laid_out[start // rows : start // rows + expected.shape[0]], expected)
         assert torch.equal(back[start : start + 64], small.weight)
 
 
@@ -456,7 +477,7 @@ def test_the_gradient_beyond_31_bits():
     needs(12)
     rows, packed = 2**31 // 1024 + 130, to(random_packed(FMT, 64, 1024, n1=-2))
     grad = normal((rows, 64), torch.bfloat16)
-    parts = (packed.weight, packed.weight_exp, None, 1024, 4, "paper", packed.layout, "triton")
+    parts = (packed.weight, packed.weight_exp, None, 1024, 4, "paper", packed.layout, BACKEND)
     dx, w = torch.ops.inq.linear_dx(grad, *parts)[-100:], inq.unpack(packed, torch.float64)
     assert_as_good_as_dense(dx, grad[-100:].double() @ w, (grad[-100:].float() @ w.float()).bfloat16(), 1.0)
 
