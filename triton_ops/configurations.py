@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -132,32 +132,41 @@ _VARIANTS: dict[str, dict[str, bool]] = {
 }
 
 
+def _variants(dot: str, kind: str, own: bool, capability: int) -> Sequence[str]:
+    """Which of them are compiled for each tile; ``own``: from the words that are a product's own."""
+    if own and kind == "paper4":
+        sizes = _ALL_SIZES_E4M3 if dot == "e4m3" else _ALL_SIZES
+        return list(_VARIANTS) if capability in sizes else ("", " masked")
+    if dot == "e4m3":
+        return (" masked",) if capability == 90 or (own and kind == "paper5") else ()
+    if dot == "fp32" or capability not in _ALL_WORDS:
+        return ()
+    if own:
+        return ("", " masked") if capability == 90 else (" masked",)
+    return (" masked",) if capability == 90 else ()
+
+
 def _linear(table: Table, capability: int) -> Iterator[Configuration]:
     # Before sm_89 rows of e4m3 numbers are multiplied as float16: kernels of fp16 but for the rows' exponents.
     e4m3 = capability >= FIRST_E4M3
     for dot in ("fp16", "bf16", "fp32", "e4m3")[: 4 if e4m3 else 3]:
-        sizes = capability in (_ALL_SIZES_E4M3 if dot == "e4m3" else _ALL_SIZES)
         rows_exp = dot == "e4m3" or (dot == "fp16" and not e4m3)
         decoders = []
         for kind, fmt, layout, words in _codecs(dot):
             made = decoder(layout, fmt)
-            own = not words and (kind == "paper4" or (kind == "paper5" and dot == "e4m3"))
-            more = capability == 90 and dot != "fp32" if words else capability in _ALL_WORDS and dot in ("fp16", "bf16")
-            if made.constants in decoders or not (own or more or (dot == "e4m3" and capability == 90)):
-                continue
+            # Formats that are decoded alike are one kernel.
+            variants = () if made.constants in decoders else _variants(dot, kind, not words, capability)
             decoders.append(made.constants)
             product = f"linear {tiles.product(dot, made.constants['SOURCE'])}"
-            for rows, tile in _tiles(table[product]):
-                may_be_ragged = tile in tiles.row(table, product, 1).values()
-                if kind == "paper4" and not words:
-                    variants = list(_VARIANTS) if sizes else ["", " masked"]
-                else:
-                    variants = ["", " masked"] if capability == 90 and dot != "e4m3" and not words else [" masked"]
-                for variant in variants:
-                    facts = _VARIANTS[variant] | ({} if may_be_ragged else {"ragged": False})
-                    if may_be_ragged or variant != " ragged":
-                        name = f"linear {dot} {kind} m{rows}{words}{variant}"
-                        yield _linear_one(name, dot, fmt, layout, tile, rows_exp, **facts)
+            for (rows, tile), variant in itertools.product(_tiles(table[product]), variants):
+                facts = dict(_VARIANTS[variant])
+                if facts.get("ragged") and tile not in tiles.row(table, product, 1).values():
+                    if variant == " ragged":
+                        continue
+                    facts["ragged"] = False
+                yield _linear_one(
+                    f"linear {dot} {kind} m{rows}{words}{variant}", dot, fmt, layout, tile, rows_exp, **facts
+                )
 
 
 def _linear_one(
