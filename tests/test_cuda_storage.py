@@ -126,7 +126,9 @@ def test_unpack_every_code_with_every_exponent(library, fmt):
     n1 = torch.arange(-128, 128, dtype=torch.int32).to(torch.int8).view(-1, 1)
     codes = torch.arange(1 << fmt.bits, dtype=torch.uint8).expand(256, -1)
     stored = reference.pack_codes(codes, fmt.bits)
-    scale = torch.randn(256, 1, generator=generator(1)) * torch.exp2(torch.randint(-40, 41, (256, 1), generator=generator(2)).float())
+    scale = torch.randn(256, 1, generator=generator(1)) * torch.exp2(
+        torch.randint(-40, 41, (256, 1), generator=generator(2)).float()
+    )
     scale[::17] = 0
     for dtype in DTYPES:
         for s in (None, scale):
@@ -142,7 +144,11 @@ def run_fragments(library, name, source, out_shape, table, n, k, fmt, layout, se
         out = device.output(out_shape, torch.uint8, "out", offset if name == "unprepack" else 0)
         source = device.input(source, "source", offset if name == "prepack" else 0)
         if name == "prepack":
-            where = {"codes": source.data_ptr(), "out": out.data_ptr(), "table": device.input(table, "table").data_ptr()}
+            where = {
+                "codes": source.data_ptr(),
+                "out": out.data_ptr(),
+                "table": device.input(table, "table").data_ptr(),
+            }
         else:
             where = {"fragments": source.data_ptr(), "codes": out.data_ptr()}
         status = getattr(library, name)(**where, n=n, k=k, **flags(fmt), **number)

@@ -463,7 +463,9 @@ def run_steps(library, name, dtype, numbers, seed, offset):
             new = rounded_sgd(p, g, m, numbers)
         else:
             new = rounded_adamw(p, g, m, v, numbers)
-        for old, wanted, got, what in zip((p, m, v), new, (ws[i], ms[i], vs[i]), ("w", "first", "second"), strict=False):
+        for old, wanted, got, what in zip(
+            (p, m, v), new, (ws[i], ms[i], vs[i]), ("w", "first", "second"), strict=False
+        ):
             if got is not None:
                 assert same_bits(got, torch.where(h, old, wanted)), (name, what, i, numbers)
 
