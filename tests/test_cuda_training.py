@@ -213,6 +213,18 @@ def test_keys_that_the_list_has_no_room_for(partition_library, seed, room):
     check_thresholds(partition(partition_library, some, seed, capacity=lambda numel: room)[0], some)
 
 
+@all_seeds
+def test_a_long_list(partition_library, seed):
+    # Tiles full of weights with the boundary's first digit: warps write their parts of the list more than once.
+    g = generator(seed)
+    w = torch.rand(2, 10001, generator=g) / 16 + 0.5
+    w[:, ::5] = torch.randn(2, 2001, generator=g)
+    mask, _ = masks(w.numel(), "half", seed)
+    some = [Case(w, mask, None, candidates(mask, None, w.numel()) // 2)]
+    got, _ = partition(partition_library, some, seed, chunk=1 << 14, capacity=lambda numel: numel)
+    check_thresholds(got, some)
+
+
 def test_impossible_counts_select_all_or_nothing(partition_library):
     w, mask = torch.tensor([[1.0, -3.0, 2.0]]), torch.tensor([1], dtype=torch.uint8)
     some = [Case(w, mask, None, 5), Case(w, mask, None, -2), Case(w, torch.full_like(mask, 7), None, 1)]
@@ -273,11 +285,15 @@ def test_exponents_alone(partition_library, granularity, dtype):
 
 def test_exponents_of_a_long_row(partition_library):
     # More than one round of its histogram, and not at the begin of a tile.
-    w = torch.randn(2, (1 << 15) + 1001, generator=generator(3))
+    w = torch.randn(3, (1 << 15) + 1001, generator=generator(3))
     w[1, 30000] = 100
+    # As many as move the least squared error, in the first round or in the last.
+    w[2, :900] = 50
+    w[0, -900:] = 50
     some = [Case(w, torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8), None, 0)]
-    fmt = inq.Format(4, granularity="channel")
-    check_exponents(partition(partition_library, some, 0, fmt=fmt, thresholds=False)[1], some, fmt)
+    for rule in ("max", "mse"):
+        fmt = inq.Format(4, granularity="channel", exponent=rule)
+        check_exponents(partition(partition_library, some, 0, fmt=fmt, thresholds=False)[1], some, fmt)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -364,6 +380,8 @@ def test_any_exponent_of_rows(quantize_library, dtype):
     some = []
     for shape in shapes:
         w = from_bits(torch.randint(-(1 << 31), 1 << 31, shape, generator=g), dtype)
+        # Half of them subnormal, or nearly.
+        w[:, ::2] = kinds(shape, dtype)["subnormal"][:, ::2]
         some.append(Case(w, torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8), None, 0))
     everything = torch.tensor([[-1, 0]] * 3)
     for fmt in FORMATS[DTYPES.index(dtype) :: 3]:

@@ -26,7 +26,6 @@ from test_triton_training import (
     SIZES,
     WHICH,
     Guard,
-    _one_patch_a_launch,  # noqa: F401 - a fixture for all tests here
     bits_to_weights,
     candidates,
     cases,
@@ -38,6 +37,7 @@ from test_triton_training import (
 )
 
 pytestmark = [
+    pytest.mark.usefixtures("one_patch_a_launch"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]

@@ -61,7 +61,7 @@ INQ_DEVICE int exponent_of(const Slot* slots, const ExponentRule& rule, Exponent
   const int last = larger(top - kMseOctaves, rule.lowest);
   // Every weight below 2^(this − 1) is 0 for all candidates and adds the same to all their errors.
   const int floor = last - magnitudes(rule.format);
-  // A warp for each candidate, its lanes for the slots. Loops here are rolled up: they are short, and their numbers wide.
+  // A warp for each candidate, its lanes for the slots. Loops here are rolled up: short, of wide numbers.
 #pragma unroll 1
   for (int candidate = warp_of_thread(); candidate <= top - last; candidate += kThreads / 32) {
     const int n1 = top - candidate;

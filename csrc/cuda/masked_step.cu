@@ -96,7 +96,8 @@ template <bool kSecond>
 constexpr int kBlocks = kSecond ? 2 : 3;
 
 template <DType kType, bool kFirst, bool kSecond, class Step>
-__global__ void __launch_bounds__(kThreads, kBlocks<kSecond>) masked_step(const __grid_constant__ KernelParams<Step> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kSecond>)
+    masked_step(const __grid_constant__ KernelParams<Step> p) {
   using T = Raw<kType>;
   const StepTensor* const t = tensor_of(p.tensors, p.tensor_count, &StepTensor::first_chunk, blockIdx.x);
   const int64_t numel = ld_global(&t->numel);

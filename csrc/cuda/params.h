@@ -20,7 +20,7 @@ constexpr int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
 // One tensor of a list. Any alignment that its dtype has; multiples of 16 bytes are faster.
 struct WeightTensor {
   void* w;               // contiguous
-  uint8_t* mask;         // one bit a weight, set: frozen; null: none is
+  uint8_t* mask;         // one bit a weight, set: frozen; null: none is (freezing needs one)
   const uint8_t* keep;   // one bit a weight, clear: pruned; null: all are kept
   int64_t numel;
   int64_t rows, length;  // and the weights of each: numel / rows
@@ -34,7 +34,9 @@ struct WeightTensor {
 };
 
 // Every tensor has a chunk, an empty one too: somebody must write its results.
-INQ_HD constexpr int64_t chunks_of(int64_t numel, int64_t chunk) { return numel > chunk ? (numel + chunk - 1) / chunk : 1; }
+INQ_HD constexpr int64_t chunks_of(int64_t numel, int64_t chunk) {
+  return numel > chunk ? (numel + chunk - 1) / chunk : 1;
+}
 
 // A chunk of partition's: as many weights as may be counted before a counter of 32 bits can overflow.
 constexpr int64_t kPartitionChunk = int64_t{1} << 16;

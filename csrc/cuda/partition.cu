@@ -1,7 +1,7 @@
 // Which weights freeze next, and n1: a radix select over the bits of |w| (or random ranks), for all tensors of a list.
 //
-// The key of a weight is its |w| as the bits of a float32, 31 of them. Its first digit, 11 bits, is the exponent and the
-// upper mantissa bits: counted with the sums of the bits below, it decides n1 too. The second pass over the weights
+// The key of a weight is its |w| as the bits of a float32, 31 of them. Its first digit, 11 bits, is the exponent and
+// the upper mantissa bits: counted with the sums of the bits below, it decides n1 too. The second pass over the weights
 // counts the second digit of those that have the first one found, few, and lists their keys; the third digit is counted
 // from the list. So fp32 weights are read twice, 16-bit ones too, which have no third digit. Where most weights have
 // one first digit, the list has no room and the third digit is counted from the weights.
@@ -276,9 +276,9 @@ __global__ void __launch_bounds__(kFirstThreads) count_first(const __grid_consta
 
   if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
   if (p.selects) {
-    const int64_t count = ld_global(&c.t->count);
+    const auto count = static_cast<unsigned long long>(larger<int64_t>(ld_global(&c.t->count), 0));
     const unsigned long long wanted =
-        find_digit<kFirst, kFirstThreads>(c.state->count[0], static_cast<unsigned long long>(larger<int64_t>(count, 0)), &shared->select);
+        find_digit<kFirst, kFirstThreads>(c.state->count[0], count, &shared->select);
     if (thread == 0) {
       if (wanted > 0) add_digit(c.state, 0, wanted, &shared->select);
       if (wanted == 0) write_threshold<kType, kRandom>(p.all, c, 0);
@@ -396,7 +396,8 @@ __global__ void __launch_bounds__(kNextThreads, 3) count_second(const __grid_con
   add_counts(shared, c.state->next[0]);
 
   if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
-  const unsigned long long wanted = find_digit<kNext, kNextThreads>(c.state->next[0], ld_global(&c.state->wanted), &shared->select);
+  const unsigned long long wanted =
+      find_digit<kNext, kNextThreads>(c.state->next[0], ld_global(&c.state->wanted), &shared->select);
   if (threadIdx.x == 0) {
     add_digit(c.state, D::kSecondBits, wanted, &shared->select);
     if (!D::kThird) write_threshold<kType, kRandom>(p.all, c, ld_global(&c.state->wanted));
@@ -437,7 +438,8 @@ __global__ void __launch_bounds__(kNextThreads) count_third(const __grid_constan
   add_counts(shared, c.state->next[1]);
 
   if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
-  const unsigned long long wanted = find_digit<kNext, kNextThreads>(c.state->next[1], ld_global(&c.state->wanted), &shared->select);
+  const unsigned long long wanted =
+      find_digit<kNext, kNextThreads>(c.state->next[1], ld_global(&c.state->wanted), &shared->select);
   if (thread == 0) {
     add_digit(c.state, kBits, wanted, &shared->select);
     write_threshold<kType, kRandom>(p.all, c, ld_global(&c.state->wanted));

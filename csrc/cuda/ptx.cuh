@@ -53,7 +53,8 @@ INQ_DEVICE void st_global(Two* p, Two value) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(value.x), "r"(value.y) : "memory");
 }
 INQ_DEVICE void st_global(Four* p, Four value) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
                : "memory");
 }
 // ld.global.nc.L1::no_allocate.v4: read once, never written while the kernel runs.

@@ -56,8 +56,8 @@ INQ_DEVICE int64_t ties_before(const ChunkTies* ties, int64_t first, int64_t chu
   }
 }
 
-// Where in its tensor's rows a warp's part of a chunk begins. What follows is near: rows are counted on from there in 32
-// bits, with a division only where rows are shorter than the part.
+// Where in its tensor's rows a warp's part of a chunk begins. What follows is near: rows are counted on from there in
+// 32 bits, with a division only where rows are shorter than the part.
 struct RowPlace {
   static constexpr int kPart = kTiles * kTile;
   const int8_t* n1;  // of that row

@@ -1,7 +1,7 @@
 // What the training kernels share: which tensor a block works on, and how a warp reads weights and bits of masks.
 //
-// A warp works on *tiles* of 256 weights, eight a lane. A lane's eight are *runs* of kRun neighbours, and the lanes' runs
-// lie side by side, so that one instruction moves 16 (or 8) bytes a lane without gaps. Its bits of a mask are one byte,
+// A warp works on *tiles* of 256 weights, eight a lane. A lane's eight are *runs* of kRun neighbours, and the lanes'
+// runs lie side by side, so that one instruction moves 16 (or 8) bytes a lane without gaps. Its bits of a mask are one byte,
 // bit j for its weight j. Weights are worked on as the bits of a float32.
 #pragma once
 

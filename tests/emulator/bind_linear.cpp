@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
+#include "decode.cuh"
 #include "linear.h"
 
 namespace inq::cuda {
