@@ -323,7 +323,7 @@ def write(path: Path, results: dict) -> None:
     for row in results["rows"]:
         short = dict(row)
         for column, names in _NAMED.items():
-            short[column] = row.get(column) and [row[column].get(name) for name in names]
+            short[column] = None if row.get(column) is None else [row[column].get(name) for name in names]
         lines.append("  " + json.dumps([short.get(column) for column in _COLUMNS], separators=(",", ":")))
     head = {name: value for name, value in results.items() if name != "rows"} | {"columns": _COLUMNS, "rows": []}
     text = json.dumps(head, indent=1)

@@ -81,14 +81,14 @@ _16_HOPPER = {
 _16_HOPPER_RAGGED = {rows: _16_HOPPER[min(rows, 32)] for rows in ROWS}
 # Blackwell's sums lie in tensor memory, 512 columns of it, and each slice of K has its own.
 _16_BLACKWELL = {
-    16: Tile(128, 16, 64, 4, 3),
+    16: Tile(128, 16, 64, 4, 3, 32),
     32: Tile(128, 32, 64, 4, 3),
     64: Tile(128, 64, 32, 4, 3),
     128: Tile(128, 64, 32, 4, 3),
 }
 _FP8 = {
     16: Tile(128, 16, 128, 4, 3, 64),
-    32: Tile(128, 32, 128, 4, 3, 64),
+    32: Tile(128, 32, 64, 4, 3),  # twice as long, sums that are parts spilled
     64: Tile(128, 64, 64, 4, 3),
     128: Tile(128, 128, 64, 8, 3),
 }
@@ -105,8 +105,10 @@ _FP8_OF_16 = {
     64: Tile(128, 64, 64, 4, 3, 32),
     128: Tile(128, 128, 64, 8, 2, 32),
 }
-# No tensor cores: IEEE float32 products.
-_FP32 = {rows: Tile(64, min(rows, 64), 16, 4 if rows < 64 else 8, 2) for rows in ROWS}
+# The S products of 128 rows have more tensor memory than there is.
+_FP8_OF_16_BLACKWELL = _FP8_OF_16 | {128: _FP8_OF_16[64]}
+# No tensor cores: IEEE float32 products. 64 rows spilled where K is masked.
+_FP32 = {rows: Tile(64, min(rows, 32), 16, 4, 2) for rows in ROWS}
 # The gradient: BN rows of weights are summed over a step, BK words give BK columns in each slice, so S accumulators.
 _DX = {rows: Tile(64, 16 if rows == 16 else 32, 64, 4, 2) for rows in ROWS}
 # 64 rows of x are the least of Hopper's own product instructions.
@@ -136,6 +138,7 @@ BLACKWELL: dict[str, dict[int, Tile]] = DEFAULTS | {
     "linear fp16": _16_BLACKWELL,
     "linear bf16": _16_BLACKWELL,
     "linear fp32": _FP32_BLACKWELL,
+    "linear e4m3 of 16": _FP8_OF_16_BLACKWELL,
 }
 
 
