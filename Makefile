@@ -62,14 +62,14 @@ static: $(READY)
 static-cuda: $(READY)
 	$(PY) -m inq_kernels.cli bench static --library $(STATIC)
 
-# Each part ends by itself: no test begins after 60 and 130 seconds, no case after 130; the build takes two minutes at most.
+# Each part ends by itself: no test begins after 50 and 110 seconds, no case after 120; the build takes one minute at most.
 # What was left out is counted in the report. No speed without correct results: the benchmarks do not run if a test fails.
 # Eight processes, since most of the tests' time is compiling, a second or two for each kind of Triton kernel.
 gpu: $(READY)
 	$(if $(READY),,INQ_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)
 	mkdir -p "$(GPU_OUT)"
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu: expected a CUDA device, and torch finds none'"
-	INQ_GPU_BACKEND=cuda INQ_TESTS_WITHIN=60 timeout 80 $(PY) -m pytest -p no:cacheprovider -n 8 -x -rs \
+	INQ_GPU_BACKEND=cuda INQ_TESTS_WITHIN=50 timeout 80 $(PY) -m pytest -p no:cacheprovider -n 8 -x -rs \
 	  --junitxml="$(GPU_OUT)/gpu-tests-cuda.xml" tests/test_gpu.py tests/test_gpu_fragments.py
 	INQ_TESTS_WITHIN=110 timeout 140 $(PY) -m pytest -p no:cacheprovider -n 8 -x -rs --junitxml="$(GPU_OUT)/gpu-tests.xml" \
 	  $(GPU_TESTS)

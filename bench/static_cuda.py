@@ -10,6 +10,7 @@ the decoding, addresses and other work are not.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,12 +19,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .. import cuda
 from ..table import render
 from . import report
 from .static import instructions, kind, main_loop, opcode
 
 SCHEMA = 1
-LIBRARY = Path(__file__).resolve().parent.parent / "inq_kernels" / "_cuda.so"
+LIBRARY = Path(cuda.__file__).resolve().parent / "_cuda.so"
+TABLE = Path("bench", "results", "static-cuda")
 # Instructions for two weights of a product's decoding: KERNELS.md counts 1.75 to 2.0, and 1.0 to e4m3.
 BUDGET, BUDGET_E4M3 = 2.0, 1.0
 # Dense levels are 2^-126 and up in bfloat16: a multiplication for each register, and a rotation ("Dense into bf16 takes
@@ -249,6 +252,25 @@ def problems(row: dict) -> list[str]:
     return found
 
 
+def stale(rows: Sequence[dict], committed: Sequence[dict]) -> list[str]:
+    """Where a committed table says something else than the library: it is to be made again."""
+
+    def key(row: dict) -> tuple[str, str]:
+        return row["name"], row["sm"]
+
+    old, new = ({key(row): row for row in each} for each in (committed, rows))
+    found = [f"{name} on sm_{sm}: not in the committed table" for name, sm in sorted(new.keys() - old.keys())]
+    found += [f"{name} on sm_{sm}: in the committed table alone" for name, sm in sorted(old.keys() - new.keys())]
+    for both in sorted(old.keys() & new.keys()):
+        for what in ("registers", "stack", "local", "tensor", "decoding"):
+            if old[both][what] != new[both][what]:
+                found.append(
+                    f"{both[0]} on sm_{both[1]}: {what}: the committed table has {old[both][what]}, got "
+                    f"{new[both][what]}"
+                )
+    return found
+
+
 def markdown(rows: Sequence[dict]) -> str:
     """The results as a table for people, with what others pay."""
     lines = [
@@ -275,7 +297,10 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def run(out: Path | None, library: Path = LIBRARY) -> int:
-    """``inq bench static --library``: files under ``out``, problems on stderr and as exit status 1."""
+    """``inq bench static --library``: files under ``out``, problems on stderr and as exit status 1.
+
+    Elsewhere than at its own place the table is compared with the one there.
+    """
     if not library.exists():
         print(f"inq bench: static: expected a CUDA library, {library.name} is not built here", file=sys.stderr)
         return 1
@@ -285,7 +310,7 @@ def run(out: Path | None, library: Path = LIBRARY) -> int:
         return 1
     names = demangled(sorted({row["name"] for row in found}))
     rows = [row | {"name": names[row["name"]]} for row in found]
-    out = out or Path("bench", "results", "static-cuda")
+    out = out or TABLE
     out.mkdir(parents=True, exist_ok=True)
     report.write(out / "static.json", {"schema": SCHEMA, "rows": rows})
     (out / "static.md").write_text(markdown(rows))
@@ -295,6 +320,9 @@ def run(out: Path | None, library: Path = LIBRARY) -> int:
         cost = per_two(row)
         if cost is not None:
             cells.append((row["name"], row["sm"], row["registers"], f"{cost:.2f}", " ".join(row["tensor"])))
+    committed = TABLE / "static.json"
+    if out.resolve() != TABLE.resolve() and committed.exists():
+        wrong += stale(rows, json.loads(committed.read_text())["rows"])
     print(render(("kernel", "sm", "registers", "decoding/2 weights", "tensor cores"), cells))
     print(f"{out / 'static.json'}: {len(rows)} kernels, {len(wrong)} problems")
     for each in wrong:

@@ -22,25 +22,11 @@ Machine machine_of(int32_t device) {
 }
 
 Tensor counters(int64_t count, const OnDevice& here) {
-  const int64_t size = std::max<int64_t>(count, 1);
-  auto made = [&](int64_t length) {
-    Tensor t = new_tensor({length}, ScalarType::Int, here.index);
-    return torch::stable::zero_(t);
-  };
-  if (count == 0) return new_tensor({size}, ScalarType::Int, here.index);
-  cudaStreamCaptureStatus status{};
-  check_cuda("counters", cudaStreamIsCapturing(here.stream, &status));
-  if (status != cudaStreamCaptureStatusNone) return made(size);
-  static std::mutex mutex;
-  // Never freed: the driver may be gone before static objects are.
-  static auto& kept = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>();
-  const std::lock_guard lock(mutex);
-  const auto key = std::make_pair(here.index, here.stream);
-  const auto found = kept.find(key);
-  if (found != kept.end() && found->second.numel() >= size) return found->second;
-  // The caching allocator keeps what is given up here for this stream's later kernels alone.
-  kept.insert_or_assign(key, made(std::max<int64_t>(size, 4096)));
-  return kept.at(key);
+  Tensor t = new_tensor({std::max<int64_t>(count, 1)}, ScalarType::Int, here.index);
+  if (count > 0) {
+    check_cuda("counters", cudaMemsetAsync(t.mutable_data_ptr(), 0, static_cast<size_t>(count) * 4, here.stream));
+  }
+  return t;
 }
 
 }  // namespace inq::registration

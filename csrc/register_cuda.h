@@ -25,6 +25,8 @@ struct __attribute__((visibility("hidden"))) OnDevice {
 
 inline void check_cuda(const char* op, cudaError_t status) {
   if (status != cudaSuccess) {
+    // Or torch's next check would find it again.
+    (void)cudaGetLastError();
     throw std::runtime_error(std::string(kNamespace) + op + ": CUDA: " + cudaGetErrorName(status) + ": " +
                              cudaGetErrorString(status));
   }
@@ -36,9 +38,16 @@ struct Machine {
 };
 Machine machine_of(int32_t device);
 
-// int32 zeros for kernels that leave them zero again: blocks that wait for each other count in them. One tensor for each
-// stream, since kernels of two streams may run at once; in a CUDA graph, which may be replayed on any, new ones.
+// int32 zeros in which blocks count each other. New ones for each call: kernels leave them zero again, but one tensor for
+// all calls would be shared by streams, and by CUDA graphs with memory pools of their own.
 Tensor counters(int64_t count, const OnDevice& here);
+
+// Kernels read 16 bytes at a time.
+inline void check_aligned(const std::string& where, const Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) {
+    fail(where, "an address that is a multiple of 16", "another");
+  }
+}
 
 inline void check_same_device(const std::string& where, const Tensor& t, const Tensor& like) {
   if (!t.is_cuda() || t.get_device() != like.get_device()) {

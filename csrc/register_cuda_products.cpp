@@ -43,9 +43,7 @@ Weight weight_of(const std::string& op, const Tensor& like, const Tensor& weight
   if (scale) check(op + ": weight_scale", *scale, ScalarType::Float, {n, 1});
   for (const Tensor* t : {&weight, &exponent}) check_same_device(op + ": weight", *t, like);
   if (scale) check_same_device(op + ": weight_scale", *scale, like);
-  if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 != 0) {
-    fail(op + ": weight", "an address that is a multiple of 16", "another");
-  }
+  check_aligned(op + ": weight", weight);
   return {static_cast<const uint8_t*>(weight.const_data_ptr()),
           static_cast<const int8_t*>(exponent.const_data_ptr()),
           scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
@@ -273,6 +271,7 @@ Tensor decode_op(Tensor weight, int64_t n, int64_t k, int64_t bits, bool dense, 
   check_at_least("decode: n", n, 0);
   check_at_least("decode: k", k, 0);
   check("decode: weight", weight, ScalarType::Byte, shape_of_weight(number, format, n, k));
+  check_aligned("decode: weight", weight);
   const OnDevice here(weight);
   Tensor out = new_tensor({n, k}, dtype, here.index);
   check_cuda("decode", decode_dense({static_cast<const uint8_t*>(weight.const_data_ptr()),
@@ -290,7 +289,11 @@ Tensor finish_op(Tensor sums, Tensor weight_exp, OptionalTensor weight_scale, Op
   const int64_t m = sums.size(0), n = sums.size(1);
   check("finish: sums", sums, ScalarType::Float, {m, n});
   check("finish: weight_exp", weight_exp, ScalarType::Char, {n, 1});
-  if (weight_scale) check("finish: weight_scale", *weight_scale, ScalarType::Float, {n, 1});
+  check_same_device("finish: weight_exp", weight_exp, sums);
+  if (weight_scale) {
+    check("finish: weight_scale", *weight_scale, ScalarType::Float, {n, 1});
+    check_same_device("finish: weight_scale", *weight_scale, sums);
+  }
   const OptionalTensor row_bias = bias_of("finish", bias, n, sums);
   const OnDevice here(sums);
   Tensor out = new_tensor({m, n}, dtype, here.index);

@@ -1,6 +1,5 @@
 // The operators inq_cuda::* of training and storage: exponents, partition, freezing, optimizer steps, codes. See
 // register_cuda.cpp.
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -60,7 +59,6 @@ Tensor uploaded(const char* op, const std::vector<T>& table, const OnDevice& her
 struct Weights {
   std::string op;
   std::vector<WeightTensor> table;
-  std::vector<Tensor> lists;  // of keys: kept alive until the launches
   DType dtype{};
   int64_t rows = 0;
 
@@ -74,8 +72,7 @@ struct Weights {
     if (!table.empty() && type != dtype) fail(where, "one dtype", type_of(w));
     dtype = type;
     if (w.dim() == 0 || w.numel() == 0) fail(where, "rank ≥ 1 and at least one weight", "shape " + shape_of(w));
-    const int64_t n = w.size(0), numel = w.numel(), capacity = list_capacity(numel);
-    lists.push_back(new_tensor({capacity}, ScalarType::Int, static_cast<int32_t>(w.get_device())));
+    const int64_t n = w.size(0), numel = w.numel();
     WeightTensor t{};
     t.w = const_cast<void*>(w.const_data_ptr());
     t.mask = const_cast<uint8_t*>(bits_of(op + ": mask", mask, numel, like));
@@ -85,8 +82,6 @@ struct Weights {
     t.first_row = rows;
     t.seed = static_cast<uint64_t>(seed);
     t.count = count;
-    t.list = static_cast<uint32_t*>(lists.back().mutable_data_ptr());
-    t.capacity = capacity;
     table.push_back(t);
     rows += n;
   }
@@ -103,6 +98,14 @@ struct Weights {
 
   // Thresholds and exponents of all tensors; null for what is not wanted.
   void partition(int64_t* thresholds, int8_t* n1, const PartitionChoice& choice, Format format, const OnDevice& here) {
+    std::vector<Tensor> lists;
+    if (thresholds != nullptr) {
+      for (WeightTensor& t : table) {
+        t.capacity = list_capacity(t.numel);
+        lists.push_back(new_tensor({t.capacity}, ScalarType::Int, here.index));
+        t.list = static_cast<uint32_t*>(lists.back().mutable_data_ptr());
+      }
+    }
     const auto [tensors, chunks] = chunked(kPartitionChunk, here);
     const int64_t count = static_cast<int64_t>(table.size());
     Tensor states = bytes(count * static_cast<int64_t>(sizeof(PartitionState)), here.index);
@@ -183,6 +186,7 @@ void quantize_with_mask_(Tensor w, Tensor mask, Tensor n1, Tensor threshold, Opt
   const OnDevice here(w);
   Weights weights(op);
   weights.add(w, mask, or_empty(keep, here.index), 0, seed, w);
+  check(op + ": mask", mask, ScalarType::Byte, {(w.numel() + 7) / 8});
   check(op + ": n1", n1, ScalarType::Char, {w.size(0), 1});
   check(op + ": threshold", threshold, ScalarType::Long, {2});
   check_same_device(op + ": n1", n1, w);
@@ -212,6 +216,7 @@ void freeze_portion_(std::vector<Tensor> ws, std::vector<Tensor> masks, std::vec
   Weights weights(op);
   for (size_t i = 0; i < ws.size(); ++i) {
     weights.add(ws[i], masks[i], keeps[i], counts[i], seeds[i], ws[0]);
+    check(op + ": masks", masks[i], ScalarType::Byte, {(ws[i].numel() + 7) / 8});
     check(op + ": n1s", n1s[i], ScalarType::Char, {ws[i].size(0), 1});
     check_same_device(op + ": n1s", n1s[i], ws[0]);
   }
@@ -296,9 +301,7 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
   p.tensors = static_cast<const StepTensor*>(steps.table.const_data_ptr());
   p.tensor_count = steps.count;
   p.chunks = steps.chunks;
-  p.numbers = {static_cast<float>(lr),           static_cast<float>(momentum), static_cast<float>(1 - dampening),
-               static_cast<float>(weight_decay), nesterov,                     maximize,
-               is_first_step};
+  p.numbers = sgd_numbers(lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step);
   check_cuda("masked_sgd_", masked_sgd(p, {steps.dtype, momentum != 0}, here.stream));
 }
 
@@ -313,19 +316,11 @@ void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   check_memory(op + ": params[0]", params[0]);
   const OnDevice here(params[0]);
   const Steps steps = steps_of(op, params, grads, masks, "exp_avgs", exp_avgs, "exp_avg_sqs", exp_avg_sqs, here);
-  // The numbers of cpu/masked_step.cpp: float32, from doubles.
-  const auto f = [](double x) { return static_cast<float>(x); };
-  const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
-  const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
   AdamwParams p{};
   p.tensors = static_cast<const StepTensor*>(steps.table.const_data_ptr());
   p.tensor_count = steps.count;
   p.chunks = steps.chunks;
-  p.numbers = {f(1 - beta1),        f(beta1),
-               f(beta2),            f(1 - beta2),
-               f(1 - lr * weight_decay), f(lr / correction1),
-               f(1 / std::sqrt(correction2)), f(eps),
-               maximize};
+  p.numbers = adamw_numbers(lr, beta1, beta2, weight_decay, eps, step, maximize);
   check_cuda("masked_adamw_", masked_adamw(p, {steps.dtype}, here.stream));
 }
 
@@ -375,6 +370,9 @@ Tensor unpack_op(Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, 
   check_memory("unpack: weight", weight);
   const OnDevice here(weight);
   if (weight_exp.dim() != 2) fail("unpack: weight_exp", "[N, 1]", shape_of(weight_exp));
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    fail("unpack: dtype", "float32, bfloat16 or float16", name_of(dtype));
+  }
   Tensor out = new_tensor({weight_exp.size(0), std::max<int64_t>(k, 0)}, dtype, here.index);
   unpack_into("unpack", out, weight, weight_exp, weight_scale, k, format_of("unpack", bits, dense), here);
   return out;
@@ -392,6 +390,16 @@ Number number_of(const std::string& where, int64_t number) {
   return static_cast<Number>(number);
 }
 
+// The shape of fragments.encode_table: [registers, numbers, codes, words].
+std::vector<int64_t> table_shape(Number number, Format f) {
+  const int64_t codes = int64_t{1} << f.bits;
+  const bool five = f.bits == 5;
+  if (number == Number::e4m3) return five ? std::vector<int64_t>{8, 4, codes, 5} : std::vector<int64_t>{2, 4, codes, 1};
+  // Layouts F and G multiply: their tables have a second word for what that must give.
+  const bool sum = five && (number == Number::f16 ? f.dense : !f.dense);
+  return {five ? 3 : 4, 2, codes, sum ? 2 : 1};
+}
+
 // `table`: fragments.encode_table, int32 on the weight's device. `number`: the type of products.
 Tensor prepack_op(Tensor weight, Tensor table, int64_t k, int64_t bits, bool dense, int64_t number) {
   const Format format = format_of("prepack", bits, dense);
@@ -400,7 +408,7 @@ Tensor prepack_op(Tensor weight, Tensor table, int64_t k, int64_t bits, bool den
   if (weight.dim() != 2) fail("prepack: weight", "two dimensions", shape_of(weight));
   const int64_t n = weight.size(0);
   check("prepack: weight", weight, ScalarType::Byte, {n, row_bytes(format, k)});
-  check("prepack: table", table, ScalarType::Int, sizes_of(table));
+  check("prepack: table", table, ScalarType::Int, table_shape(type, format));
   check_same_device("prepack: table", table, weight);
   const OnDevice here(weight);
   Tensor out = new_tensor(shape_of_weight(type, format, n, k), ScalarType::Byte, here.index);
@@ -418,6 +426,7 @@ Tensor unprepack_op(Tensor weight, int64_t n, int64_t k, int64_t bits, bool dens
   check_at_least("unprepack: n", n, 0);
   check_at_least("unprepack: k", k, 0);
   check("unprepack: weight", weight, ScalarType::Byte, shape_of_weight(type, format, n, k));
+  check_aligned("unprepack: weight", weight);
   const OnDevice here(weight);
   Tensor out = new_tensor({n, row_bytes(format, k)}, ScalarType::Byte, here.index);
   if (out.numel() == 0) return out;

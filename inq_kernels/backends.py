@@ -164,7 +164,9 @@ def plan(
     there = dict.fromkeys(BACKENDS) | {"cuda": _availability()["cuda"]}
     if capability < 10 * _LEAST_CAPABILITY[0]:
         there["triton"] = f"it needs compute capability 8.0 or more, got {capability / 10:.1f}"
-    backend = select(op, os.environ.get(ENVIRONMENT, ""), there, "cuda", dtype)
+    backend = select(op, os.environ.get(ENVIRONMENT, ""), there, "cuda", dtype, capability=capability)
+    if backend == "cuda":
+        return (backend, *cuda.plan(op, m, n, k, dtype, fmt, capability, processors))
     if backend != "triton":
         return backend, "decode, then torch's dense product", STORAGE
     try:

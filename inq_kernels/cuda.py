@@ -56,6 +56,17 @@ def load(path: Path) -> str | None:
     return None
 
 
+def plan(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, fmt: Format, capability: int, processors: int
+) -> tuple[str, str]:
+    """(kernel, layout) of a product on a GPU of this kind, x in one piece. The library must be loaded."""
+    layout = fragments.E4M3 if op == "linear_fp8" else LAYOUTS[dtype]
+    if op == "linear" and m >= DENSE_ROWS:
+        return "decode, then torch's product in float32", layout
+    sizes = (op, m, n, k, fmt.bits, fmt.levels == "dense", dtype == torch.float16, k % 8 == 0, capability, processors)
+    return _leaf.plan(*sizes), layout
+
+
 def _ready(weight: Tensor, n: int, k: int, fmt: Format, layout: str, wanted: str) -> Tensor:
     """``weight`` in the layout that the kernels read. A module has done this once; here it is for this call alone."""
     if layout == wanted:

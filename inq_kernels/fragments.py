@@ -221,7 +221,6 @@ def _encode_table(c: Codec, fmt: Format) -> Tensor:
     return table
 
 
-@functools.lru_cache
 def encode_table(layout: str, fmt: Format, device: torch.device) -> Tensor:
     """What csrc/cuda/storage.cu packs by: ``_encode_table`` as int32 on the device."""
     return _encode_table(codec(layout, fmt), fmt).to(torch.int32).to(device)

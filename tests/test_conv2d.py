@@ -346,7 +346,7 @@ def test_float32_means_ieee(monkeypatch):
         ({"padding": -1}, ValueError, "padding: expected one int ≥ 0 or two, got -1"),
         ({"padding": "full"}, ValueError, "padding: expected 'same', 'valid' or ints, got 'full'"),
         ({"padding": "same", "stride": 2}, ValueError, "padding: 'same' needs stride 1"),
-        ({"backend": "cuda"}, BackendError, "backend 'cuda' was asked for and cannot run: this version has no"),
+        ({"backend": "cuda"}, BackendError, "backend 'cuda' was asked for and cannot run: "),
         ({"backend": "gpu"}, ValueError, "backend: expected one of .*got 'gpu'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""csrc/cuda/linear_hopper.cu and quantize_rows.cu in the emulator, beside the definition; and when they are chosen."""
+"""csrc/cuda/linear_hopper.cu and quantize_rows_hopper.cu in the emulator, beside the definition; and their choice."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ TILES = [(256, 128), (128, 128), (128, 64)]
 
 @pytest.fixture(scope="module")
 def library():
-    return load("linear_hopper", "linear_hopper.cu", "quantize_rows.cu")
+    return load("linear_hopper", "linear_hopper.cu", "quantize_rows_hopper.cu")
 
 
 def address(t):

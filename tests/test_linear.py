@@ -299,7 +299,7 @@ def test_float32_means_ieee(monkeypatch):
         ({"bias": torch.ones(1, 3)}, ValueError, r"bias: expected shape \[3\] on cpu, got \[1, 3\]"),
         ({"bias": torch.ones(3, dtype=torch.int32)}, TypeError, "bias: expected a float dtype, got torch.int32"),
         ({"packed": random_packed(FMT, 3, 2, 2, 2)}, ValueError, r"x: expected .* weight of shape \[3, 2, 2, 2\]"),
-        ({"backend": "cuda"}, BackendError, "backend 'cuda' was asked for and cannot run: this version has no"),
+        ({"backend": "cuda"}, BackendError, "backend 'cuda' was asked for and cannot run: "),
         ({"backend": "tpu"}, ValueError, r"backend: expected one of \('reference', .*\), got 'tpu'"),
     ],
 )

@@ -21,10 +21,15 @@ def pytest_here(*words, **environment):
 def test_it_runs_every_test_of_the_kernels_within_eight_minutes():
     command = ["make", "-n", "gpu", "PYTHON=python", "VENV=", "OUT=folder"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    tests = {"tests/test_gpu.py", *(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_triton_*.py"))}
+    tests = {
+        "tests/test_gpu.py",
+        "tests/test_gpu_fragments.py",
+        *(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_triton_*.py")),
+    }
     assert set(re.findall(r"tests/\w+\.py", shown)) == tests
     limits = [int(seconds) for seconds in re.findall(r"timeout (\d+)", shown)]
-    assert len(limits) == 2
+    assert len(limits) == 3
+    assert "INQ_GPU_BACKEND=cuda" in shown
     assert sum(limits) + 60 <= 8 * 60  # and the build
     within = [int(seconds) for seconds in re.findall(r"(?:WITHIN=|--within )(\d+)", shown)]
     # What has begun can end.

@@ -86,3 +86,14 @@ def test_budgets():
     assert "expected loads of 128 bits, got LDG.E" in static_cuda.problems(row(decoding=narrow))[0]
     none = row()["decoding"] | {"weights": 0}
     assert "found none in the main loop" in static_cuda.problems(row(decoding=none))[0]
+
+
+def test_a_committed_table_that_says_something_else_is_named():
+    rows = [row() | {"registers": 90}, row(sm="90a") | {"registers": 90}]
+    assert static_cuda.stale(rows, rows) == []
+    other = [rows[0] | {"registers": 91}, rows[0] | {"sm": "120a"}]
+    assert static_cuda.stale(rows, other) == [
+        "linear on sm_90a: not in the committed table",
+        "linear on sm_120a: in the committed table alone",
+        "linear on sm_80: registers: the committed table has 91, got 90",
+    ]

@@ -1,4 +1,4 @@
-// linear and linear_fp8 on Hopper: host entry points of linear_hopper.cu and quantize_rows.cu.
+// linear and linear_fp8 on Hopper: host entry points of linear_hopper.cu and quantize_rows_hopper.cu.
 #pragma once
 
 #include "choose_hopper.h"

@@ -27,7 +27,7 @@ INQ_DEVICE char* dynamic_shared() {
   return memory;
 }
 
-// Launches `kernel` on `stream`; the first launch with more than 48 KB of shared memory asks for it.
+// Launches `kernel` on `stream`; more than 48 KB of shared memory have to be asked for.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                    const Params& params) {

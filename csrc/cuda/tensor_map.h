@@ -62,12 +62,14 @@ inline cudaError_t make_tensor_map_2d(TensorMap* map, TensorType type, const voi
   std::memcpy(map, &description, sizeof description);
   return cudaSuccess;
 #else
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult answer;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &answer);
-  if (status != cudaSuccess) return status;
-  if (answer != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  static void* const found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult answer;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &answer);
+    return status == cudaSuccess && answer == cudaDriverEntryPointSuccess ? function : nullptr;
+  }();
+  if (found == nullptr) return cudaErrorNotSupported;
   constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                             CU_TENSOR_MAP_DATA_TYPE_BFLOAT16};
   constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,

@@ -1,4 +1,4 @@
-// linear_hopper.cu and quantize_rows.cu for test_cuda_linear_hopper.py; choose_hopper is a host function, and needs no
+// linear_hopper.cu and quantize_rows_hopper.cu for test_cuda_linear_hopper.py; choose_hopper is a host function, and needs no
 // emulator.
 #include <pybind11/pybind11.h>
 
