@@ -175,7 +175,7 @@ def kernels(library: Path) -> Iterator[dict]:
         arch = name = ""
         for line in done.stdout.splitlines():
             if match := re.match(r"\s*arch = (sm_\w+)", line):
-                arch = match[1]
+                arch, name = match[1], ""
             elif match := re.match(r"\s*(?:Function : |Function )(\w+):?\s*$", line):
                 name = match[1]
             elif option == "-res-usage":

@@ -390,8 +390,10 @@ INQ_DEVICE void store(const LinearKernel& p, const Thread& t, uint32_t tile, int
         if (p.weight_scale != nullptr) scale = ld_global(p.weight_scale + row);
         if (p.bias_type != BiasType::none) bias = load_bias(p, row);
       }
+      // One address moves along: all of them at once would not fit beside 128 sums.
+      uint16_t* out = p.out + token0 * p.rows + row;
 #pragma unroll
-      for (int j = 0; j < P::kTokenTiles; j++) {
+      for (int j = 0; j < P::kTokenTiles; j++, out += 8 * p.rows) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const int64_t token = token0 + 8 * j + i;
@@ -400,7 +402,7 @@ INQ_DEVICE void store(const LinearKernel& p, const Thread& t, uint32_t tile, int
             if (p.weight_scale != nullptr) y = mul(y, scale);
             if (p.bias_type != BiasType::none) y = add(y, bias);
           }
-          if (token < p.m) st_global(p.out + token * p.rows + row, rounded<P::kNumber>(y));
+          if (token < p.m) st_global(out + i * p.rows, rounded<P::kNumber>(y));
         }
       }
     }
