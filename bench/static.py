@@ -4,7 +4,7 @@ Needs Triton and no GPU. Each kernel is compiled as a launch would, disassembled
 counted: registers, spills, shared memory, and the instructions of its main loop for each weight that a thread decodes.
 Budgets hold or the exit status is 1 (KERNELS.md).
 
-All of them take some ten minutes of a processor. The table that is committed says of which sources it was made, so that
+All of them take nine minutes of a processor. The table that is committed says of which sources it was made, so that
 a test sees it grow old; ``--check`` compiles few of them, extremes of each kernel, and compares them with the table.
 """
 

@@ -30,9 +30,10 @@ def test_the_fastest_tile_is_chosen_by_more_than_noise():
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_tiles_to_try_are_tiles_that_kernels_can_have(capability, tmp_path):
     table = tiles.defaults(capability)
-    assert set(tune.KINDS) == set(table)
+    # Rows for ragged N are in tiles that others have already.
+    assert set(tune.KINDS) == {name for name in table if not name.endswith(" ragged")}
     assert set(tune.MS) == set(tiles.ROWS)
-    for name, rows in itertools.chain(*(itertools.product([name], row) for name, row in table.items())):
+    for name, rows in itertools.chain(*(itertools.product([name], table[name]) for name in tune.KINDS)):
         found = tune.candidates(name, rows, table[name][rows], capability)
         assert found[0] == table[name][rows]
         assert len(set(found)) == len(found)

@@ -78,7 +78,7 @@ _16_HOPPER = {
     128: Tile(256, 64, 64, 4, 2),
 }
 # Where N is no multiple of 16, each sum has an address of its own, and those of 64 rows spilled.
-_16_HOPPER_RAGGED = {rows: _16_HOPPER[min(rows, 32)] for rows in ROWS}
+_16_HOPPER_RAGGED = dict.fromkeys((64, 128), _16_HOPPER[32])
 # Blackwell's sums lie in tensor memory, 512 columns of it, and each slice of K has its own.
 _16_BLACKWELL = {
     16: Tile(128, 16, 64, 4, 3, 32),
@@ -156,9 +156,9 @@ def product(dot: str, source: str) -> str:
 
 
 def row(table: Mapping[str, Mapping[int, Tile]], product: str, n: int) -> Mapping[int, Tile]:
-    """The row of a table for ``product``, "linear fp16": the one of "linear fp16 ragged", where there is one, if n, the
-    rows of weights, is no multiple of 16."""
-    return table.get(f"{product} ragged" if n % 16 else product, table[product])
+    """The row of a table for ``product``, "linear fp16", with what is in "linear fp16 ragged" instead if n, the rows of
+    weights, is no multiple of 16."""
+    return {**table[product], **table.get(f"{product} ragged", {})} if n % 16 else table[product]
 
 
 def rows_class(m: int) -> int:
