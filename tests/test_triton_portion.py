@@ -97,7 +97,8 @@ def test_rows_of_any_length(length, monkeypatch):
     from inq_kernels.triton_ops import exponents
 
     monkeypatch.setattr(exponents, "_SEGMENT", 2048)
-    rows = max(2100 // length, 3)
+    # The interpreter takes 20 ms and more for a row.
+    rows = max(min(2100 // length, 64), 3)
     g = generator(length)
     w = torch.randn(rows, length, generator=g) * torch.exp2(torch.randint(-9, 9, (rows, 1), generator=g).float())
     w[rows // 2] = 0
@@ -110,7 +111,7 @@ def test_rows_of_any_length(length, monkeypatch):
         assert torch.equal(partition.exponents_of([w], fmt)[0], reference.exponents(w, fmt))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_portion(data):
     dtype = data.draw(st.sampled_from(DTYPES))
