@@ -46,7 +46,7 @@ Weight weight_of(const std::string& op, const Tensor& like, const Tensor& weight
   check_aligned(op + ": weight", weight);
   return {static_cast<const uint8_t*>(weight.const_data_ptr()),
           static_cast<const int8_t*>(exponent.const_data_ptr()),
-          scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
+          data_or_null<float>(scale),
           number,
           levels_of(f),
           f,
@@ -75,8 +75,6 @@ BiasType bias_type_of(const OptionalTensor& bias) {
   const ScalarType type = bias->scalar_type();
   return type == ScalarType::Half ? BiasType::f16 : type == ScalarType::BFloat16 ? BiasType::bf16 : BiasType::f32;
 }
-
-const void* data_or_null_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 Float float_of(ScalarType type) {
   return type == ScalarType::Half ? Float::f16 : type == ScalarType::BFloat16 ? Float::bf16 : Float::f32;
@@ -131,7 +129,7 @@ void multiply_on_hopper(const char* op, const Product& product, const HopperChoi
   p.weight = w.data;
   p.weight_exp = w.exponent;
   p.weight_scale = w.scale;
-  p.bias = data_or_null_of(product.bias);
+  p.bias = data_or_null<void>(product.bias);
   p.rows_exp = product.rows_exp;
   p.out = product.out.mutable_data_ptr();
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
@@ -147,7 +145,7 @@ void multiply_on_hopper(const char* op, const Product& product, const HopperChoi
   check_cuda(op, linear_hopper(p, choice, machine.processors, here.stream));
 }
 
-// linear, and with `op` linear_dx its gradient: [M, out_columns] by mma.sync.
+// linear, or by `op` linear_dx, by mma.sync.
 void multiply_by_mma(Op op, const Product& product, const Machine& machine, const OnDevice& here) {
   const Weight& w = product.weight;
   const bool f16 = w.number == Number::f16;
@@ -160,7 +158,7 @@ void multiply_by_mma(Op op, const Product& product, const Machine& machine, cons
   p.weight = w.data;
   p.weight_exp = w.exponent;
   p.weight_scale = w.scale;
-  p.bias = data_or_null_of(product.bias);
+  p.bias = data_or_null<void>(product.bias);
   p.out = product.out.mutable_data_ptr();
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
   p.flags = static_cast<int*>(flags.mutable_data_ptr());
@@ -300,8 +298,8 @@ Tensor finish_op(Tensor sums, Tensor weight_exp, OptionalTensor weight_scale, Op
   FinishParams p{};
   p.sums = static_cast<const float*>(sums.const_data_ptr());
   p.weight_exp = static_cast<const int8_t*>(weight_exp.const_data_ptr());
-  p.weight_scale = weight_scale ? static_cast<const float*>(weight_scale->const_data_ptr()) : nullptr;
-  p.bias = data_or_null_of(row_bias);
+  p.weight_scale = data_or_null<float>(weight_scale);
+  p.bias = data_or_null<void>(row_bias);
   p.out = out.mutable_data_ptr();
   p.m = m;
   p.n = n;

@@ -360,7 +360,7 @@ void unpack_into(const char* op, const Tensor& out, const Tensor& weight, const 
   if (n * k == 0) return;
   check_cuda(op, unpack({static_cast<const uint8_t*>(weight.const_data_ptr()),
                          static_cast<const int8_t*>(exponent.const_data_ptr()),
-                         scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,
+                         data_or_null<float>(scale),
                          const_cast<void*>(out.const_data_ptr()), n, k, format},
                         {dtype_of(name + ": out", out)}, here.stream));
 }
