@@ -395,6 +395,14 @@ def _run(op: str, *args):
     return getattr(_op, op)(*args)
 
 
+def _apply(function: type[Function], *args):
+    """``function.apply``, past the part of it that only torch.func's transforms and dead wrappers of theirs need, which
+    are refused: that part walks all arguments in Python, 3 µs a call."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, bias, weight, weight_exp, weight_scale, tail):
@@ -461,15 +469,16 @@ def _sum_to_bias(grad: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
 def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """Validate, and return x in its autocast dtype where autocast is on."""
     _check_packed(f"inq.{op}: packed", packed)
+    transformable = not torch.compiler.is_compiling()
     for name, value in (("x", x),) if bias is None else (("x", x), ("bias", bias)):
         if not isinstance(value, Tensor):
             raise TypeError(f"inq.{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        # The operators are opaque to torch.func: jvp, for one, would see a constant and answer with zeros.
-        raise RuntimeError(
-            f"inq.{op}: x: expected a plain tensor, got one inside a torch.func transform (grad, jvp, vmap, …), "
-            "which packed products do not support: use torch.autograd"
-        )
+        if transformable and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            # The operators are opaque to torch.func: jvp, for one, would see a constant and answer with zeros.
+            raise RuntimeError(
+                f"inq.{op}: {name}: expected a plain tensor, got one inside a torch.func transform (grad, jvp, vmap, "
+                "…), which packed products do not support: use torch.autograd"
+            )
     if x.dtype not in FLOATS:
         raise TypeError(
             f"inq.{op}: x: expected activations of dtype float64, float32, bfloat16 or float16, got {x.dtype}. "
@@ -525,7 +534,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
     tail = (packed.format.bits, packed.format.levels, packed.layout, backend or "")
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
-        return _Linear.apply(x, bias, *weights, tail)
+        return _apply(_Linear, x, bias, *weights, tail)
     return _run("linear", x, *weights, bias, *tail)
 
 
@@ -606,5 +615,5 @@ def conv2d(
     tail = (packed.format.bits, packed.format.levels, packed.layout, backend or "")
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
-        return _Conv2d.apply(x, bias, *weights, conv, tail)
+        return _apply(_Conv2d, x, bias, *weights, conv, tail)
     return _run("conv2d", x, *weights, bias, *conv, *tail)

@@ -124,6 +124,21 @@ def test_functorch_is_refused_instead_of_answered_with_zeros(transform):
         transform(lambda x: inq.linear(x, packed).sum())(torch.randn(2, 5))
 
 
+def test_a_bias_inside_a_transform_is_refused_too():
+    """And one that a transform has leaked."""
+    packed, leaked = inq.Linear.from_float(nn.Linear(5, 3), FMT).packed, []
+    x = torch.randn(2, 5, requires_grad=True)
+
+    def f(bias):
+        leaked.append(bias)
+        return inq.linear(x, packed, bias).sum()
+
+    with pytest.raises(RuntimeError, match=r"bias: expected a plain tensor, got one inside a torch.func transform"):
+        torch.func.grad(f)(torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"bias: expected a plain tensor, got one inside a torch.func transform"):
+        f(leaked[0])
+
+
 def test_gradients_reach_x_and_bias_only():
     packed = inq.Linear.from_float(nn.Linear(5, 3), FMT)
     x = torch.randn(4, 5, requires_grad=True)
