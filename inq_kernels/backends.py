@@ -278,8 +278,8 @@ def _attach(op: str) -> None:
 
 
 def _mover(backend: str, layout: str) -> str:
-    """Who moves a weight into ``layout`` or out of it: Triton's kernels where it is theirs, for which the CUDA library has
-    plain torch alone. A request is kept to."""
+    """Who moves a weight into ``layout`` or out of it: Triton's kernels where it is theirs, for which the CUDA library
+    has plain torch alone. A request is kept to."""
     theirs = backend == "cuda" and layout in slices.LAYOUTS and not os.environ.get(ENVIRONMENT)
     return "triton" if theirs and _availability()["triton"] is None else backend
 

@@ -1,4 +1,4 @@
-"""csrc/register_cuda*.cpp on the emulator: the operators of the CUDA library from torch's tensors to the kernels and back.
+"""csrc/register_cuda*.cpp on the emulator: the CUDA library's operators, from torch's tensors to kernels and back.
 
 What is checked beside values: bounds and races of every buffer that an operator allocates, that it works on the device
 and stream of its tensors, that it refuses tensors of others, and that no error of CUDA is lost.
@@ -108,7 +108,9 @@ def test_steps_of_parameters_of_every_dtype(name):
     states = [[torch.rand(p.shape, generator=g) for p in params] for _ in range(1 if name == "masked_sgd_" else 2)]
     empty = torch.empty(0, dtype=torch.uint8)
     masks = [empty if i % 2 else bits(p.numel(), 0.5, i) for i, p in enumerate(params)]
-    numbers = (0.1, 0.9, 0.1, 1e-2, True, False, False) if name == "masked_sgd_" else (0.1, 0.9, 0.99, 1e-2, 1e-8, 3, True)
+    numbers = (
+        (0.1, 0.9, 0.1, 1e-2, True, False, False) if name == "masked_sgd_" else (0.1, 0.9, 0.99, 1e-2, 1e-8, 3, True)
+    )
     copies = [[t.clone() for t in ts] for ts in (params, grads, *states)]
     getattr(reference, name)(*copies, masks, *numbers)
     with on_device():
@@ -228,9 +230,9 @@ def test_the_dense_path(monkeypatch):
     packed = random_packed(inq.Format(5, "dense"), 5, 9, scale=True)
     x = integer_case(packed.format, 9, (2, 1024, 9), torch.float16)
     bias = torch.randn(5, generator=generator()).half()
-    with on_device() as device:
+    with on_device():
         y = cuda.linear(x, *parts(packed), bias, *tail(packed))
-        assert device and library()._submitted() == 4  # prepack's table, prepack, decode, finish
+        assert library()._submitted() == 4  # prepack's table, prepack, decode, finish
     assert same_bits(y + 0.0, reference.linear(x, *parts(packed), bias, packed.format) + 0.0)
 
 
@@ -267,7 +269,7 @@ def calls():
     packed = random_packed(fmt, n, k, scale=True)
     stored, n1, scale = parts(packed)
     made = {layout: layouts.prepack(stored, k, fmt, layout) for layout in fragments.LAYOUTS}
-    w, half = torch.randn(n, k, generator=generator()), lambda *s: torch.randn(s, generator=generator()).half()  # noqa: E731
+    w, half = torch.randn(n, k, generator=generator()), lambda *s: torch.randn(s, generator=generator()).half()
     mask, keep = bits(n * k, 0.2), bits(n * k, 2)
     f, rule = (4, False), (4, False, False, True)
     threshold = torch.tensor([0x3F000000, 1])
@@ -393,7 +395,11 @@ def test_wrong_dtypes_and_shapes_are_refused(name):
 
 # Any number of rows or weights, any rank; a bias of another dtype is converted.
 TAKEN = {
-    *((name, 0, change) for name in ("linear", "linear_dx", "linear_fp8", "exponents") for change in ("longer", "rank")),
+    *(
+        (name, 0, change)
+        for name in ("linear", "linear_dx", "linear_fp8", "exponents")
+        for change in ("longer", "rank")
+    ),
     *((name, 0, "rank") for name in ("partition_threshold", "exponents_and_threshold", "unpack_")),
     *(("linear", 4, "dtype"), ("linear_fp8", 4, "dtype"), ("finish", 3, "dtype")),
     *(("prepack", 0, "longer"), ("finish", 0, "longer")),
