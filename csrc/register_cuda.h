@@ -58,11 +58,11 @@ inline void check_same_device(const std::string& where, const Tensor& t, const T
 
 // --- weights in the layouts of fragments.py ---------------------------------------------------------------------------
 
+// slices.kind: the magnitudes decide, so that dense levels of 2 and 3 bits (one and three) are held as the paper's four.
 inline cuda::Levels levels_of(Format f) {
   using cuda::Levels;
-  if (f.bits == 5) return f.dense ? Levels::dense5 : Levels::paper5;
-  // Fewer bits are held in four, and at two bits both kinds of levels are the same.
-  return f.dense && f.bits > 2 ? Levels::dense4 : Levels::paper4;
+  if (f.bits == 5) return magnitudes(f) <= 8 ? Levels::paper5 : Levels::dense5;
+  return magnitudes(f) <= 4 ? Levels::paper4 : Levels::dense4;
 }
 
 // The shape of an [n, k] weight: fragments.shape.

@@ -78,6 +78,7 @@ struct Weights {
     t.mask = const_cast<uint8_t*>(bits_of(op + ": mask", mask, numel, like));
     t.keep = bits_of(op + ": keep", keep, numel, like);
     t.numel = numel;
+    t.rows = n;
     t.length = numel / n;
     t.first_row = rows;
     t.seed = static_cast<uint64_t>(seed);
@@ -400,7 +401,8 @@ std::vector<int64_t> table_shape(Number number, Format f) {
   return {five ? 3 : 4, 2, codes, sum ? 2 : 1};
 }
 
-// `table`: fragments.encode_table, int32 on the weight's device. `number`: the type of products.
+// `table`: fragments.encode_table, int32 on the CPU, whence it travels as tables of tensors do: no copy to wait for, and a
+// CUDA graph can hold it. `number`: the type of products.
 Tensor prepack_op(Tensor weight, Tensor table, int64_t k, int64_t bits, bool dense, int64_t number) {
   const Format format = format_of("prepack", bits, dense);
   const Number type = number_of("prepack: number", number);
@@ -408,14 +410,20 @@ Tensor prepack_op(Tensor weight, Tensor table, int64_t k, int64_t bits, bool den
   if (weight.dim() != 2) fail("prepack: weight", "two dimensions", shape_of(weight));
   const int64_t n = weight.size(0);
   check("prepack: weight", weight, ScalarType::Byte, {n, row_bytes(format, k)});
-  check("prepack: table", table, ScalarType::Int, table_shape(type, format));
-  check_same_device("prepack: table", table, weight);
+  check_dtype("prepack: table", table, ScalarType::Int);
+  if (sizes_of(table) != table_shape(type, format)) {
+    fail("prepack: table", "shape " + text_of(table_shape(type, format)), shape_of(table));
+  }
+  if (!table.is_cpu() || !table.is_contiguous()) fail("prepack: table", "a contiguous CPU tensor", "another");
   const OnDevice here(weight);
   Tensor out = new_tensor(shape_of_weight(type, format, n, k), ScalarType::Byte, here.index);
   if (out.numel() == 0) return out;
+  const int64_t size = table.numel() * static_cast<int64_t>(sizeof(uint32_t));
+  Tensor on_device = bytes(size, here.index);
+  check_cuda("prepack", upload(on_device.mutable_data_ptr(), table.const_data_ptr(), size, here.stream));
   check_cuda("prepack", prepack({static_cast<const uint8_t*>(weight.const_data_ptr()),
                                  static_cast<uint8_t*>(out.mutable_data_ptr()),
-                                 static_cast<const uint32_t*>(table.const_data_ptr()), n, k, format},
+                                 static_cast<const uint32_t*>(on_device.const_data_ptr()), n, k, format},
                                 {type, levels_of(format)}, here.stream));
   return out;
 }

@@ -118,6 +118,8 @@ def _cuda_lacks(op: str, device: str, dtype: torch.dtype, capability: int) -> st
         return f"it computes on CUDA devices, got tensors on {device}"
     if op not in cuda.OPERATORS:
         return "the CUDA library does not have it; Triton's backend does"
+    if capability < 10 * _LEAST_CAPABILITY[0]:
+        return f"it needs compute capability 8.0 or more, and the device has {capability / 10}"
     dtypes = cuda.PRODUCT_DTYPES if op in ("linear", "linear_dx") else cuda.DTYPES
     if dtype not in dtypes:
         names = ", ".join(str(each).removeprefix("torch.") for each in dtypes)
@@ -128,19 +130,22 @@ def _cuda_lacks(op: str, device: str, dtype: torch.dtype, capability: int) -> st
 
 
 @functools.lru_cache(maxsize=1024)
-def _select_here(op: str, requested: str, device: str, dtype: torch.dtype) -> str:
+def _select_here(op: str, requested: str, device: str, dtype: torch.dtype, index: int | None = None) -> str:
+    """``index``: of the CUDA device; None is the current one."""
     # A reference that is asked for loads nothing.
     available = dict.fromkeys(BACKENDS) if requested == "reference" else _availability()
     capability = 90
     if device == "cuda" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(index)
         capability = 10 * major + minor
     return select(op, requested, available, device, dtype, interpreting(), capability)
 
 
 def choose(op: str, like: Tensor, dtype: torch.dtype, backend: str = "") -> str:
     """``select`` for this machine, for tensors on the device of ``like``; ``INQ_BACKEND`` counts as a request."""
-    return _select_here(op, backend or os.environ.get(ENVIRONMENT, ""), like.device.type, dtype)
+    device = like.device
+    at = (device.index,) if device.type == "cuda" else ()
+    return _select_here(op, backend or os.environ.get(ENVIRONMENT, ""), device.type, dtype, *at)
 
 
 def preferred_layout(device: str, dtype: torch.dtype, fmt: Format, backend: str = "", op: str = "linear") -> str:
@@ -262,12 +267,21 @@ def _attach(op: str) -> None:
         backend = choose(op, like, dtype, args[-1] if forced else "")
         if backend == "reference":
             return plain(*args)
+        if bytes_only:
+            backend = _mover(backend, args[-1])
         result = _implementation(op, backend)(*args)
         for i in written:
             _count_as_written(args[i])
         return result
 
     library.implement(op, call)
+
+
+def _mover(backend: str, layout: str) -> str:
+    """Who moves a weight into ``layout`` or out of it: Triton's kernels where it is theirs, for which the CUDA library
+    has plain torch alone. A request is kept to."""
+    theirs = backend == "cuda" and layout in slices.LAYOUTS and not os.environ.get(ENVIRONMENT)
+    return "triton" if theirs and _availability()["triton"] is None else backend
 
 
 def _implementation(op: str, backend: str) -> Callable:

@@ -127,7 +127,7 @@ def prepack(weight, k, bits, levels, layout):
     fmt = Format(bits, levels)
     if layout not in fragments.LAYOUTS:
         return layouts.prepack(weight, k, fmt, layout)
-    table = fragments.encode_table(layout, fmt, weight.device)
+    table = fragments.encode_table(layout, fmt)
     return _leaf.prepack(weight.contiguous(), table, k, bits, levels == "dense", fragments.LAYOUTS.index(layout))
 
 

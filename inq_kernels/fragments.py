@@ -191,10 +191,11 @@ def shape(layout: str, n: int, k: int, fmt: Format) -> tuple[int, ...]:
 
 @functools.lru_cache
 def _places(c: Codec) -> Tensor:
-    """Where a block [16, k_block] has the codes of [lane, group of words, register, number], flat."""
-    lane = torch.arange(_LANES).view(-1, 1, 1)
-    register = torch.arange(4 * c.steps).view(1, -1, 1)
-    number = torch.arange(c.lanes).view(1, 1, -1)
+    """Where a block [16, k_block] has the codes of [lane, group of words, register, number], flat. On the CPU whatever
+    torch's default device is, as what is kept for others must be."""
+    lane = torch.arange(_LANES, device="cpu").view(-1, 1, 1)
+    register = torch.arange(4 * c.steps, device="cpu").view(1, -1, 1)
+    number = torch.arange(c.lanes, device="cpu").view(1, 1, -1)
     step, i = register // 4, register % 4
     row = lane // 4 + 8 * (i % 2)
     k = step * c.k_step + c.k_step // 2 * (i // 2) + c.lanes * (lane % 4) + number
@@ -206,7 +207,7 @@ def _encode_table(c: Codec, fmt: Format) -> Tensor:
     """int64 [register, number, code, word]: what a code adds, by XOR, to the words that it is in (``Codec.bits``); what
     is not canonical is zero."""
     words = c.words + (1 if c.factor else 0)
-    table = torch.zeros(c.count, c.lanes, len(fmt.code_levels), words, dtype=torch.int64)
+    table = torch.zeros(c.count, c.lanes, len(fmt.code_levels), words, dtype=torch.int64, device="cpu")
     for code, level in enumerate(fmt.code_levels):
         index = -1 if level is None or level > 0 else level + fmt.magnitudes - 1
         pattern = c.pattern(code >> (fmt.bits - 1), index)
@@ -221,9 +222,10 @@ def _encode_table(c: Codec, fmt: Format) -> Tensor:
     return table
 
 
-def encode_table(layout: str, fmt: Format, device: torch.device) -> Tensor:
-    """What csrc/cuda/storage.cu packs by: ``_encode_table`` as int32 on the device."""
-    return _encode_table(codec(layout, fmt), fmt).to(torch.int32).to(device)
+@functools.lru_cache
+def encode_table(layout: str, fmt: Format) -> Tensor:
+    """What csrc/cuda/storage.cu packs by: ``_encode_table`` as int32, on the CPU."""
+    return _encode_table(codec(layout, fmt), fmt).to(torch.int32)
 
 
 def _solve_f(q: Tensor, wanted: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Device:
 @contextlib.contextmanager
 def emulated(library, seed=0, **options):
     """A device with the schedule of ``seed``; the options are those of ``Options`` in engine.h."""
-    defaults = dict(processors=4, capability=90, resident=8, capacity=1 << 30, short_accumulator=0, seconds=60)
+    defaults = dict(processors=4, capability=90, resident=8, capacity=0, short_accumulator=0, seconds=60)
     for name, value in {**defaults, **options}.items():
         library._option(name, value)
     library._reset(seed)

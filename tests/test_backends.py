@@ -1,5 +1,7 @@
 """select() is a pure function of its arguments; an explicit request never falls back; every operator is implemented."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,9 +61,46 @@ def test_the_cuda_library_is_taken_for_what_it_has():
         ("linear", "cuda", torch.float32, 90, "float16, bfloat16, got torch.float32"),
         ("linear", "cpu", torch.float16, 90, "CUDA devices, got tensors on cpu"),
         ("linear_fp8", "cuda", torch.float16, 80, "9.0 alone, and the device has 8.0"),
+        ("linear", "cuda", torch.float16, 75, "8.0 or more, and the device has 7.5"),
     ):
         with pytest.raises(BackendError, match=words):
             select(op, "cuda", LIBRARY, device, dtype, capability=capability)
+
+
+def test_the_capability_is_that_of_the_tensors_device(monkeypatch):
+    """A Hopper GPU beside an Ampere one, whichever is the current device."""
+    monkeypatch.delenv("INQ_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: ((9, 0), (8, 0))[index or 0])
+    monkeypatch.setattr(backends, "_availability", lambda: LIBRARY)
+    monkeypatch.setattr(backends, "_select_here", backends._select_here.__wrapped__)
+    for index, expected in ((0, "cuda"), (1, "triton"), (0, "cuda")):
+        like = SimpleNamespace(device=torch.device("cuda", index))
+        assert backends.choose("linear_fp8", like, torch.bfloat16) == expected
+
+
+def test_triton_moves_weights_into_its_own_layouts(monkeypatch):
+    """The CUDA library has no kernel for them."""
+    from inq_kernels import layouts
+
+    fmt, asked = inq.Format(4), []
+    monkeypatch.delenv("INQ_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_availability", lambda: LIBRARY)
+    monkeypatch.setattr(backends, "choose", lambda *a: "cuda")
+
+    def implementation(op, backend):
+        asked.append((op, backend))
+        return lambda weight, *sizes: getattr(layouts, op)(weight, *sizes[:-3], fmt, sizes[-1])
+
+    monkeypatch.setattr(backends, "_implementation", implementation)
+    stored = torch.zeros(16, fmt.row_bytes(64), dtype=torch.uint8)
+    for layout, expected in (("slices_fp16", "triton"), ("fragments_fp16", "cuda")):
+        made = torch.ops.inq.prepack(stored, 64, 4, "paper", layout)
+        torch.ops.inq.unprepack(made, 16, 64, 4, "paper", layout)
+        assert asked[-2:] == [("prepack", expected), ("unprepack", expected)]
+    monkeypatch.setenv("INQ_BACKEND", "cuda")
+    torch.ops.inq.prepack(stored, 64, 4, "paper", "slices_fp16")
+    assert asked[-1] == ("prepack", "cuda")
 
 
 def test_the_layout_of_the_cuda_library(monkeypatch):

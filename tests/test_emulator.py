@@ -8,6 +8,7 @@ import torch
 from support_emulator import EmulatorError, emulated, load, seeds
 
 FOLDER = Path(__file__).resolve().parent / "emulator"
+BAD = sorted(FOLDER.glob("kernels_bad*.cu"))
 E4M3 = torch.float8_e4m3fn
 
 
@@ -18,7 +19,7 @@ def good():
 
 @pytest.fixture(scope="module")
 def bad():
-    return load("bad", "kernels_bad.cu")
+    return load("bad", *(file.name for file in BAD))
 
 
 def integers(*shape, dtype=torch.int32, most=100):
@@ -155,47 +156,71 @@ def test_the_short_accumulator_of_e4m3(good):
 
 
 def kernels_that_are_wrong():
-    """(name, its first line, {(kind, line), …}) of each kernel, from its comments."""
+    """(name, its file, its first line, {(kind, line), …}) of each kernel, from its comments."""
     kernels = []
-    for number, line in enumerate((FOLDER / "kernels_bad.cu").read_text().splitlines(), 1):
-        if found := re.match(r"__global__ void (\w+)\(", line):
-            kernels.append((found[1], number, set()))
-        elif found := re.search(r"// caught: (.*)$", line):
-            kernels[-1][2].update((kind, number) for kind in re.split(r"\s*(?:,|\bor\b)\s*", found[1]) if kind)
+    for file in BAD:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if found := re.match(r"__global__ void (\w+)\(", line):
+                kernels.append((found[1], file, number, set()))
+            elif found := re.search(r"// caught: (.*)$", line):
+                kernels[-1][3].update((kind, number) for kind in re.split(r"\s*(?:,|\bor\b)\s*", found[1]) if kind)
     return kernels
 
 
-def run_bad(library, name, seed):
+def run_bad(library, name, file, seed):
     a = torch.arange(1024, dtype=torch.int32)
-    with emulated(library, seed, seconds=0.2 if name == "endless_loop" else 60) as device:
+    # Sixteen blocks of 128 threads are what one processor has room for.
+    processors, crowd = (1, 17) if name == "grid_barrier" else (4, 1)
+    with emulated(library, seed, processors=processors, seconds=0.2 if name == "endless_loop" else 60) as device:
         x, y = device.input(a, "a"), device.inout(torch.zeros(1024, dtype=torch.int32), "b")
         z = device.output((1024,), torch.int32, "c")
-        blocks = 2 if name.startswith(("same_output", "handshake", "last_block")) else 1
+        blocks = 2 if name.startswith(("same_output", "handshake", "last_block")) else crowd
         threads = 384 if name == "too_many_registers" else 128
-        device.call(library.run, name, x.data_ptr(), y.data_ptr(), z.data_ptr(), blocks, threads)
+        run = getattr(library, f"run_{file.stem}")
+        device.call(run, name, x.data_ptr(), y.data_ptr(), z.data_ptr(), blocks, threads)
     return z
 
 
 @pytest.mark.parametrize("seed", seeds())
 @pytest.mark.parametrize("kernel", kernels_that_are_wrong(), ids=lambda kernel: kernel[0])
 def test_a_wrong_kernel_is_caught(bad, kernel, seed):
-    name, first, expected = kernel
+    name, source, first, expected = kernel
     if not expected:
         assert name == "wrong_swizzle"
-        c = run_bad(bad, name, seed)
+        c = run_bad(bad, name, source, seed)
         a = torch.arange(1024, dtype=torch.int32).view(32, 32)
         assert not torch.equal(c[:32].view(8, 4), a[:8, 4:8])
         return
     with pytest.raises(EmulatorError) as caught:
-        run_bad(bad, name, seed)
+        run_bad(bad, name, source, seed)
     faults = caught.value.faults
     # One mistake shows in several ways (a race from either side, and what has not been written); the one that the
     # comment says is among them, and nothing is said of lines outside the kernel.
     assert {(kind, line) for kind, file, line, *_ in faults} & expected, str(caught.value)
     last = max(line for kind, line in expected) + 8
     for kind, file, line, *_ in faults:
-        assert file.endswith("kernels_bad.cu"), str(caught.value)
+        assert file.endswith(f"/{source.name}"), str(caught.value)
         assert first < line <= last or kind == "race", str(caught.value)
+
+
+@pytest.mark.parametrize(("capability", "name"), [(80, "wgmma_f16"), (100, "wgmma_f16"), (89, "bulk")])
+def test_what_an_architecture_has_not(good, capability, name):
+    """The files of Hopper's kernels are compiled for sm_90a alone; elsewhere they would do nothing."""
+    a = torch.zeros(64, 64, dtype=torch.half)
+    with pytest.raises(EmulatorError, match=f"capability.*on sm_{capability}"):
+        run_good(good, name, 0, a, a, (64, 64), torch.float32, 64, capability=capability)
+
+
+def test_shared_memory_of_an_architecture(bad):
+    """100 KB, which Hopper has and an RTX 3090 has not."""
+    for capability, fits in ((90, True), (80, True), (86, False), (120, False)):
+        with emulated(bad, capability=capability) as device:
+            if fits:
+                device.call(bad.launch_with_shared, 100 << 10)
+                continue
+            assert bad.launch_with_shared(100 << 10) == 1
+            assert [fault[0] for fault in bad._faults()] == ["launch"]
+            bad._reset(0)
 
 
 def test_conversions_round_to_nearest_even(good):

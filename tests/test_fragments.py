@@ -121,3 +121,17 @@ def test_an_unknown_layout():
     with pytest.raises(ValueError, match=r"^layout: expected one of \('fragments_fp16', .*\), got 'tiles'$"):
         fragments.codec("tiles", Format(4))
     assert slices.layout_of(16) is None
+
+
+@pytest.mark.parametrize("layout", fragments.LAYOUTS)
+def test_what_is_kept_does_not_depend_on_the_default_device(layout):
+    """Tables first made where torch makes tensors on another device serve the CPU's all the same."""
+    fmt, codes = Format(5), canonical_codes(Format(5), 17, 65)
+    expected = fragments.prepack(codes, fmt, layout)
+    for cached in (fragments._places, fragments._encode_table, fragments.encode_table):
+        cached.cache_clear()
+    with torch.device("meta"):
+        fragments.encode_table(layout, fmt)
+        fragments._places(fragments.codec(layout, fmt))
+    assert fragments.encode_table(layout, fmt).device.type == "cpu"
+    assert torch.equal(fragments.prepack(codes, fmt, layout), expected)

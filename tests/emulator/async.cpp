@@ -19,7 +19,8 @@ void emulator::cp_async(void* shared, const void* global, int bytes, bool valid,
   }
   if (valid && !touch_global(self, global, bytes, Do::read, place)) return;
   if (!issue_copy(self, static_cast<char*>(shared), bytes, place)) return;
-  self.copies.push_back({static_cast<char*>(shared), global, bytes, valid, self.copy_groups, place});
+  self.copies.push_back({static_cast<char*>(shared), global, bytes, valid, self.copy_groups, place,
+                         valid ? fingerprint(global, bytes) : 0});
 }
 
 void cp_async_commit() { ++current->copy_groups; }
@@ -30,6 +31,8 @@ void emulator::cp_async_wait(int pending) {
   size_t landed = 0;
   for (; landed < self.copies.size() && self.copies[landed].group < self.copy_groups - pending; ++landed) {
     const Copy& copy = self.copies[landed];
+    if (copy.valid && fingerprint(copy.global, copy.bytes) != copy.source)
+      fault("race", copy.place, "what this copy reads was written before it was waited for");
     if (copy.valid)
       std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
     else
@@ -81,7 +84,6 @@ void complete_if_done(Block& block, int number) {
       waiting.push_back(thread);
       continue;
     }
-    acquire(*thread, b.complete);
     wake(*thread);
   }
   b.waiting = std::move(waiting);
@@ -107,6 +109,7 @@ void mbarrier_init(Mbarrier* b, int arrivals, const char* file, int line) {
   Block& block = *self.block;
   const Place place = place_of(file, line);
   if (reinterpret_cast<uintptr_t>(b) % 8 != 0) return fault("alignment", place, "an mbarrier takes 8 bytes, aligned");
+  if (options.capability < 90) fault("capability", place, text("no mbarrier on sm_%d here", options.capability));
   if (arrivals < 1) return fault("mbarrier", place, text("%d arrivals", arrivals));
   if (!touch_shared(self, b, 8, Do::write, place)) return;
   auto& all = block.async->mbarriers;
@@ -121,6 +124,7 @@ void mbarrier_init(Mbarrier* b, int arrivals, const char* file, int line) {
   } else {
     fault("mbarrier", place, "initialised a second time");
   }
+  mark_mbarrier(block, b);
   state->arrivals = state->missing = arrivals;
   state->made = epoch(self);
   state->maker = &self;
@@ -155,11 +159,14 @@ void mbarrier_wait(Mbarrier* b, int parity, const char* file, int line) {
   const int number = find(b, place);
   if (number < 0) return give_up();
   if (parity != 0 && parity != 1) return fault("mbarrier", place, text("a parity of %d", parity));
-  MbarrierState& state = self.block->async->mbarriers[static_cast<size_t>(number)];
-  if (static_cast<int>(state.phase & 1) != parity) return acquire(self, state.complete);
-  self.barrier = parity;
-  state.waiting.push_back(&self);
-  wait(Wait::mbarrier, place);
+  const auto state = [&]() -> MbarrierState& { return self.block->async->mbarriers[static_cast<size_t>(number)]; };
+  // Who is woken looks again: if the next phase is over too, the parity is that of one to come, and a lap is lost.
+  while (static_cast<int>(state().phase & 1) == parity) {
+    self.barrier = parity;
+    state().waiting.push_back(&self);
+    wait(Wait::mbarrier, place);
+  }
+  acquire(self, state().complete);
 }
 
 std::string emulator::describe_mbarrier(const Thread& thread) {
@@ -175,18 +182,6 @@ std::string emulator::describe_mbarrier(const Thread& thread) {
 
 namespace {
 
-void issue(Bulk bulk, Mbarrier* b) {
-  Thread& self = *current;
-  const int number = find(b, bulk.place);
-  if (number < 0 || !issue_bulk(self, bulk.shared, bulk.bytes, bulk.place)) return;
-  const MbarrierState& state = self.block->async->mbarriers[static_cast<size_t>(number)];
-  if (!state.fenced)
-    fault("proxy fence", bulk.place,
-          text("mbarrier_init at %s was not followed by mbarrier_init_fence", name_of(state.place).c_str()));
-  bulk.mbarrier = number;
-  self.block->async->bulks.push_back(bulk);
-}
-
 bool multiples_of_16(const void* shared, const void* global, int bytes, int shared_alignment, Place place) {
   const bool fits = reinterpret_cast<uintptr_t>(shared) % static_cast<unsigned>(shared_alignment) == 0 &&
                     reinterpret_cast<uintptr_t>(global) % 16 == 0 && bytes % 16 == 0 && bytes > 0;
@@ -201,6 +196,42 @@ TensorMap2d plain(const TensorMap& map) {
   TensorMap2d description;
   std::memcpy(&description, &map, sizeof description);
   return description;
+}
+
+// Calls `row(address, bytes)` for what a copy reads of each row of its box, or once.
+template <class Row>
+void each_row(const Bulk& bulk, Row row) {
+  if (!bulk.box) return row(bulk.global, static_cast<int64_t>(bulk.bytes));
+  const TensorMap2d m = plain(bulk.map);
+  const int64_t first = std::max<int64_t>(bulk.column, 0);
+  const int64_t end = std::min<int64_t>(bulk.column + m.box_columns, m.columns);
+  if (first >= end) return;
+  for (int64_t r = std::max<int64_t>(bulk.row, 0); r < std::min<int64_t>(bulk.row + m.box_rows, m.rows); ++r)
+    row(reinterpret_cast<const char*>(m.base) + r * m.row_stride_bytes + first * m.element_bytes,
+        (end - first) * m.element_bytes);
+}
+
+void issue(Bulk bulk, Mbarrier* b) {
+  Thread& self = *current;
+  bool there = true;
+  each_row(bulk, [&](const char* p, int64_t bytes) {
+    there = there && touch_global(self, p, bytes, Do::read, bulk.place);
+    // proxy_fence is for shared memory.
+    if (there) check_constant(self, p, bytes, bulk.place, "proxy fence", "a bulk copy of");
+  });
+  if (!there) return;
+  const int number = find(b, bulk.place);
+  if (number < 0 || !issue_bulk(self, bulk.shared, bulk.bytes, bulk.place)) return;
+  const MbarrierState& state = self.block->async->mbarriers[static_cast<size_t>(number)];
+  if (!state.fenced)
+    fault("proxy fence", bulk.place,
+          text("mbarrier_init at %s was not followed by mbarrier_init_fence", name_of(state.place).c_str()));
+  // Who has not waited for the mbarrier may not write what is copied.
+  each_row(bulk, [&](const char* p, int64_t bytes) {
+    read_global_async(self, p, bytes, agent(*self.block, number), state.phase + 1, bulk.place);
+  });
+  bulk.mbarrier = number;
+  self.block->async->bulks.push_back(bulk);
 }
 
 void land(Block& block, size_t which) {
@@ -240,7 +271,6 @@ void bulk_load(void* shared, const void* global, int bytes, Mbarrier* b, const c
   maybe_switch();
   const Place place = place_of(file, line);
   if (!multiples_of_16(shared, global, bytes, 16, place)) return;
-  if (!touch_global(*current, global, bytes, Do::read, place)) return;
   Bulk bulk;
   bulk.shared = static_cast<char*>(shared);
   bulk.bytes = bytes;
@@ -256,11 +286,6 @@ void tma_load_2d(void* shared, const TensorMap* map, int column, int row, Mbarri
   if (m.magic != kTensorMapMagic) return fault("tensor map", place, "make_tensor_map_2d has not made it");
   const int64_t bytes = m.box_rows * m.box_columns * m.element_bytes;
   if (!multiples_of_16(shared, nullptr, static_cast<int>(bytes), 128, place)) return;
-  const int64_t first = std::max<int64_t>(column, 0), end = std::min<int64_t>(column + m.box_columns, m.columns);
-  for (int64_t r = std::max<int64_t>(row, 0); r < std::min<int64_t>(row + m.box_rows, m.rows) && first < end; ++r) {
-    const char* const at = reinterpret_cast<const char*>(m.base) + r * m.row_stride_bytes + first * m.element_bytes;
-    if (!touch_global(*current, at, (end - first) * m.element_bytes, Do::read, place)) return;
-  }
   Bulk bulk;
   bulk.shared = static_cast<char*>(shared);
   bulk.bytes = static_cast<int>(bytes);

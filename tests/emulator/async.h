@@ -56,6 +56,7 @@ struct WarpAsync {
   bool open = false;  // a group that is not committed
   int registers = 0;
   size_t registers_count = 0;  // how often they have changed
+  Place registers_place = 0;   // where the last time
 };
 // What the first warp of a warpgroup said, for the others to agree with.
 struct Said {

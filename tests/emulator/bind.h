@@ -11,6 +11,7 @@ namespace inq::cuda::emulator {
 extern std::vector<Fault> faults;
 void reset(uint64_t seed);
 void add_buffer(const std::string& name, uintptr_t begin, int64_t bytes, bool writable, bool initialised, int granule);
+void forget_buffers(uintptr_t begin, int64_t bytes);  // those that have some of these bytes
 void clear_buffers();
 
 }  // namespace inq::cuda::emulator

@@ -32,6 +32,9 @@ FLAGS = (
     "-Wno-unknown-pragmas -Wno-unused-parameter -Wno-unused-function"
 )
 
+# As setup.py compiles csrc/register_cuda*.cpp: the C function of the current stream is declared with USE_CUDA alone.
+TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020b000000000000 -DUSE_CUDA"
+
 
 def compiler() -> str:
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
@@ -43,9 +46,19 @@ def compiler() -> str:
 def _flags(source: Path) -> list[str]:
     # Kernels spend their time in the engine; half the time to compile them is worth more.
     flags = f"{FLAGS} {'-O1' if source.suffix == '.cu' else '-O2'} -I{HERE} -I{CUDA} -I{ROOT / 'csrc'}".split()
+    if _knows_torch(source):
+        flags += f"-isystem {_torch() / 'include'} -I{HERE / 'cuda'} {TORCH_FLAGS}".split()
     if platform.machine() in ("x86_64", "AMD64") and " avx2 " in _cpu_flags() and " fma " in _cpu_flags():
         flags += ["-mavx2", "-mfma"]
     return flags
+
+
+def _knows_torch(source: Path) -> bool:
+    return source.stem == "bind_operators" or source.stem.startswith("register_cuda")
+
+
+def _torch() -> Path:
+    return Path(importlib.util.find_spec("torch").origin).parent
 
 
 @functools.cache
@@ -83,6 +96,8 @@ def _hash(*parts: bytes | str) -> str:
 def _object(source: Path, extra: tuple[str, ...]) -> Path:
     flags = [*_flags(source), *extra]
     files = _closure(source.resolve(), {})
+    if _knows_torch(source):
+        files[_torch() / "version.py"] = (_torch() / "version.py").read_bytes()
     key = _hash(compiler(), " ".join(flags), *(data for path, data in sorted(files.items())))
     out = CACHE / f"{source.stem}-{key}.o"
     if not out.exists():
@@ -119,7 +134,11 @@ def module_path(name: str, sources: list[Path]) -> Path:
         out = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not out.exists():
             folder.mkdir(exist_ok=True)
-            _run([compiler(), "-shared", "-o", f"{out}.{os.getpid()}", *map(str, objects)])
+            libraries = []
+            if any(map(_knows_torch, sources)):
+                # What bind_operators.cpp defines comes before torch's.
+                libraries = [f"-L{_torch() / 'lib'}", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-ltorch_cpu"]
+            _run([compiler(), "-shared", "-o", f"{out}.{os.getpid()}", *map(str, objects), *libraries])
             os.replace(f"{out}.{os.getpid()}", out)
     return out
 

@@ -92,6 +92,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
+inline const char* cudaGetErrorName(cudaError_t e) { return e == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "cudaError"; }
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "an error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
@@ -130,8 +131,10 @@ using Operation = void (*)(void* const (&arguments)[32]);
 void collective(Op op, void* argument, Operation operation, const char* file, int line);
 
 void barrier(int index, int threads, bool wait, const char* file, int line);
+// What a test wants to see of launches, copies and clears before they are done: an error and they are not.
+extern cudaError_t (*submitting)(cudaStream_t stream, const char* file, int line);
 void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const void* params,
-            void (*invoke)(const void* kernel, const void* params), bool& valid);
+            void (*invoke)(const void* kernel, const void* params), bool& valid, const char* file, int line);
 
 template <class T>
 struct Shuffle {
@@ -172,15 +175,19 @@ void wgmma_wait(int pending, const char* file, int line);
 char* dynamic_shared();
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t,
-                   const Params& params) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   const Params& params, INQ_PLACE) {
+  // Arguments of a launch have 4 KB.
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
+  const cudaError_t refused = emulator::submitting == nullptr ? cudaSuccess : emulator::submitting(stream, file, line);
+  if (refused != cudaSuccess) return refused;
   bool valid = true;
   emulator::launch(
       grid, threads, shared_bytes, reinterpret_cast<const void*>(kernel), &params,
       [](const void* kernel, const void* params) {
         reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel))(*static_cast<const Params*>(params));
       },
-      valid);
+      valid, file, line);
   return valid ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -306,10 +313,7 @@ template <int kPending>
 void wgmma_wait(INQ_PLACE) {
   emulator::wgmma_wait(kPending, file, line);
 }
-inline uint64_t wgmma_descriptor(const void* start) {
-  const uint64_t address = (shared_address(start) & 0x3FFFF) >> 4;
-  return address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
+uint64_t wgmma_descriptor(const void* start, INQ_PLACE);
 enum class Product { f16, bf16, e4m3 };
 template <Product kProduct, int kN>
 void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t descriptor, bool accumulate, INQ_PLACE) {

@@ -42,6 +42,7 @@ Thread* current = nullptr;
 int until_switch = 1;
 uint64_t progress = 0;
 std::vector<Fault> faults;
+cudaError_t (*submitting)(cudaStream_t, const char*, int) = nullptr;
 
 namespace {
 
@@ -268,6 +269,14 @@ void barrier(int index, int threads, bool wait_too, const char* file, int line) 
     give_up();
   }
   uint32_t& came = barrier.came[self.warp->index];
+  Place& from = barrier.from[self.warp->index];
+  if (came == 0) from = place;
+  if (from != place) {
+    fault("divergence", place,
+          text("thread %d comes to barrier %d, and lanes of its warp came to it at %s", self.index, index,
+               name_of(from).c_str()));
+    give_up();
+  }
   if (came >> self.lane & 1) {
     fault("barrier", place, text("thread %d comes to barrier %d a second time, before all others have", self.index, index));
     give_up();
@@ -284,6 +293,13 @@ void barrier(int index, int threads, bool wait_too, const char* file, int line) 
     if (wait_too) wait(Wait::barrier, place);
     return;
   }
+  for (const Warp& warp : block.warp) {
+    const uint32_t lanes = barrier.came[warp.index];
+    if (lanes == 0 || lanes == 0xFFFFFFFFu) continue;
+    fault("divergence", place,
+          text("barrier %d has its %d threads, and of warp %d lanes %08x alone", index, threads, warp.index, lanes));
+    give_up();
+  }
   meet(barrier.waiting.data(), static_cast<int>(barrier.waiting.size()), &barrier.clock);
   barrier.arrived = 0;
   std::fill_n(barrier.came, 32, 0u);
@@ -298,6 +314,15 @@ void barrier(int index, int threads, bool wait_too, const char* file, int line) 
 namespace {
 
 constexpr int kSharedMost = 227 << 10, kGuard = 4096;
+
+// A block's, of architectures that kernels are compiled for.
+int shared_most() {
+  switch (options.capability) {
+    case 80: case 87: return 163 << 10;
+    case 86: case 89: case 120: return 99 << 10;
+    default: return kSharedMost;
+  }
+}
 
 Block* begin_block(int number, dim3 grid, int threads, int shared_bytes) {
   Block* block;
@@ -362,6 +387,11 @@ Block* begin_block(int number, dim3 grid, int threads, int shared_bytes) {
 }
 
 void end_block(Block* block) {
+  for (const Barrier& barrier : block->barriers)
+    if (block->live == 0 && barrier.arrived > 0)
+      fault("barrier", barrier.place,
+            text("block %d ended, and %d of %d threads have arrived at barrier %d, for nobody", block->number,
+                 barrier.arrived, barrier.expected, static_cast<int>(&barrier - block->barriers)));
   end_block_async(*block);
   end_block_clocks(*block);
   for (Thread& thread : block->thread) {
@@ -419,6 +449,13 @@ void report_stuck(const char* kind_or_null, const char* why) {
   }
 }
 
+// What the processors have room for: 2048 threads, 32 blocks and some shared memory each, of which a block takes 1 KB more
+// than it asks for. Registers would allow fewer.
+int blocks_at_once(int threads, int shared_bytes) {
+  const int of_one = std::min({32, 2048 / threads, (shared_most() + 1024) / (shared_bytes + 1024)});
+  return std::max(options.processors * of_one, 1);
+}
+
 void run_warp(Warp& warp) {
   // The lanes that can run now, from a random one on.
   const int first = static_cast<int>(random_below(32));
@@ -434,14 +471,14 @@ void run_warp(Warp& warp) {
 }  // namespace
 
 void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const void* params,
-            void (*invoke)(const void* kernel, const void* params), bool& valid) {
+            void (*invoke)(const void* kernel, const void* params), bool& valid, const char* file, int line) {
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
-  valid = threads > 0 && threads <= 1024 && shared_bytes >= 0 && shared_bytes <= kSharedMost && blocks > 0 &&
+  valid = threads > 0 && threads <= 1024 && shared_bytes >= 0 && shared_bytes <= shared_most() && blocks > 0 &&
           blocks <= INT32_MAX && grid.y <= 65535 && grid.z <= 65535;
   if (!valid || threads % 32 != 0) {
-    fault("launch", __builtin_FILE(), 0,
-          text("a grid of %u x %u x %u blocks of %d threads, %d bytes of shared memory", grid.x, grid.y, grid.z,
-               threads, shared_bytes));
+    fault("launch", file, line,
+          text("a grid of %u x %u x %u blocks of %d threads, %d bytes of shared memory: sm_%d has %d", grid.x, grid.y,
+               grid.z, threads, shared_bytes, options.capability, shared_most()));
     valid = false;
     return;
   }
@@ -457,6 +494,7 @@ void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const 
   const int at_once = 1 + static_cast<int>(random_below(static_cast<uint32_t>(options.resident)));
   // CUDA promises no order of blocks.
   const bool backwards = random_below(2) == 0;
+  const int capacity = options.capacity > 0 ? options.capacity : blocks_at_once(threads, shared_bytes);
   const auto begin_next = [&] {
     const int64_t i = begun++;
     begin_block(static_cast<int>(backwards ? blocks - 1 - i : i), grid, threads, shared_bytes);
@@ -466,12 +504,12 @@ void launch(dim3 grid, int threads, int shared_bytes, const void* kernel, const 
   int fruitless = 0;
   uint64_t seen = progress;
   while (!given_up) {
-    while (begun < blocks && static_cast<int>(resident.size()) < at_once)
+    while (begun < blocks && static_cast<int>(resident.size()) < std::min(at_once, capacity))
       begin_next();
     if (ready.empty()) {
       if (resident.empty()) break;
       if (deliver_something(resident)) continue;
-      if (begun < blocks && static_cast<int>(resident.size()) < options.capacity) {
+      if (begun < blocks && static_cast<int>(resident.size()) < capacity) {
         begin_next();  // as many blocks run at once as have to
         continue;
       }
@@ -541,6 +579,13 @@ using namespace emulator;
 
 char* dynamic_shared() { return current->block->shared; }
 
+uint64_t wgmma_descriptor(const void* start, const char* file, int line) {
+  if (reinterpret_cast<uintptr_t>(start) % 16 != 0)
+    fault("alignment", file, line, "a descriptor holds no address between multiples of 16");
+  const uint64_t address = (shared_address(start) & 0x3FFFF) >> 4;
+  return address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
 uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - current->block->shared) + 1024;
 }
@@ -601,7 +646,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount: *value = options.processors; break;
     case cudaDevAttrComputeCapabilityMajor: *value = options.capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = options.capability % 10; break;
-    default: *value = 227 << 10;
+    default: *value = inq::cuda::emulator::shared_most();
   }
   return cudaSuccess;
 }

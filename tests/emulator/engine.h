@@ -57,7 +57,7 @@ struct Cell {
   uint16_t unused;
 };
 constexpr int kClockBits = 21;  // 2048 threads and agents, two million synchronisations
-constexpr uint8_t kAtomic = 1, kPending = 2, kByBytes = 4, kGeneric = 8;
+constexpr uint8_t kAtomic = 1, kPending = 2, kByBytes = 4, kGeneric = 8, kMbarrier = 16;
 
 // --- threads ------------------------------------------------------------------------------------------------------------
 
@@ -70,6 +70,7 @@ struct Copy {
   bool valid;
   int group;
   Place place;
+  uint64_t source;  // fingerprint
 };
 
 struct Block;
@@ -120,6 +121,7 @@ struct Barrier {
   Clock* clock = nullptr;  // of those that have only arrived
   uint32_t came[32] = {};  // a bit for each thread, a word for each warp
   Place place = 0;
+  Place from[32] = {};  // where each warp is: all lanes at one
 };
 
 struct Block {
@@ -141,7 +143,7 @@ struct Options {
   int processors = 4;    // multiprocessors that the device says it has
   int capability = 90;
   int resident = 8;      // blocks begun before any has to wait for one that is not begun
-  int capacity = 1 << 30;  // blocks that can run at once
+  int capacity = 0;      // blocks that can run at once; 0: as many as the processors have room for
   bool short_accumulator = false;  // e4m3 wgmma keeps 14 bits
   double seconds = 60;   // for one launch
 };
@@ -189,22 +191,30 @@ Buffer* find_buffer(const void* p, int64_t bytes);
 // Records and checks what `thread` does to bytes of its block's shared memory; false where it may not.
 bool touch_shared(Thread& thread, const void* p, int bytes, Do what, Place place);
 bool touch_global(Thread& thread, const void* p, int64_t bytes, Do what, Place place);
-// The read is of what no thread may write while the kernel runs.
-void check_constant(Thread& thread, const void* p, int bytes, Place place);
+// The read is of what no thread may write while the kernel runs; `what` reads it.
+void check_constant(Thread& thread, const void* p, int64_t bytes, Place place, const char* kind, const char* what);
 bool in_shared(const Block& block, const void* p);
 
 // cp.async: from its issue to its landing nothing may touch the bytes.
 bool issue_copy(Thread& thread, char* shared, int bytes, Place place);
 void land_copy(Thread& thread, char* shared, int bytes, Place place);
+// From now on only the functions of mbarriers may touch these eight bytes.
+void mark_mbarrier(Block& block, const void* p);
 
 // Bulk copies: as above, but another proxy writes. `landed` is the epoch that mbarrier_wait lets others know of.
 bool issue_bulk(Thread& thread, char* shared, int bytes, Place place);
 void land_bulk(Block& block, char* shared, int bytes, uint32_t landed);
 // What an agent reads from now until `time` of its clock.
+void read_global_async(Thread& thread, const void* p, int64_t bytes, int agent, uint32_t time, Place place);
 bool read_async(Thread& thread, int64_t offset, int bytes, int agent, uint32_t time, Place place);
 
 // What an uninitialised variable holds: build.py lets the compiler fill them.
 constexpr uint32_t kUnwritten = 0xFEFEFEFEu;
+// In the accumulators of a wgmma that is not done: a signalling NaN, which arithmetic makes a quiet one.
+constexpr uint32_t kInFlight = 0xFF80DEADu, kQuiet = 0x00400000u;
+
+// Of bytes in a buffer that kernels may write, 0 of others: whether they change under cp.async.
+uint64_t fingerprint(const void* p, int64_t bytes);
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -1,21 +1,8 @@
 // Small kernels that are wrong, each in one way. Where the emulator must say so there is a comment with the kind of
-// fault behind the line: "caught: kind". test_emulator.py reads them. All run as blocks of `threads` with the same
-// params: a, b and c are buffers of 4096 bytes, a and b to read (b has zeros and may be written), c to write.
-#include <cstring>
-
-#include "tensor_map.h"
+// fault behind the line: "caught: kind". test_emulator.py reads them.
+#include "kernels_bad.h"
 
 namespace inq::cuda {
-
-struct Params {
-  TensorMap map;  // of a, as 32 rows of 64 halves
-  const uint32_t* a;
-  int* b;
-  uint32_t* c;
-};
-
-INQ_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
-INQ_DEVICE uint32_t* words() { return reinterpret_cast<uint32_t*>(dynamic_shared()); }
 
 // Threads read what their neighbours wrote, and no barrier came between.
 __global__ void missing_barrier(const __grid_constant__ Params p) {
@@ -225,18 +212,6 @@ __global__ void read_once_of_an_output(const __grid_constant__ Params p) {
 
 // --- mbarriers and TMA --------------------------------------------------------------------------------------------------
 
-constexpr int kTile = 32 * 128;
-
-INQ_DEVICE Mbarrier* mbarriers() { return reinterpret_cast<Mbarrier*>(dynamic_shared() + 2 * kTile); }
-
-INQ_DEVICE void make_mbarriers(int arrivals) {
-  if (thread() == 0) {
-    for (int i = 0; i < 4; ++i) mbarrier_init(mbarriers() + i, arrivals);
-    mbarrier_init_fence();
-  }
-  sync_threads();
-}
-
 __global__ void wrong_parity(const __grid_constant__ Params p) {
   make_mbarriers(1);
   if (thread() == 0) {
@@ -295,10 +270,6 @@ __global__ void block_ends_before_its_copy(const __grid_constant__ Params p) {
 }
 
 // --- wgmma --------------------------------------------------------------------------------------------------------------
-
-INQ_DEVICE void fill_tile() {
-  for (int i = thread(); i < 2 * kTile / 4; i += 128) st_shared(words() + i, 0x3C003C00u);
-}
 
 __global__ void missing_proxy_fence(const __grid_constant__ Params) {
   fill_tile();
@@ -388,12 +359,10 @@ __global__ void registers_differ(const __grid_constant__ Params) {
 }
 
 int bad(const char* name, uintptr_t a, uintptr_t b, uintptr_t c, int blocks, int threads) {
-  Params p{{}, reinterpret_cast<const uint32_t*>(a), reinterpret_cast<int*>(b), reinterpret_cast<uint32_t*>(c)};
-  const cudaError_t made =
-      make_tensor_map_2d(&p.map, TensorType::f16, p.a, 64, 32, 128, 64, 32, TensorSwizzle::bytes_128);
-  if (made != cudaSuccess) return made;
+  Params p;
+  if (const cudaError_t made = make_params(&p, a, b, c); made != cudaSuccess) return made;
 #define INQ_RUN(kernel) \
-  if (std::strcmp(name, #kernel) == 0) return launch(kernel, dim3(blocks), threads, 2 * kTile + 64, nullptr, p);
+  if (std::strcmp(name, #kernel) == 0) return launch(kernel, dim3(blocks), threads, kBadShared, nullptr, p);
   if (std::strcmp(name, "shared_overrun") == 0) return launch(shared_overrun, dim3(1), 128, 4096, nullptr, p);
   INQ_RUN(missing_barrier)
   INQ_RUN(missing_warp_barrier)

@@ -58,6 +58,12 @@ bool check_cell(Thread& thread, const Cell& cell, uint8_t mask, Do what, Place p
                thread.index, thread.block->number, name_of(cell.write_place).c_str()));
     return false;
   }
+  if (cell.flags & kMbarrier) {
+    fault("mbarrier", place,
+          text("%s by thread %d of block %d of the mbarrier made at %s", verb(what), thread.index,
+               thread.block->number, name_of(cell.write_place).c_str()));
+    return false;
+  }
   const bool atomics = what == Do::atomic && (cell.flags & kAtomic);
   if (what != Do::write && (cell.written & mask) != mask)
     fault("uninitialised", place,
@@ -173,6 +179,11 @@ void land_copy(Thread& thread, char* shared, int bytes, Place) {
     cell.flags &= static_cast<uint8_t>(~kPending);
     cell.write = now;
   });
+}
+
+void mark_mbarrier(Block& block, const void* p) {
+  each_cell(block, static_cast<size_t>(static_cast<const char*>(p) - block.shared), 8,
+            [](Cell& cell) { cell.flags |= kMbarrier; });
 }
 
 namespace {
@@ -337,18 +348,37 @@ bool touch_global(Thread& thread, const void* p, int64_t bytes, Do what, Place p
   return true;
 }
 
-void check_constant(Thread& thread, const void* p, int bytes, Place place) {
+void check_constant(Thread& thread, const void* p, int64_t bytes, Place place, const char* kind, const char* what) {
   Buffer* const buffer = find_buffer(p, bytes);
   if (buffer == nullptr || buffer->words == nullptr) return;
   const int64_t first = (static_cast<const char*>(p) - buffer->begin) / buffer->granule;
   for (int64_t i = first; i < first + bytes / buffer->granule; ++i) {
     const uint64_t write = buffer->words[i].write;
     if (write == 0 || write >> 52 != wide_epoch(thread) >> 52) continue;
-    fault("race", place,
-          text("ld_global_once of '%s', which this kernel has written at %s", buffer->name.c_str(),
+    fault(kind, place,
+          text("%s '%s', which this kernel has written at %s", what, buffer->name.c_str(),
                name_of(buffer->words[i].write_place).c_str()));
     return;
   }
+}
+
+void read_global_async(Thread& thread, const void* p, int64_t bytes, int agent, uint32_t time, Place place) {
+  Buffer* const buffer = find_buffer(p, bytes);
+  if (buffer == nullptr || buffer->words == nullptr) return;
+  const uint64_t now = (wide_epoch(thread) & ~uint64_t{0xFFFFFFFF}) | epoch(agent, time);
+  const int64_t first = (static_cast<const char*>(p) - buffer->begin) / buffer->granule;
+  for (int64_t i = first; i < first + bytes / buffer->granule; ++i) {
+    buffer->words[i].read = now;
+    buffer->words[i].read_place = place;
+  }
+}
+
+uint64_t fingerprint(const void* p, int64_t bytes) {
+  const Buffer* const buffer = find_buffer(p, bytes);
+  if (buffer == nullptr || !buffer->writable) return 0;
+  uint64_t hash = 0xCBF29CE484222325ull;
+  for (int64_t i = 0; i < bytes; ++i) hash = (hash ^ static_cast<const uint8_t*>(p)[i]) * 0x100000001B3ull;
+  return hash;
 }
 
 void add_buffer(const std::string& name, uintptr_t begin, int64_t bytes, bool writable, bool initialised,
@@ -366,6 +396,15 @@ void add_buffer(const std::string& name, uintptr_t begin, int64_t bytes, bool wr
     buffer.words = static_cast<Buffer::Word*>(memory);
   }
   buffers.push_back(buffer);
+}
+
+void forget_buffers(uintptr_t begin, int64_t bytes) {
+  const char* const from = reinterpret_cast<const char*>(begin);
+  std::erase_if(buffers, [&](const Buffer& b) {
+    const bool gone = b.begin < from + bytes && from < b.end;
+    if (gone) std::free(b.words);
+    return gone;
+  });
 }
 
 void clear_buffers() {
@@ -388,6 +427,18 @@ bool aligned(const void* p, int bytes, const char* file, int line) {
 
 }  // namespace
 
+// Registers that may not be read yet, as long as nothing has rounded them to fewer bits.
+static void check_value(const void* from, int bytes, Place place) {
+  for (int i = 0; i + 4 <= bytes; i += 4) {
+    uint32_t word;
+    std::memcpy(&word, static_cast<const char*>(from) + i, 4);
+    if ((word | kQuiet) == (kInFlight | kQuiet))
+      fault("wgmma registers", place, text("thread %d stores a sum that no wgmma_wait has waited for", current->index));
+    if (word == kUnwritten)
+      fault("unwritten register", place, text("thread %d stores what nothing has written", current->index));
+  }
+}
+
 void load(Space space, void* to, const void* from, int bytes, const char* file, int line) {
   maybe_switch();
   const Place place = current->place = place_of(file, line);
@@ -407,6 +458,7 @@ void store(Space space, void* to, const void* from, int bytes, const char* file,
                     (space == Space::shared ? touch_shared(*current, to, bytes, Do::write, place)
                                             : touch_global(*current, to, bytes, Do::write, place));
   if (!fine) return;
+  check_value(from, bytes, place);
   std::memcpy(to, from, static_cast<size_t>(bytes));
   if (space == Space::global && bytes == 4) value_changed(static_cast<const int*>(to));
 }
@@ -436,7 +488,7 @@ using namespace emulator;
 
 Four ld_global_once(const Four* p, const char* file, int line) {
   const Four value = ld_global(p, file, line);
-  check_constant(*current, p, sizeof value, place_of(file, line));
+  check_constant(*current, p, sizeof value, place_of(file, line), "race", "ld_global_once of");
   return value;
 }
 
@@ -473,6 +525,8 @@ void thread_fence() { fence(*current); }
 
 }  // namespace inq::cuda
 
+using inq::cuda::emulator::submitting;
+
 namespace {
 
 bool whole(const void* p, size_t bytes, bool write, const char* file, int line) {
@@ -496,12 +550,15 @@ bool whole(const void* p, size_t bytes, bool write, const char* file, int line) 
 
 }  // namespace
 
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t, const char* file, int line) {
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream, const char* file, int line) {
+  if (submitting != nullptr && submitting(stream, file, line) != cudaSuccess) return cudaErrorLaunchFailure;
   if (bytes > 0 && whole(p, bytes, true, file, line)) std::memset(p, value, bytes);
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t, const char* file, int line) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t stream, const char* file,
+                            int line) {
+  if (submitting != nullptr && submitting(stream, file, line) != cudaSuccess) return cudaErrorLaunchFailure;
   if (bytes > 0 && whole(from, bytes, false, file, line) && whole(to, bytes, true, file, line))
     std::memcpy(to, from, bytes);
   return cudaSuccess;

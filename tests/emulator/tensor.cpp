@@ -43,6 +43,20 @@ float number(uint32_t half, bool bf16) {
 
 }  // namespace
 
+namespace {
+
+// Row r of a matrix is read by the lanes that get its numbers, a pair each, or transposed one each, whoever brought the
+// address: as shuffles do, ldmatrix makes nothing known to others.
+bool read_row(Warp& warp, const char* row, int r, bool transposed, Place place) {
+  for (int word = 0; word < 4; ++word) {
+    const int lane = transposed ? 8 * word + r / 2 : 4 * r + word;
+    if (!touch_shared(*warp.threads[lane], row + 4 * word, 4, Do::read, place)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 void emulator::ldmatrix(uint32_t* d, const void* row, int matrices, bool transposed, const char* file, int line) {
   maybe_switch();
   Load mine{d, row, matrices, transposed, place_of(file, line)};
@@ -59,7 +73,7 @@ void emulator::ldmatrix(uint32_t* d, const void* row, int matrices, bool transpo
             std::memset(matrix.at[r], 0xFF, 16);
             if (reinterpret_cast<uintptr_t>(one.row) % 16 != 0)
               fault("alignment", one.place, text("ldmatrix of a row at an address that is no multiple of 16, lane %d", lane));
-            else if (touch_shared(*warp.threads[lane], one.row, 16, Do::read, one.place))
+            else if (read_row(warp, static_cast<const char*>(one.row), r, first.transposed, one.place))
               std::memcpy(matrix.at[r], one.row, 16);
           }
           for (int lane = 0; lane < 32; ++lane)

@@ -10,8 +10,6 @@ using namespace emulator;
 
 namespace {
 
-// In the accumulators of a wgmma that is not done: a signalling NaN, which any arithmetic changes.
-constexpr uint32_t kInFlight = 0xFF80DEADu;
 constexpr int kWarpsInGroup = 4;
 
 WarpAsync& state_of(const Warp& warp) { return warp.block->async->warp[static_cast<size_t>(warp.index)]; }
@@ -63,10 +61,25 @@ void check_same_as_other_warps(Warp& warp, const Request& one, uint32_t count) {
                static_cast<unsigned long long>(first.descriptor), name_of(first.place).c_str()));
 }
 
+// Rows of a swizzled pattern are counted from an address that is a multiple of eight of them (base offset 0), and the
+// 32 bytes of a step lie within a row.
+void check_start(const Request& one) {
+  const auto start = static_cast<uint32_t>(one.descriptor & 0x3FFF) << 4;
+  const int mode = static_cast<int>(one.descriptor >> 62);
+  if (mode == 0) return;
+  const uint32_t pitch = mode == 1 ? 128 : mode == 2 ? 64 : 32;
+  if (start / pitch % 8 != 0 || start % pitch + 32 > pitch)
+    fault("alignment", one.place,
+          text("a descriptor of shared address %u: not within the first row of a pattern of 8 rows of %u bytes", start,
+               pitch));
+}
+
 void issue(void* const (&all)[32]) {
   Warp& warp = *current->warp;
   Block& block = *warp.block;
   const Request& first = *static_cast<Request*>(all[0]);
+  if (options.capability != 90)
+    fault("capability", first.place, text("no wgmma on sm_%d", options.capability));
   if (block.threads % 128 != 0 || warp.index / kWarpsInGroup >= kWarpgroups) {
     fault("wgmma", first.place, text("a block of %d threads: needs whole warpgroups, at most 8", block.threads));
     give_up();
@@ -74,6 +87,7 @@ void issue(void* const (&all)[32]) {
   WarpAsync& state = state_of(warp);
   check_same_as_other_warps(warp, first, state.count++);
 
+  check_start(first);
   // B: read by the warpgroup's agent from now until the group is waited for.
   const uint32_t group = state.committed + 1;
   bool fits = true;
@@ -125,10 +139,11 @@ void issue(void* const (&all)[32]) {
     if (!chained) {
       accumulator.d[lane] = one.d;
       float* const values = &accumulator.values[static_cast<size_t>(lane * own)];
+      // Whether they are added to or overwritten.
+      if (!same_as_at_fence(thread, one.d, bytes))
+        fault("wgmma fence", one.place,
+              text("accumulators of thread %d were written after the last wgmma_fence", thread.index));
       if (one.accumulate) {
-        if (!same_as_at_fence(thread, one.d, bytes))
-          fault("wgmma fence", one.place,
-                text("accumulators of thread %d were written after the last wgmma_fence", thread.index));
         if (float_to_bits(one.d[0]) == kUnwritten)
           fault("unwritten register", one.place, text("accumulators of thread %d", thread.index));
         std::memcpy(values, one.d, bytes);
@@ -308,6 +323,8 @@ void emulator::setmaxnreg(int registers, bool up, const char* file, int line) {
         Warp& warp = *current->warp;
         Block& block = *warp.block;
         WarpAsync& state = state_of(warp);
+        if (options.capability != 90)
+          fault("capability", ask.place, text("no setmaxnreg on sm_%d", options.capability));
         if (ask.up ? ask.registers < state.registers : ask.registers > state.registers)
           fault("registers", ask.place,
                 text("%s to %d, and the warp has %d a thread", ask.up ? "up" : "down", ask.registers, state.registers));
@@ -327,6 +344,7 @@ void emulator::setmaxnreg(int registers, bool up, const char* file, int line) {
         };
         while (free() < (ask.registers - state.registers) * 32) wait(Wait::registers, ask.place);
         state.registers = ask.registers;
+        state.registers_place = ask.place;
         ++progress;
         for (Warp& other : block.warp)
           for (Thread* thread : other.threads)
@@ -349,6 +367,7 @@ void begin_block_wgmma(Block& block) {
     state.committed = state.done = state.count = 0;
     state.open = false;
     state.registers_count = 0;
+    state.registers_place = 0;
     state.registers = std::min(255, (64 << 10) / block.threads / 8 * 8);
   }
   for (auto& said : block.async->said) said.clear();
@@ -358,7 +377,14 @@ void begin_block_wgmma(Block& block) {
 
 void end_block_wgmma(Block& block) {
   if (block.live != 0) return;
-  for (const WarpAsync& state : block.async->warp) {
+  const auto& warps = block.async->warp;
+  for (size_t i = 0; i < warps.size() && warps.size() % kWarpsInGroup == 0; ++i) {
+    if (warps[i].registers_count == warps[i - i % kWarpsInGroup].registers_count) continue;
+    fault("divergence", warps[i].registers_place ? warps[i].registers_place : warps[i - i % kWarpsInGroup].registers_place,
+          text("setmaxnreg %zu times in warp %zu, and %zu times in the first of its warpgroup", warps[i].registers_count,
+               i, warps[i - i % kWarpsInGroup].registers_count));
+  }
+  for (const WarpAsync& state : warps) {
     if (state.issued.empty()) continue;
     fault("in flight", state.issued.front().place, text("block %d ended and did not wait for this wgmma", block.number));
   }
