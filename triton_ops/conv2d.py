@@ -382,6 +382,8 @@ def conv2d(
     size = conv_output_size(x.shape[-2:], kernel_size, stride, padding, dilation)
     if min(size) < 0:
         raise ValueError(f"inq.conv2d: x: expected an image at least as large as the kernel, got {list(x.shape)}")
+    if math.prod(size) > _PIXELS:
+        raise ValueError(f"inq.conv2d: x: expected at most {_PIXELS} output pixels an image, got {size[0]} × {size[1]}")
     memory_format = reference.conv_memory_format(x)
     out = torch.empty((images, n, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
     if out.numel() == 0:
