@@ -65,8 +65,8 @@ static-cuda: $(READY)
 # Each part ends by itself: no test begins after 60 and 110 seconds, no case after 120; the build takes one minute at most.
 # What was left out is counted in the report. Both backends are tested whatever the first one's tests say, and a test that
 # fails does not hide the next. No speed without correct results: the benchmarks do not run if a test fails. The fragments
-# come first, since they compile.
-GPU_PYTEST = $(PY) -m pytest -p no:cacheprovider $$($(PY) tests/gpu_ready.py processes) --maxfail=20 -rs
+# come first, since they compile. What another torch than CI's warns of is shown, and is no error.
+GPU_PYTEST = $(PY) -m pytest -p no:cacheprovider $$($(PY) tests/gpu_ready.py processes) -W default --maxfail=20 -rs
 gpu: $(READY)
 	$(PY) tests/gpu_ready.py
 	$(if $(READY),,INQ_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)

@@ -21,7 +21,6 @@ NEEDED = {
     "ninja": "",
     "pytest": "",
     "hypothesis": "",
-    "pybind11": "",
     "matplotlib": "",
 }
 # Most of the tests' time is compiling, a second or two for each kind of Triton kernel.

@@ -17,8 +17,8 @@ import inq_kernels as inq
 from inq_kernels import layouts, ops, slices
 
 pytest.importorskip("triton")
-from inq_kernels.triton_ops import linear_fp8 as fp8
 from inq_kernels.triton_ops import checks, operands, tiles
+from inq_kernels.triton_ops import linear_fp8 as fp8
 from inq_kernels.triton_ops.operators import OPERATORS
 
 # numpy warns where the interpreter computes an infinity, which a GPU does silently.
@@ -338,7 +338,9 @@ def test_tensors_that_do_not_belong_together(op):
             OPERATORS[op](*arguments)
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_fp8", "linear_dx", "conv2d", "unpack", "pack", "prepack", "unprepack"])
+@pytest.mark.parametrize(
+    "op", ["linear", "linear_fp8", "linear_dx", "conv2d", "unpack", "pack", "prepack", "unprepack"]
+)
 def test_more_rows_than_kernels_count(op):
     """Rows are numbers of 32 bits in kernels, and so is what products sum over. The sizes alone are looked at."""
     most = checks.MOST
@@ -370,7 +372,9 @@ def test_more_rows_than_kernels_count(op):
         "unpack": [(*many, 8, 4, "paper", torch.float16)],
         "pack": [(shaped(most + 1, 1, dtype=x), shaped(most + 1, 1, dtype=torch.int8), 4, "paper")],
         "prepack": [(many[0], 8, 4, "paper", slices.FP16)],
-        "unprepack": [(shaped(*slices.shape(slices.FP16, most + 1, 8, inq.Format(4))), most + 1, 8, 4, "paper", slices.FP16)],
+        "unprepack": [
+            (shaped(*slices.shape(slices.FP16, most + 1, 8, inq.Format(4))), most + 1, 8, 4, "paper", slices.FP16)
+        ],
     }
     wrong["linear_fp8"] = wrong["linear"]
     for arguments in wrong[op]:

@@ -649,6 +649,12 @@ def test_errors():
         (ValueError, lambda: freeze(w, mask, n1[:3], none, *tail), r"n1 .*expected shape \[4, 1\], got \[3, 1\]"),
         (TypeError, lambda: freeze(w, mask, n1.int(), none, *tail), "n1 .*expected int8, got torch.int32"),
         (TypeError, lambda: freeze(w, mask, n1, none.int(), *tail), "thresholds: expected int64"),
+        (ValueError, lambda: threshold(w[0, 0], mask[:1], None, 1, False, 0), "w: expected rank ≥ 1, got a scalar"),
+        (
+            ValueError,
+            lambda: partition.exponents_of([torch.empty(2**31, device="meta")], inq.Format(4)),
+            "rows of w: expected at most 2147479552, got 2147483648",
+        ),
         (
             TypeError,
             lambda: partition.exponents_of([w, w.half()], inq.Format(4)),

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import checks
 from .launch import INTERPRETED, cdiv, on_device
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -151,6 +152,9 @@ def check_weights(name: str, ws: Sequence[Tensor], masks: Sequence[Tensor | None
     for i, (w, mask, keep) in enumerate(zip(ws, masks, keeps, strict=True)):
         at = f"[{i}]" if len(ws) > 1 else ""
         check_floats(f"{name}: w{at}", w, ws[0])
+        if w.dim() == 0:
+            raise ValueError(f"{name}: w{at}: expected rank ≥ 1, got a scalar")
+        checks.size(f"{name}: rows of w{at}", w.shape[0], most=checks.MOST)
         for what, bits in (("mask", mask), ("keep", keep)):
             if bits is not None:
                 check_bits(f"{name}: {what}{at}", bits, w)
