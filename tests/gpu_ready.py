@@ -1,5 +1,5 @@
-"""What ``make gpu`` needs, told before anything is built: ``python tests/gpu_ready.py`` says what is missing and ends with
-status 1; with ``processes`` it prints pytest's arguments for several processes, where pytest-xdist is there.
+"""What ``make gpu`` needs, told before anything is built: ``python tests/gpu_ready.py`` says what is missing and ends
+with status 1; with ``processes`` it prints pytest's arguments for several processes, where pytest-xdist is there.
 
 A machine with a GPU may reach no registry. What is missing there travels as wheels: ``pip download`` them elsewhere,
 ``pip install --no-index --target FOLDER *.whl`` there, and name FOLDER in PYTHONPATH.

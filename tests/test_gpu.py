@@ -406,8 +406,8 @@ def test_a_second_device():
 
 @pytest.fixture
 def needs(tmp_path_factory):
-    """Skips a test where less device memory is free than so many GiB. One test at a time, of all processes: what another
-    one is about to take is still free now."""
+    """Skips a test where less device memory is free than so many GiB. One test at a time, of all processes: what
+    another one is about to take is still free now."""
 
     def check(gigabytes):
         free = torch.cuda.mem_get_info()[0] / 2**30

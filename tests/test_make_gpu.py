@@ -78,7 +78,7 @@ def test_what_is_missing_is_told_before_anything_is_built():
 
 
 def test_what_torch_says_when_asked_for_waiting_is_no_error():
-    """torch.cuda.set_sync_debug_mode warns after it has switched: as an error it would leave every later test broken."""
+    """torch.cuda.set_sync_debug_mode warns when it has switched: as an error it would leave later tests broken."""
     text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
     warnings.warn(text, UserWarning, stacklevel=1)
 

@@ -306,7 +306,7 @@ def test_random_shapes_of_fp8(m, n, k, fmt, dtype, scale, bias, seed):
 
 
 @pytest.mark.parametrize(
-    "op", ["linear", "linear_fp8", "linear_dx", "conv2d", "unpack_", "unpack", "prepack", "unprepack"]
+    "op", ["linear", "linear_fp8", "linear_dx", "conv2d", "conv2d_dx", "unpack_", "unpack", "prepack", "unprepack"]
 )
 def test_tensors_that_do_not_belong_together(op):
     """A kernel takes sizes as they are: bare operators, too, must refuse what would be read or written beyond."""
@@ -326,6 +326,10 @@ def test_tensors_that_do_not_belong_together(op):
             (image, p.weight, p.weight_exp, None, short, *conv, *tail),
             (image, p.weight, p.weight_exp, None, None, (3, 3), (0, 1), (0, 0), (1, 1), 1, *tail),
             (image, p.weight, p.weight_exp, None, None, (3, 3), (1, 1), (0, 0), (1, 1), 3, *tail),
+        ],
+        "conv2d_dx": [
+            (image, p.weight, p.weight_exp, None, (1, 4, 7, 7), (3, 3), (1, 1), (0, 0), (1, 1), 0, *tail),
+            (image, p.weight, p.weight_exp, None, (1, 4, 7, 7), (3, 3), (1, 1), (-1, 0), (1, 1), 1, *tail),
         ],
         "unpack_": [(torch.zeros(2, 40, device=DEVICE), p.weight, p.weight_exp, None, 36, 4, "paper")],
         "unpack": [(p.weight, p.weight_exp, None, 90, 4, "paper", torch.float32)],
@@ -380,6 +384,20 @@ def test_more_rows_than_kernels_count(op):
     for arguments in wrong[op]:
         with pytest.raises(ValueError, match=f"expected at most {most}( rows)?, got {most + 1}"):
             OPERATORS[op](*arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_outputs(layout):
+    """N = 0: an empty product, and a gradient of zeros."""
+    fmt = inq.Format(4)
+    shape = layouts.shape(layout, 0, 40, fmt)
+    none = torch.empty(shape, dtype=torch.uint8, device=DEVICE)
+    n1 = torch.empty(0, 1, dtype=torch.int8, device=DEVICE)
+    x = torch.ones(3, 40, device=DEVICE, requires_grad=True)
+    y = inq.linear(x, inq.PackedWeight(none, n1, None, fmt, (0, 40), layout), backend="triton")
+    assert y.shape == (3, 0)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, 40, device=DEVICE))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -409,7 +409,9 @@ def conv2d_dx(
     layout, backend,
 ):  # fmt: skip
     """reference.conv2d_dx: decoded by a kernel, multiplied by torch, whose library beats a kernel of ours there."""
-    n, k = weight_exp.shape[0], input_size[1] // groups * kernel_size[0] * kernel_size[1]
+    n = weight_exp.shape[0]
+    checks.convolution("conv2d_dx", input_size[1], n, kernel_size, stride, padding, dilation, groups)
+    k = input_size[1] // groups * kernel_size[0] * kernel_size[1]
     if layout != layouts.STORAGE:
         weight = storage.unprepack(weight, n, k, bits, levels, layout)
     # Values relative to 2^n1, as the reference's.

@@ -18,7 +18,7 @@ def words(weight: Tensor, layout: str) -> Tensor:
     """The words of a weight [N, …] as integers [N, words]. Bytes that begin where no vector may begin (a part of a
     larger buffer) are copied: torch has no view of them as words, and kernels that load them one by one are others."""
     dtype = torch.int8 if layout == slices.E4M3 else torch.int16
-    flat = weight.reshape(weight.shape[0], -1)
+    flat = weight.reshape(weight.shape[0], math.prod(weight.shape[1:]))
     return (flat if flat.data_ptr() % _ALIGN == 0 else flat.clone()).view(dtype)
 
 

@@ -61,8 +61,8 @@ def aligned(*lists: Sequence[Tensor]) -> bool:
 
 
 def upload(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` on ``device``, in a copy that the host does not wait for: pinned memory, where there is CUDA. Kept for
-    a graph that is being captured, which copies it again at every replay."""
+    """``numbers`` on ``device``, in a copy that the host does not wait for: pinned memory, where there is CUDA. It is
+    kept for a graph that is being captured, which copies it again at every replay."""
     host = _pinned(numbers, device)
     if _stream(device)[1]:
         _captured[id(host)] = host

@@ -21,7 +21,7 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 ROWS = (16, 32, 64, 128)
 # Decoding once and calling the library is 2.7 % of a product of 8192 rows, 20 % of one of 1024 (KERNELS.md).
 DENSE_ROWS = 2048
-# A grid has 65535 programs in its second dimension: of 64 words that are decoded, of 256 outputs whose sums are rounded.
+# A grid's second dimension is 65535 programs: of 64 words that are decoded, of 256 outputs whose sums are rounded.
 _DENSE_WORDS, _DENSE_OUTPUTS = 65535 * 64, 65535 * 256
 # Bytes in flight decide the speed of few rows; programs beyond two for each processor add only their start.
 _WAVES = 2
