@@ -61,10 +61,12 @@ def candidates(name: str, rows: int, default: Tile, capability: int) -> list[Til
     if "fp32" in name:
         # No tensor cores to feed; and on sm_100 Triton 3.6 makes TF32 of tiles of 64 rows.
         most = 32 if 100 <= capability < 120 else 64
+    # Of the gradient the rows of x are the left operand's, so that they make TF32.
+    widest = most if gradient and "fp32" in name else 64
     found = [default]
     sides = (16, 32, 64) if gradient or "fp32" in name else (32, 64, 128)
     for bn, bm, bk, warps, stages in itertools.product(
-        (32, 64, 128, 256), sorted({min(rows, 64), default.bm}), sides, (4, 8), (default.stages, default.stages + 1)
+        (32, 64, 128, 256), sorted({min(rows, widest), default.bm}), sides, (4, 8), (default.stages, default.stages + 1)
     ):
         tile = Tile(bn, bm, bk, warps, stages)
         # The gradient loads words and gradients, and keeps a sum for each slice of K; the others load x of each slice.
