@@ -506,6 +506,9 @@ def run(out: Path | None, capabilities: Sequence[int], only: Sequence[str], jobs
     if checking:
         return check(jobs, capabilities)
     version = importlib.metadata.version("triton")
+    out = out or Path("bench", "results", f"static-{version}")
+    # Before minutes of compiling: a folder that cannot be made is told at once.
+    out.mkdir(parents=True, exist_ok=True)
     made_of = sources()
     rows = compile_all(capabilities, only, jobs)
     if not rows:
@@ -513,8 +516,6 @@ def run(out: Path | None, capabilities: Sequence[int], only: Sequence[str], jobs
         return 1
     results = {"schema": SCHEMA, "triton": version, "capabilities": list(capabilities), "sources": made_of}
     results["rows"] = rows
-    out = out or Path("bench", "results", f"static-{version}")
-    out.mkdir(parents=True, exist_ok=True)
     write(out / "static.json", results)
     (out / "static.md").write_text(markdown(results))
     cells, wrong = [], []

@@ -61,10 +61,12 @@ def candidates(name: str, rows: int, default: Tile, capability: int) -> list[Til
     if "fp32" in name:
         # No tensor cores to feed; and on sm_100 Triton 3.6 makes TF32 of tiles of 64 rows.
         most = 32 if 100 <= capability < 120 else 64
+    # Of the gradient the rows of x are the left operand's, so that they make TF32.
+    widest = most if gradient and "fp32" in name else 64
     found = [default]
     sides = (16, 32, 64) if gradient or "fp32" in name else (32, 64, 128)
     for bn, bm, bk, warps, stages in itertools.product(
-        (32, 64, 128, 256), sorted({min(rows, 64), default.bm}), sides, (4, 8), (default.stages, default.stages + 1)
+        (32, 64, 128, 256), sorted({min(rows, widest), default.bm}), sides, (4, 8), (default.stages, default.stages + 1)
     ):
         tile = Tile(bn, bm, bk, warps, stages)
         # The gradient loads words and gradients, and keeps a sum for each slice of K; the others load x of each slice.
@@ -102,9 +104,12 @@ def search(
     report: Callable[[str], None] = print,
     within: float | None = None,
     now: Callable[[], float] = time.monotonic,
+    keep: Callable[[dict[str, dict[int, Tile]]], None] = lambda found: None,
 ) -> dict[str, dict[int, Tile]]:
-    """The entries of ``table`` that another tile is faster for. ``within``: seconds after which no entry is begun."""
+    """The entries of ``table`` that another tile is faster for. ``within``: seconds after which no entry is begun;
+    ``keep``: gets what is found so far, at the start and after each entry with a faster tile."""
     began, found = now(), {}
+    keep(found)
     entries = [(name, rows) for name in names for rows in table[name]]
     for name, rows in entries:
         if within is not None and now() - began > within:
@@ -123,6 +128,7 @@ def search(
         report(f"{name}, {rows} rows: {tile}, {share:.2f} of the default's time; {len(times)} tiles, {failed} failed")
         if tile != default:
             found.setdefault(name, {})[rows] = tile
+            keep(found)
     return found
 
 
@@ -177,17 +183,23 @@ class OnDevice:
 
 
 def run(out: Path, shapes: Sequence[tuple[int, int]], names: Sequence[str], within: float | None) -> int:
-    """Tune on the current device; ``out``/tiles.json. Returns an exit status."""
+    """Tune on the current device; ``out``/tiles.json. Returns an exit status.
+
+    The file is there from the start and grows, so that neither a folder that cannot be written to nor an interruption
+    costs what was measured.
+    """
     found = gpu.describe()
     capability = found["capability"]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "tiles.json"
     with tempfile.TemporaryDirectory() as folder:
         measure = OnDevice(Path(folder))
         # Without e4m3 products (linear_fp8.py) those entries are not used.
         names = [name for name in names if capability >= 89 or "e4m3" not in name]
-        tuned = search(tiles.defaults(capability), names, shapes or SHAPES, capability, measure, within=within)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "tiles.json"
-    tiles.save(path, found["gpu"], tuned)
+        tuned = search(
+            tiles.defaults(capability), names, shapes or SHAPES, capability, measure, within=within,
+            keep=lambda so_far: tiles.save(path, found["gpu"], so_far),
+        )  # fmt: skip
     count = sum(map(len, tuned.values()))
     print(f"{path}: {count} tiles that are faster than the defaults; {tiles.ENVIRONMENT}={path} uses them")
     return 0

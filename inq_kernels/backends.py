@@ -193,7 +193,7 @@ def layouts_on(device: str) -> tuple[str, ...]:
 
 def overlaps_itself(t: Tensor) -> bool:
     """Whether elements of ``t`` share memory, or may: an expanded tensor's do."""
-    if t.is_contiguous():
+    if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
         return False
     # Sorted by stride, each dimension must step over all that the smaller ones reach.
     reach = 0
@@ -252,12 +252,20 @@ def _attach(op: str) -> None:
     dtype_at = next((i for i, argument in enumerate(arguments) if argument.name == "dtype"), None)
     bytes_only = op in ("prepack", "unprepack")
     written = [i for i, argument in enumerate(arguments) if argument.alias_info is not None]
-    freezes = op in ("quantize_with_mask_", "freeze_portion_")
+    names = [argument.name for argument in arguments]
+    has_threshold = "threshold" in names
+    # Of operators on many tensors: a number or a tensor for each.
+    lists = [i for i, argument in enumerate(arguments) if isinstance(argument.type, torch.ListType)]
+    lists = lists if lists[:1] == [0] else []
 
     def call(*args):
         like = args[0]
-        if freezes:
-            _check_own_memory(op, like if isinstance(like, list) else [like])
+        for i in lists:
+            _check_length(op, names[i], args[i], len(like))
+        for i in written:
+            _check_own_memory(op, names[i], args[i])
+        if has_threshold:
+            _check_threshold(op, args[names.index("threshold")], like)
         if isinstance(like, list):
             if not like:
                 return None
@@ -290,14 +298,31 @@ def _implementation(op: str, backend: str) -> Callable:
     return cuda.OPERATORS[op] if backend == "cuda" else _triton_operators()[op]
 
 
-def _check_own_memory(op: str, ws: list[Tensor]) -> None:
-    """ValueError, before a mask is changed, for weights that cannot be written back."""
-    for i, w in enumerate(ws):
-        if overlaps_itself(w):
+def _check_length(op: str, name: str, values: list, expected: int) -> None:
+    """ValueError unless there is one for each tensor. Without momentum there are no buffers."""
+    if len(values) != expected and not (name == "momentum_buffers" and not values):
+        raise ValueError(f"inq.{op}: {name}: expected {expected}, got {len(values)}")
+
+
+def _check_own_memory(op: str, name: str, tensors: Tensor | list[Tensor]) -> None:
+    """ValueError, before anything is changed, for tensors that cannot be written back."""
+    for i, t in enumerate(tensors if isinstance(tensors, list) else [tensors]):
+        if overlaps_itself(t):
+            at = f"[{i}]" if isinstance(tensors, list) else ""
             raise ValueError(
-                f"inq.{op}: w{f'[{i}]' if len(ws) > 1 else ''}: expected memory of its own for each value, got shape "
-                f"{list(w.shape)} with strides {w.stride()}"
+                f"inq.{op}: {name}{at}: expected memory of its own for each value, got shape {list(t.shape)} with "
+                f"strides {t.stride()}"
             )
+
+
+def _check_threshold(op: str, threshold: Tensor, w: Tensor) -> None:
+    """TypeError, ValueError: no ``partition_threshold`` of ``w``. Kernels take its address as it is."""
+    if threshold.dtype != torch.int64:
+        raise TypeError(f"inq.{op}: threshold: expected torch.int64, got {threshold.dtype}")
+    if list(threshold.shape) != [2] or threshold.device != w.device:
+        raise ValueError(
+            f"inq.{op}: threshold: expected shape [2] on {w.device}, got {list(threshold.shape)} on {threshold.device}"
+        )
 
 
 def _count_as_written(tensors: Tensor | list[Tensor]) -> None:

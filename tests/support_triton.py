@@ -73,6 +73,20 @@ def traffic():
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
 
 
+@contextlib.contextmanager
+def no_waiting():
+    """Whatever waits for the device is an error, where there is one."""
+    if DEVICE == "cpu":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def times(addresses, t):
     """How often each byte of ``t``, which is contiguous, is among the addresses."""
     at = np.concatenate([*addresses, np.empty(0, np.uint64)]) - np.uint64(t.data_ptr())

@@ -139,6 +139,21 @@ def test_a_rotation_inside_the_cache_is_said(monkeypatch):
     assert row["facts"]["rotation"] == "inside the cache"
 
 
+def test_whatever_a_case_raises_makes_it_red_and_no_other():
+    """A compiler's errors (Triton's, out of shared memory) are no RuntimeErrors."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def build(context):
+        raise OutOfResources("shared memory")
+
+    bad = case.Case("linear", {"dtype": "float32"}, build)
+    row = measure.run_case(bad, case.Context("reference"), CpuClock(), 0.001, machine.ceilings(0))
+    assert row["error"] == "OutOfResources: shared memory"
+    assert "time" not in row
+
+
 def test_held_down_grids():
     for isa, dtype in (("avx512", "bfloat16"), ("avx2", "float32")):
         found = [c.params for c in OPS["linear"].cases(case.Request(isa=isa))]

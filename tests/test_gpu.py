@@ -10,6 +10,7 @@ INQ_FAKE_CUDA=1 (tests/test_make_gpu.py) runs what is small enough interpreted o
 """
 
 import contextlib
+import fcntl
 import os
 
 import pytest
@@ -24,6 +25,7 @@ from support import (
     random_packed,
     same_bits,
 )
+from support_triton import no_waiting
 
 import inq_kernels as inq
 from inq_kernels import backends, fragments, ops, slices
@@ -113,20 +115,6 @@ def captured(call):
     with torch.cuda.graph(graph):
         y = call()
     return y, graph.replay
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Whatever waits for the device is an error."""
-    if FAKE:
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -375,12 +363,8 @@ def test_a_portion_never_waits_for_the_device(granularity, random):
     n1s = [torch.zeros(40, 1, dtype=torch.int8, device="cuda") for _ in ws]
     counts = [w.numel() // 2 for w in ws]
     tail = (4, "paper", granularity, "mse", random, [0, 1, 2])
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.ops.inq.freeze_portion_(ws, masks, n1s, [None] * 3, counts, True, *tail)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @products
@@ -420,13 +404,25 @@ def test_a_second_device():
 # --- more than 2^31 elements ------------------------------------------------------------------------------------------
 
 
-def needs(gigabytes):
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GiB of device memory, {free:.0f} are free")
+@pytest.fixture
+def needs(tmp_path_factory):
+    """Skips a test where less device memory is free than so many GiB. One test at a time, of all processes: what
+    another one is about to take is still free now."""
+
+    def check(gigabytes):
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gigabytes:
+            pytest.skip(f"needs {gigabytes} GiB of device memory, {free:.0f} are free")
+
+    # Processes of pytest-xdist have folders beside each other.
+    with open(tmp_path_factory.getbasetemp().parent / "inq-device-memory", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield check
+        # torch keeps what it has freed; others see it as taken.
+        torch.cuda.empty_cache()
 
 
-def test_unpack_beyond_31_bits():
+def test_unpack_beyond_31_bits(needs):
     needs(12)
     n, k = 70_000, 32_768  # 2.29e9 weights
     small = to(random_packed(FMT, 64, k))
@@ -439,7 +435,7 @@ def test_unpack_beyond_31_bits():
         assert torch.equal(w[start : start + 64], expected)
 
 
-def test_linear_beyond_31_bits():
+def test_linear_beyond_31_bits(needs):
     """N·K of the weight, and M·N of the output."""
     needs(24)
     n, k = 70_016, 32_768
@@ -457,7 +453,7 @@ def test_linear_beyond_31_bits():
     assert_as_good_as_dense(y[-100:], exact, dense, torch.exp2(small.weight_exp.double()).T)
 
 
-def test_layouts_beyond_31_bits():
+def test_layouts_beyond_31_bits(needs):
     needs(8)
     n, k = 70_016, 32_768
     small = to(random_packed(FMT, 64, k))
@@ -472,7 +468,7 @@ def test_layouts_beyond_31_bits():
         assert torch.equal(back[start : start + 64], small.weight)
 
 
-def test_the_gradient_beyond_31_bits():
+def test_the_gradient_beyond_31_bits(needs):
     """M·K of what it writes."""
     needs(12)
     rows, packed = 2**31 // 1024 + 130, to(random_packed(FMT, 64, 1024, n1=-2))
@@ -483,7 +479,7 @@ def test_the_gradient_beyond_31_bits():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_conv2d_beyond_31_bits(channels_last):
+def test_conv2d_beyond_31_bits(channels_last, needs):
     """Elements of x, and, depthwise, of y as well: the last rows of the image, which few pixels alone give."""
     needs(20)
     h, w = 16_400, 2048  # · 64 channels
@@ -500,7 +496,7 @@ def test_conv2d_beyond_31_bits(channels_last):
         assert_as_good_as_dense(y, exact, dense, 1.0)
 
 
-def test_partition_beyond_31_bits():
+def test_partition_beyond_31_bits(needs):
     needs(60)
     count = 2**31 + 4096
     w = torch.full((1, count), 2.0**-9, device=DEVICE)

@@ -268,6 +268,15 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "no configuration is like that" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_costs_no_time(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(static, "compile_all", lambda *a: asked.append(a) or [row()])
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "static", "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capsys.readouterr().err
+    assert not asked
+
+
 def test_what_comes_out_is_compared_with_the_table(tmp_path, capsys, monkeypatch):
     made = [row()]
     results = {"schema": 2, "triton": "3", "capabilities": [90], "sources": static.sources(), "rows": made}

@@ -1,6 +1,7 @@
 """Triton's conv2d: bit for bit the reference on integers, as good as torch's, in every argument, with any strides."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -396,6 +397,15 @@ def test_no_images(case):
     x_shape, w_shape, conv = geometry(case)
     y = run(torch.zeros(0, *x_shape[1:]), random_packed(FMT, *w_shape), None, conv)
     assert y.shape[:2] == (0, w_shape[0])
+
+
+def test_an_image_of_more_pixels_than_kernels_count(monkeypatch):
+    x_shape, w_shape, conv = geometry("plain")
+    packed, x = random_packed(FMT, *w_shape), torch.zeros(x_shape)
+    pixels = math.prod(run(x, packed, None, conv).shape[2:])
+    monkeypatch.setattr(triton_conv2d, "_PIXELS", pixels - 1)
+    with pytest.raises(ValueError, match=rf"x: expected at most {pixels - 1} output pixels an image, got \d+ × \d+"):
+        run(x, packed, None, conv)
 
 
 def test_float64():

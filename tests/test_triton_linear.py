@@ -17,8 +17,9 @@ import inq_kernels as inq
 from inq_kernels import layouts, ops, slices
 
 pytest.importorskip("triton")
+from inq_kernels.triton_ops import checks, operands, tiles
 from inq_kernels.triton_ops import linear_fp8 as fp8
-from inq_kernels.triton_ops import operands, tiles
+from inq_kernels.triton_ops.operators import OPERATORS
 
 # numpy warns where the interpreter computes an infinity, which a GPU does silently.
 pytestmark = [
@@ -305,12 +306,10 @@ def test_random_shapes_of_fp8(m, n, k, fmt, dtype, scale, bias, seed):
 
 
 @pytest.mark.parametrize(
-    "op", ["linear", "linear_fp8", "linear_dx", "conv2d", "unpack_", "unpack", "prepack", "unprepack"]
+    "op", ["linear", "linear_fp8", "linear_dx", "conv2d", "conv2d_dx", "unpack_", "unpack", "prepack", "unprepack"]
 )
 def test_tensors_that_do_not_belong_together(op):
     """A kernel takes sizes as they are: bare operators, too, must refuse what would be read or written beyond."""
-    from inq_kernels.triton_ops.operators import OPERATORS
-
     p = weight(inq.Format(4), 8, 36, layouts.STORAGE)
     x, tail = torch.zeros(2, 36, device=DEVICE), (4, "paper", "storage", "triton")
     long = torch.zeros(9, 1, dtype=torch.int8, device=DEVICE)
@@ -328,6 +327,10 @@ def test_tensors_that_do_not_belong_together(op):
             (image, p.weight, p.weight_exp, None, None, (3, 3), (0, 1), (0, 0), (1, 1), 1, *tail),
             (image, p.weight, p.weight_exp, None, None, (3, 3), (1, 1), (0, 0), (1, 1), 3, *tail),
         ],
+        "conv2d_dx": [
+            (image, p.weight, p.weight_exp, None, (1, 4, 7, 7), (3, 3), (1, 1), (0, 0), (1, 1), 0, *tail),
+            (image, p.weight, p.weight_exp, None, (1, 4, 7, 7), (3, 3), (1, 1), (-1, 0), (1, 1), 1, *tail),
+        ],
         "unpack_": [(torch.zeros(2, 40, device=DEVICE), p.weight, p.weight_exp, None, 36, 4, "paper")],
         "unpack": [(p.weight, p.weight_exp, None, 90, 4, "paper", torch.float32)],
         "prepack": [(p.weight, 90, 4, "paper", slices.FP16), (p.weight, -5, 4, "paper", slices.FP16)],
@@ -337,6 +340,78 @@ def test_tensors_that_do_not_belong_together(op):
     for arguments in wrong[op]:
         with pytest.raises(ValueError, match=r"inq\.\w+: \w+: expected"):
             OPERATORS[op](*arguments)
+
+
+@pytest.mark.parametrize(
+    "op", ["linear", "linear_fp8", "linear_dx", "conv2d", "unpack", "pack", "prepack", "unprepack"]
+)
+def test_more_rows_than_kernels_count(op):
+    """Rows are numbers of 32 bits in kernels, and so is what products sum over. The sizes alone are looked at."""
+    most = checks.MOST
+
+    def shaped(*size, dtype=torch.uint8):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def packed(n, k):
+        return shaped(n, -(-k // 8) * 4), shaped(n, 1, dtype=torch.int8), None
+
+    x, tail = torch.float16, (4, "paper", "storage", "triton")
+    few, many, wide = packed(1, 8), packed(most + 1, 8), packed(1, most + 1)
+    conv = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    wrong = {
+        "linear": [
+            (shaped(most + 1, 8, dtype=x), *few, None, *tail),
+            (shaped(1, 8, dtype=x), *many, None, *tail),
+            (shaped(1, most + 1, dtype=x), *wide, None, *tail),
+        ],
+        "linear_dx": [
+            (shaped(most + 1, 1, dtype=x), *few, 8, *tail),
+            (shaped(1, most + 1, dtype=x), *many, 8, *tail),
+            (shaped(1, 1, dtype=x), *wide, most + 1, *tail),
+        ],
+        "conv2d": [
+            (shaped(1, 8, 1, 1, dtype=x), *many, None, *conv, *tail),
+            (shaped(1, most + 1, 1, 1, dtype=x), *wide, None, *conv, *tail),
+        ],
+        "unpack": [(*many, 8, 4, "paper", torch.float16)],
+        "pack": [(shaped(most + 1, 1, dtype=x), shaped(most + 1, 1, dtype=torch.int8), 4, "paper")],
+        "prepack": [(many[0], 8, 4, "paper", slices.FP16)],
+        "unprepack": [
+            (shaped(*slices.shape(slices.FP16, most + 1, 8, inq.Format(4))), most + 1, 8, 4, "paper", slices.FP16)
+        ],
+    }
+    wrong["linear_fp8"] = wrong["linear"]
+    for arguments in wrong[op]:
+        with pytest.raises(ValueError, match=f"expected at most {most}( rows)?, got {most + 1}"):
+            OPERATORS[op](*arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_outputs(layout):
+    """N = 0: an empty product, and a gradient of zeros."""
+    fmt = inq.Format(4)
+    shape = layouts.shape(layout, 0, 40, fmt)
+    none = torch.empty(shape, dtype=torch.uint8, device=DEVICE)
+    n1 = torch.empty(0, 1, dtype=torch.int8, device=DEVICE)
+    x = torch.ones(3, 40, device=DEVICE, requires_grad=True)
+    y = inq.linear(x, inq.PackedWeight(none, n1, None, fmt, (0, 40), layout), backend="triton")
+    assert y.shape == (3, 0)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, 40, device=DEVICE))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_that_are_a_part_of_a_buffer(layout):
+    """As files have them: bytes that begin anywhere."""
+    fmt = inq.Format(4)
+    packed = weight(fmt, 9, 40, layout)
+    x = torch.randn(3, 40, generator=generator()).to(DEVICE)
+    expected = inq.linear(x, packed, backend="triton")
+    for offset in (1, 2, 8):
+        buffer = torch.full((packed.weight.numel() + 16,), 255, dtype=torch.uint8, device=DEVICE)
+        part = buffer[offset : offset + packed.weight.numel()].view(packed.weight.shape).copy_(packed.weight)
+        parts = inq.PackedWeight(part, packed.weight_exp, packed.weight_scale, fmt, packed.shape, packed.layout)
+        assert same_bits(inq.linear(x, parts, backend="triton"), expected)
 
 
 def test_the_smallest_weights_keep_their_gradient():
@@ -364,6 +439,11 @@ def test_the_choice_is_a_function_of_its_arguments():
     assert choose("linear", "fp16", 1, 57344, 2048, 132).splits == 1
     assert choose("linear", "fp16", 4096, 4096, 1024, 132).kernel == "dense"
     assert choose("linear", "fp32", 4096, 4096, 1024, 132).kernel == "tile"
+    # More than 65535 programs in a grid's second dimension are none.
+    assert choose("linear", "fp16", 4096, 256 * 65535, 32, 132).kernel == "dense"
+    assert choose("linear", "fp16", 4096, 256 * 65535 + 1, 32, 132).kernel == "tile"
+    assert choose("linear", "fp16", 4096, 1, 64 * 65535, 132).kernel == "dense"
+    assert choose("linear", "fp16", 4096, 1, 64 * 65535 + 32, 132).kernel == "tile"
     for m, expected in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 64), (2000, 64)):
         assert choose("linear", "bf16", m, 4096, 1024, 132, tiles.HOPPER).tile.bm == expected
     for n, expected in ((4096, 64), (4097, 32), (4104, 32), (4112, 64)):
@@ -398,6 +478,15 @@ def test_tuned_tiles_are_saved_and_loaded(tmp_path, monkeypatch):
         ('{"tiles": {"linear fp16": {"17": {}}}}', "rows: expected one of"),
         ('{"tiles": {"linear fp16": {"16": {"bn": 1}}}}', "expected .*got \\['bn'\\]"),
         ('{"tiles": {"linear fp16": {"16": {"bn":33,"bm":16,"bk":32,"warps":4,"stages":2}}}}', "bn: expected a power"),
+        # A tensor core's product of 8-bit numbers takes 32 of them.
+        (
+            '{"tiles": {"linear e4m3": {"16": {"bn":32,"bm":16,"bk":16,"warps":4,"stages":2}}}}',
+            "bk: expected a power of two from 32 to 256, got 16",
+        ),
+        (
+            '{"tiles": {"linear e4m3 of 16": {"16": {"bn":32,"bm":16,"bk":64,"warps":4,"stages":2,"part":16}}}}',
+            "part: expected a power of two from 32 to 64, got 16",
+        ),
         ('{"tiles": {"linear fp16": {"16": {"bn":"x","bm":16,"bk":32,"warps":4,"stages":2}}}}', "bn: .*got 'x'"),
     ],
 )
@@ -405,3 +494,32 @@ def test_a_wrong_file_of_tiles(text, message, tmp_path):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(ValueError, match=f"INQ_TRITON_TILES: .*{message}"):
         tiles.load(tmp_path / "t.json")
+
+
+def test_a_file_of_tiles_for_another_gpu(tmp_path, monkeypatch):
+    """Tiles that a GPU would compile to something else than what the contract says are refused there, by name."""
+    path = tmp_path / "t.json"
+    wide = {"linear fp32": {16: tiles.Tile(64, 16, 16, 4, 2)}}
+    tiles.save(path, "another GPU", wide)
+    assert tiles.load(path, tiles.HOPPER, 90)["linear fp32"][16].bn == 64
+    monkeypatch.setenv(tiles.ENVIRONMENT, str(path))
+    with pytest.raises(ValueError, match="linear fp32, 16 rows: bn: expected a power of two from 16 to 32, got 64"):
+        tiles.current(100)
+    tiles.save(path, "another GPU", {"linear_dx fp32": {16: tiles.Tile(64, 64, 16, 4, 2)}})
+    with pytest.raises(ValueError, match="linear_dx fp32, 16 rows: bm: expected a power of two from 16 to 32, got 64"):
+        tiles.load(path, tiles.BLACKWELL, 100)
+    for capability in tiles.CAPABILITIES:
+        tiles.save(path, "this GPU", tiles.defaults(capability))
+        assert tiles.load(path, tiles.defaults(capability), capability) == tiles.defaults(capability)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "bytes"])
+def test_what_is_no_file_of_tiles(kind, tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    if kind == "folder":
+        path.mkdir()
+    if kind == "bytes":
+        path.write_bytes(b"\xff\xfe{")
+    monkeypatch.setenv(tiles.ENVIRONMENT, str(path))
+    with pytest.raises(ValueError, match="INQ_TRITON_TILES: expected a file of tiles, got .*t.json: \\w+Error"):
+        inq.linear(torch.ones(1, 40, device=DEVICE), weight(inq.Format(4), 8, 40, slices.FP16), backend="triton")

@@ -13,7 +13,7 @@ from support import FORMATS, generator, same_bits
 from torch import nn
 
 import inq_kernels as inq
-from inq_kernels import reference
+from inq_kernels import backends, reference
 from inq_kernels.reference import pack_bits, unpack_bits
 
 pytest.importorskip("triton")
@@ -278,6 +278,19 @@ def test_large_tables_are_given_up_sooner(made, monkeypatch):
     assert [key[1] for key in tables._recent] == [((4,),)]
 
 
+def test_what_a_graph_copies_at_every_replay_is_kept(made, monkeypatch):
+    """Counts, too, come from memory of the host that nobody else may be given."""
+    capturing = [False]
+    monkeypatch.setattr(tables, "_stream", lambda _: (1, capturing[0]))
+    monkeypatch.setattr(tables, "_pinned", lambda numbers, _: numbers)
+    numbers = torch.tensor([[0, 5]])
+    tables.upload(numbers, torch.device(DEVICE))
+    assert not tables._captured
+    capturing[0] = True
+    tables.upload(numbers, torch.device(DEVICE))
+    assert [id(each) for each in tables._captured.values()] == [id(numbers)]
+
+
 def test_streams_share_no_tables_but_with_a_capture(made, monkeypatch):
     """The logic alone: what another stream copies may be on its way, a capture begins when all has arrived."""
     device, state = torch.device("cpu"), [1, False]
@@ -456,11 +469,67 @@ def test_an_expanded_weight_is_refused_and_its_mask_left(monkeypatch, backend):
     with pytest.raises(ValueError, match=f"quantize_with_mask_: w: {message}"):
         op.quantize_with_mask_(w, mask, n1, threshold, None, 4, "paper", False, 0)
     tail = ([None] * 2, [3, 3], True, 4, "paper", "tensor", "max", False, [0, 0])
-    with pytest.raises(ValueError, match=rf"freeze_portion_: w\[1\]: {message}"):
+    with pytest.raises(ValueError, match=rf"freeze_portion_: ws\[1\]: {message}"):
         op.freeze_portion_([torch.ones(2, 5, device=DEVICE), w], [mask, mask.clone()], [n1, n1.clone()], *tail)
     assert not mask.any()
     assert not n1.any()
     assert w[:, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", ["counts", "seeds", "masks", "n1s", "keeps"])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_lists_of_other_lengths_change_nothing(monkeypatch, backend, wrong, more):
+    monkeypatch.setenv("INQ_BACKEND", backend)
+    lists = {
+        "ws": [torch.randn(4, 5, generator=generator(i)).to(DEVICE) for i in range(2)],
+        "masks": [torch.zeros(3, dtype=torch.uint8, device=DEVICE) for _ in range(2)],
+        "n1s": [torch.full((4, 1), 9, dtype=torch.int8, device=DEVICE) for _ in range(2)],
+        "keeps": [None, None],
+        "counts": [3, 3],
+        "seeds": [0, 1],
+    }
+    lists[wrong] = lists[wrong][:1] if more < 0 else [*lists[wrong], lists[wrong][0]]
+    before = [t.clone() for name in ("ws", "masks", "n1s") for t in lists[name]]
+    tail = (True, 4, "paper", "tensor", "max", True, lists.pop("seeds"))
+    with pytest.raises(ValueError, match=rf"inq.freeze_portion_: {wrong}: expected 2, got {2 + more}"):
+        torch.ops.inq.freeze_portion_(*lists.values(), *tail)
+    after = [t for name in ("ws", "masks", "n1s") for t in lists[name]]
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_threshold_that_is_none(monkeypatch, backend):
+    monkeypatch.setenv("INQ_BACKEND", backend)
+    w, mask = torch.ones(2, 5, device=DEVICE), torch.zeros(2, dtype=torch.uint8, device=DEVICE)
+    n1 = torch.zeros(2, 1, dtype=torch.int8, device=DEVICE)
+    for threshold, error, message in (
+        (torch.zeros(3, dtype=torch.int64, device=DEVICE), ValueError, r"expected shape \[2\] on .*, got \[3\] on"),
+        (torch.zeros(2, dtype=torch.int32, device=DEVICE), TypeError, "expected torch.int64, got torch.int32"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, r"expected shape \[2\] on .*, got .* on meta"),
+    ):
+        # A tensor on another device takes the whole call there, so this one is called as the dispatcher would.
+        with pytest.raises(error, match=f"inq.quantize_with_mask_: threshold: {message}"):
+            backends._check_threshold("quantize_with_mask_", threshold, w)
+        if threshold.device == w.device:
+            with pytest.raises(error, match=f"inq.quantize_with_mask_: threshold: {message}"):
+                torch.ops.inq.quantize_with_mask_(w, mask, n1, threshold, None, 4, "paper", False, 0)
+    assert bool((w == 1).all())
+    assert not mask.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["params", "momentum_buffers"])
+def test_a_step_that_cannot_be_written_back_changes_nothing(monkeypatch, backend, what):
+    monkeypatch.setenv("INQ_BACKEND", backend)
+    whole, expanded = torch.ones(3, 5, device=DEVICE), torch.ones(1, 5, device=DEVICE).expand(3, 5)
+    lists = {"params": [whole, whole + 0], "grads": [whole + 1] * 2, "momentum_buffers": [whole + 0, whole + 0]}
+    lists[what][1] = expanded
+    empty = torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    numbers = (0.1, 0.9, 0.0, 0.0, False, False, False)
+    with pytest.raises(ValueError, match=rf"inq.masked_sgd_: {what}\[1\]: expected memory of its own for each value"):
+        torch.ops.inq.masked_sgd_(*lists.values(), [empty] * 2, *numbers)
+    assert all(bool((t == 1).all()) for t in (*lists["params"], *lists["momentum_buffers"]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

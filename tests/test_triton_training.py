@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from inq_kernels.reference import pack_bits, unpack_bits
 
 pytest.importorskip("triton")
 from inq_kernels.triton_ops import exponents, masked_steps, partition, portion, quantize, tables
-from support_triton import guarded, times, traffic
+from support_triton import guarded, no_waiting, times, traffic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ragged in bytes of a mask and tiles of 1024. The interpreter takes 20 ms or more for each program of a kernel: few.
@@ -592,17 +594,40 @@ def test_nothing_to_do():
     assert quantize.freeze_([none], [EMPTY], [n1], thresholds, [None], inq.Format(4)).tolist() == [0]
 
 
+def test_tables_are_made_in_several_threads():
+    """As optimizers of several models step: the cache is whole, and each gets its own table."""
+    wrong = []
+
+    def make(number):
+        try:
+            for i in range(300):
+                rows = [[number, i % 70, j] for j in range(3)]
+                table, owners = tables.build(rows, [1, 2, 1], torch.device(DEVICE))
+                if table.view(3, 4)[:, 1:].tolist() != rows or owners.tolist() != [0, 1, 1, 2]:
+                    wrong.append((number, i))
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=make, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no device to wait for")
 def test_nothing_waits_for_the_device():
     ws, masks, keeps, counts = zip(*cases(torch.float32), strict=True)
     fmt = inq.Format(4)
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         n1, thresholds = partition.exponents_and_thresholds(ws, masks, keeps, counts, fmt)
         quantize.freeze_(ws, masks, n1, thresholds, keeps, fmt)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def test_errors():
@@ -624,6 +649,12 @@ def test_errors():
         (ValueError, lambda: freeze(w, mask, n1[:3], none, *tail), r"n1 .*expected shape \[4, 1\], got \[3, 1\]"),
         (TypeError, lambda: freeze(w, mask, n1.int(), none, *tail), "n1 .*expected int8, got torch.int32"),
         (TypeError, lambda: freeze(w, mask, n1, none.int(), *tail), "thresholds: expected int64"),
+        (ValueError, lambda: threshold(w[0, 0], mask[:1], None, 1, False, 0), "w: expected rank ≥ 1, got a scalar"),
+        (
+            ValueError,
+            lambda: partition.exponents_of([torch.empty(2**31, device="meta")], inq.Format(4)),
+            "rows of w: expected at most 2147479552, got 2147483648",
+        ),
         (
             TypeError,
             lambda: partition.exponents_of([w, w.half()], inq.Format(4)),

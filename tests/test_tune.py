@@ -40,7 +40,7 @@ def test_tiles_to_try_are_tiles_that_kernels_can_have(capability, tmp_path):
         assert 5 <= len(found) <= 100
         for tile in found:
             tiles.save(tmp_path / "t.json", "", {name: {rows: tile}})
-            assert tiles.load(tmp_path / "t.json")[name][rows] == tile
+            assert tiles.load(tmp_path / "t.json", capability=capability)[name][rows] == tile
         # TF32 there, whatever precision is asked for.
         if capability == 100 and name.startswith("linear fp32"):
             assert max(tile.bn for tile in found) < 64
@@ -93,6 +93,32 @@ def test_a_tile_is_measured_as_users_would_have_it(tmp_path, monkeypatch):
     assert measure("linear_dx bf16", 16, tile, (64, 40), 3) is None
     work.candidate.calls = [lambda: 1 / 0]
     assert measure("linear_dx bf16", 16, tile, (64, 40), 3) is None
+
+
+def test_what_was_measured_is_kept(tmp_path, monkeypatch):
+    """A folder that cannot be written to costs no time; an interruption leaves what was found before it."""
+    monkeypatch.setattr(tune.gpu, "describe", lambda: {"gpu": "a GPU", "capability": 90})
+
+    class Interrupted(Exception):
+        pass
+
+    asked, faster = [], tune.candidates("linear fp16", 16, tiles.HOPPER["linear fp16"][16], 90)[1]
+
+    def measure(self, name, rows, tile, shape, m):
+        asked.append(rows)
+        if rows == 32:
+            raise Interrupted
+        return 1.0 if tile == faster else 2.0
+
+    monkeypatch.setattr(tune.OnDevice, "__call__", measure)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        tune.run(tmp_path / "file", ((64, 64),), ["linear fp16"], None)
+    assert not asked
+    with pytest.raises(Interrupted):
+        tune.run(tmp_path / "folder", ((64, 64),), ["linear fp16"], None)
+    table = tiles.load(tmp_path / "folder" / "tiles.json", tiles.HOPPER)
+    assert table["linear fp16"] == tiles.HOPPER["linear fp16"] | {16: faster}
 
 
 def test_tuning_needs_a_gpu(tmp_path, monkeypatch, capsys):

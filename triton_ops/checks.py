@@ -6,6 +6,7 @@ No check asks the device for a value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from .. import layouts
 from ..format import Format
 
+# Kernels count rows in 32 bits, and products what they sum over, too: up to the end of a tile, or of the last slice.
+MOST = 2**31 - 2**12
+
 
 def tensor(name: str, t: Tensor, dtype: torch.dtype, shape: Sequence[int], like: Tensor | None = None) -> None:
     """TypeError or ValueError unless ``t`` has this dtype and shape, and lies on the device of ``like``."""
@@ -21,21 +25,25 @@ def tensor(name: str, t: Tensor, dtype: torch.dtype, shape: Sequence[int], like:
         raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
     if list(t.shape) != list(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+    if t.shape[0] > MOST:
+        raise ValueError(f"{name}: expected at most {MOST} rows, got {t.shape[0]}")
     if like is not None and t.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
 
 
-def size(name: str, value: int, least: int = 0) -> None:
-    """ValueError unless ``value`` is at least ``least``."""
+def size(name: str, value: int, least: int = 0, most: float = math.inf) -> None:
+    """ValueError unless ``value`` is from ``least`` to ``most``."""
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
 def packed(
     op: str, weight: Tensor, weight_exp: Tensor, weight_scale: Tensor | None, k: int, fmt: Format, layout: str
 ) -> int:
     """N, the rows of a packed weight of ``k`` columns whose parts belong together."""
-    size(f"inq.{op}: k", k)
+    size(f"inq.{op}: k", k, most=math.inf if op == "unpack" else MOST)
     if weight_exp.dim() != 2:
         raise ValueError(f"inq.{op}: weight_exp: expected shape [N, 1], got {list(weight_exp.shape)}")
     n = weight_exp.shape[0]
@@ -58,6 +66,7 @@ def rows(op: str, name: str, t: Tensor, length: int, dtypes: Sequence[torch.dtyp
         raise TypeError(f"inq.{op}: {name}: expected one of {tuple(dtypes)}, got {t.dtype}")
     if t.dim() == 0 or t.shape[-1] != length:
         raise ValueError(f"inq.{op}: {name}: expected shape [..., {length}], got {list(t.shape)}")
+    size(f"inq.{op}: rows of {name}", math.prod(t.shape[:-1]), most=MOST)
     if t.device != like.device:
         raise ValueError(f"inq.{op}: {name}: expected device {like.device}, got {t.device}")
 

@@ -382,6 +382,8 @@ def conv2d(
     size = conv_output_size(x.shape[-2:], kernel_size, stride, padding, dilation)
     if min(size) < 0:
         raise ValueError(f"inq.conv2d: x: expected an image at least as large as the kernel, got {list(x.shape)}")
+    if math.prod(size) > _PIXELS:
+        raise ValueError(f"inq.conv2d: x: expected at most {_PIXELS} output pixels an image, got {size[0]} × {size[1]}")
     memory_format = reference.conv_memory_format(x)
     out = torch.empty((images, n, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
     if out.numel() == 0:
@@ -407,7 +409,9 @@ def conv2d_dx(
     layout, backend,
 ):  # fmt: skip
     """reference.conv2d_dx: decoded by a kernel, multiplied by torch, whose library beats a kernel of ours there."""
-    n, k = weight_exp.shape[0], input_size[1] // groups * kernel_size[0] * kernel_size[1]
+    n = weight_exp.shape[0]
+    checks.convolution("conv2d_dx", input_size[1], n, kernel_size, stride, padding, dilation, groups)
+    k = input_size[1] // groups * kernel_size[0] * kernel_size[1]
     if layout != layouts.STORAGE:
         weight = storage.unprepack(weight, n, k, bits, levels, layout)
     # Values relative to 2^n1, as the reference's.

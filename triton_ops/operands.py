@@ -10,11 +10,16 @@ from torch import Tensor
 
 from .. import slices
 
+# What Triton takes for granted of addresses where it loads whole vectors, bytes.
+_ALIGN = 16
+
 
 def words(weight: Tensor, layout: str) -> Tensor:
-    """The words of a weight [N, …] as integers [N, words]."""
+    """The words of a weight [N, …] as integers [N, words]. Bytes that begin where no vector may begin (a part of a
+    larger buffer) are copied: torch has no view of them as words, and kernels that load them one by one are others."""
     dtype = torch.int8 if layout == slices.E4M3 else torch.int16
-    return weight.reshape(weight.shape[0], -1).view(dtype)
+    flat = weight.reshape(weight.shape[0], math.prod(weight.shape[1:]))
+    return (flat if flat.data_ptr() % _ALIGN == 0 else flat.clone()).view(dtype)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ integers of their size and worked on as the bits of a float32, in *tiles* of gro
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import checks
 from .launch import INTERPRETED, cdiv, on_device
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -59,8 +61,12 @@ def aligned(*lists: Sequence[Tensor]) -> bool:
 
 
 def upload(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` on ``device``, in a copy that the host does not wait for: pinned memory, where there is CUDA."""
-    return _pinned(numbers, device).to(device, non_blocking=True)
+    """``numbers`` on ``device``, in a copy that the host does not wait for: pinned memory, where there is CUDA. It is
+    kept for a graph that is being captured, which copies it again at every replay."""
+    host = _pinned(numbers, device)
+    if _stream(device)[1]:
+        _captured[id(host)] = host
+    return host.to(device, non_blocking=True)
 
 
 def _pinned(numbers: Tensor, device: torch.device) -> Tensor:
@@ -75,14 +81,22 @@ def build(rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.
     CUDA graph is captured with is kept for ever, since it may be replayed at any time.
     """
     numbers = (tuple(map(tuple, rows)), tuple(programs))
-    key = (device, *numbers)
     stream, capturing = _stream(device)
+    # Optimizers may step in several threads.
+    with _lock:
+        known = _kept((device, *numbers), stream, capturing)
+    return known.table, known.owners
+
+
+def _kept(key: tuple, stream: int, capturing: bool) -> _Table:
+    """The table of (device, rows, programs) for a stream: one that is there, or a new one."""
+    device, *numbers = key
     if capturing:
         # A capture begins when the device is idle: whatever stream copied a table, it has arrived. One that is made
         # only now is copied whenever the graph is replayed, and is nobody else's.
         known = next(iter(_recent.get(key, {}).values()), None) or _Table(*numbers, device)
         _captured[id(known)] = known
-        return known.table, known.owners
+        return known
     # What another stream copies may not have arrived.
     of_streams = _recent.setdefault(key, {})
     if stream not in of_streams:
@@ -91,7 +105,7 @@ def build(rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.
     known = of_streams[stream]
     while len(_recent) > KEPT or (len(_recent) > 1 and _numbers() > KEPT_NUMBERS):
         _recent.popitem(last=False)
-    return known.table, known.owners
+    return known
 
 
 class _Table:
@@ -114,7 +128,8 @@ class _Table:
 KEPT = 64
 KEPT_NUMBERS = 1 << 21
 _recent: OrderedDict[tuple, dict[int, _Table]] = OrderedDict()
-_captured: dict[int, _Table] = {}
+_captured: dict[int, _Table | Tensor] = {}
+_lock = threading.Lock()
 
 
 def _numbers() -> int:
@@ -137,6 +152,9 @@ def check_weights(name: str, ws: Sequence[Tensor], masks: Sequence[Tensor | None
     for i, (w, mask, keep) in enumerate(zip(ws, masks, keeps, strict=True)):
         at = f"[{i}]" if len(ws) > 1 else ""
         check_floats(f"{name}: w{at}", w, ws[0])
+        if w.dim() == 0:
+            raise ValueError(f"{name}: w{at}: expected rank ≥ 1, got a scalar")
+        checks.size(f"{name}: rows of w{at}", w.shape[0], most=checks.MOST)
         for what, bits in (("mask", mask), ("keep", keep)):
             if bits is not None:
                 check_bits(f"{name}: {what}{at}", bits, w)

@@ -21,6 +21,8 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 ROWS = (16, 32, 64, 128)
 # Decoding once and calling the library is 2.7 % of a product of 8192 rows, 20 % of one of 1024 (KERNELS.md).
 DENSE_ROWS = 2048
+# A grid's second dimension is 65535 programs: of 64 words that are decoded, of 256 outputs whose sums are rounded.
+_DENSE_WORDS, _DENSE_OUTPUTS = 65535 * 64, 65535 * 256
 # Bytes in flight decide the speed of few rows; programs beyond two for each processor add only their start.
 _WAVES = 2
 # A split must leave a program this many words of a row, so that its loads overlap.
@@ -180,7 +182,8 @@ def select(
         processors: multiprocessors of the GPU.
         table: of tiles, as ``current`` gives it.
     """
-    if op == "linear" and dot in ("fp16", "bf16") and m >= DENSE_ROWS:
+    whole = words <= _DENSE_WORDS and n <= _DENSE_OUTPUTS
+    if op == "linear" and dot in ("fp16", "bf16") and m >= DENSE_ROWS and whole:
         return Choice("dense", None)
     tile = row(table, f"{op} {dot}", n)[rows_class(m)]
     if op != "linear":
@@ -197,8 +200,11 @@ def save(path: Path | str, device: str, table: Mapping[str, Mapping[int, Tile]])
     Path(path).write_text(json.dumps({"device": device, "tiles": entries}, indent=1) + "\n")
 
 
-def load(path: Path | str, base: Mapping[str, Mapping[int, Tile]] = DEFAULTS) -> dict[str, dict[int, Tile]]:
+def load(
+    path: Path | str, base: Mapping[str, Mapping[int, Tile]] = DEFAULTS, capability: int = 0
+) -> dict[str, dict[int, Tile]]:
     """The table of a file that ``save`` wrote, or that a person did; entries that it lacks are those of ``base``.
+    ``capability``: of the GPU that is to run them, where it is known.
 
     Raises:
         ValueError: it is no such file, or an entry is unknown or not a tile that kernels can have.
@@ -211,7 +217,7 @@ def load(path: Path | str, base: Mapping[str, Mapping[int, Tile]] = DEFAULTS) ->
                 raise ValueError(f"tiles: expected one of {list(table)}, got {key!r}")
             for text, fields in row.items():
                 rows = _known_rows(text)
-                table[key][rows] = _tile(f"{key}, {rows} rows", fields)
+                table[key][rows] = _tile(f"{key}, {rows} rows", key, fields, capability)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{ENVIRONMENT}: expected a file of tiles, got {path}: {type(error).__name__}: {error}"
@@ -225,12 +231,18 @@ def _known_rows(text: str) -> int:
     return int(text)
 
 
-def _tile(name: str, fields: Mapping[str, object]) -> Tile:
+def _tile(name: str, key: str, fields: Mapping[str, object], capability: int) -> Tile:
     expected = [field.name for field in dataclasses.fields(Tile)]
     if sorted({*fields, "part"}) != sorted(expected):
         raise ValueError(f"{name}: expected {expected}, got {sorted(fields)}")
     limits = {"bn": (16, 256), "bm": (16, 256), "bk": (16, 256), "warps": (1, 16), "stages": (1, 8)}
     limits |= {"part": (16, fields["bk"])} if "part" in fields else {}
+    if "e4m3" in key:
+        # A tensor core's product of 8-bit numbers takes 32 of them.
+        limits |= {field: (32, limits[field][1]) for field in ("bk", "part") if field in limits}
+    if "fp32" in key and 100 <= capability < 120:
+        # Larger ones would be TF32 there (_FP32_BLACKWELL): the rows of the left operand, which the gradient's is.
+        limits["bm" if key.startswith("linear_dx") else "bn"] = (16, 32)
     for field, (least, most) in limits.items():
         value = fields[field]
         power = field != "stages"
@@ -249,4 +261,4 @@ def current(capability: int = 0) -> dict[str, dict[int, Tile]]:
 @functools.lru_cache
 def _loaded(path: str, capability: int) -> dict[str, dict[int, Tile]]:
     # Read once: not at every product.
-    return load(path, defaults(capability))
+    return load(path, defaults(capability), capability)
