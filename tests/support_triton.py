@@ -5,6 +5,7 @@ import itertools
 import random
 
 import numpy as np
+import support
 import torch
 from support import assert_as_good_as_dense, same_bits
 
@@ -43,6 +44,17 @@ def pairwise(seed=0, **axes):
         missing -= covered
         cases.append({name: axes[name][i] for name, i in case.items()})
     return cases
+
+
+def kinds(shape, dtype, seed=0):
+    """support.kinds on the device."""
+    return {name: w.to(DEVICE) for name, w in support.kinds(shape, dtype, seed).items()}
+
+
+def random_masks(numel, which, seed=0):
+    """support.random_masks on the device."""
+    mask, keep = support.random_masks(numel, which, seed)
+    return mask.to(DEVICE), None if keep is None else keep.to(DEVICE)
 
 
 @contextlib.contextmanager
