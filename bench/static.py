@@ -262,9 +262,6 @@ def budget(row: dict) -> float | None:
         return None
     if facts["DOT"] == "e4m3":
         return 0.7 if sm == 90 else None
-    # Of bfloat16 on Hopper masks are more than is left beside 9 instructions for 8 weights (docs/performance.md).
-    if facts["DOT"] == "bf16" and sm == 90 and " masked" in row["name"]:
-        return 1.36
     return 1.3 if facts["DOT"] in ("fp16", "bf16") and sm in (80, 86, 89, 90) else None
 
 

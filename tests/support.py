@@ -65,7 +65,7 @@ def assert_as_good_as_dense(y, exact, dense, unit):
 
 def plain(packed):
     """The same weight without its row scale."""
-    return inq.PackedWeight(packed.weight, packed.weight_exp, None, packed.format, packed.shape)
+    return inq.PackedWeight(packed.weight, packed.weight_exp, None, packed.format, packed.shape, packed.layout)
 
 
 def integer_case(fmt, k, x_shape, dtype, seed=0):
@@ -80,6 +80,16 @@ def integer_weight(packed):
     n2 = packed.weight_exp.long() + 1 - packed.format.magnitudes
     w = inq.unpack(plain(packed), torch.float64)
     return (w * torch.exp2(-n2.double()).view(-1, *[1] * (w.dim() - 1))).long(), n2.view(-1)
+
+
+def exact_product(x, packed, bias=None):
+    """x · Wᵀ by the definition for integer x [..., K]: the sum in integers, which float32 must hold; row scale, bias and
+    dtype each round once."""
+    w, n2 = integer_weight(packed)
+    y = ((x.long() @ w.T).double() * torch.exp2(n2.double())).float()
+    if packed.weight_scale is not None:
+        y = y * packed.weight_scale.view(-1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 # --- what is frozen ---------------------------------------------------------------------------------------------------
