@@ -4,8 +4,9 @@ KERNELS.md's A to I. A row of K weights is cut into S slices of Kq = ceil(K/S) r
 the codes of weights i, i + Kq, …, i + (S−1)·Kq. Code j of a word q is the finished number ``(XOR of q rotated left by s
 for s in shifts[j]) & mask``: sign and exponent lie where the float type has them, the mantissa is 0, and a zero is +0.
 There is no subtraction and no table; the row's exponent is a factor of the epilogue. Bits move within a 16-bit (or
-8-bit) word, so that two (four) words are decoded in one 32-bit register whatever their neighbours are: as far as the
-mask's lowest bit a rotation is a left shift, what it brings around is masked; by 8, one instruction swaps a word's bytes.
+8-bit) word, so that two (four) words are decoded in one 32-bit register whatever their neighbours are. As far as the
+mask's lowest bit a rotation is a left shift, since what it brings around is masked; by 8 it swaps a word's bytes, one
+instruction as well.
 
 The codes of a word are linear functions of its bits over GF(2). Whoever packs solves for the word once: it is the XOR
 of one table entry for each code.
@@ -128,9 +129,9 @@ def right_inverse(rows: list[int]) -> list[int]:
     return [sum(1 << pivots[r] for r in range(len(work)) if work[r][1] >> i & 1) for i in range(len(work))]
 
 
-# Of the fewest instructions, found by search: one for each rotation but 0, which codes may share, and one for each code.
-# KERNELS.md's letters. B, C, F, G and I are not its forms, in which bits of one 16-bit lane count in the other: those pair
-# words as they lie in memory, and Triton may pair others.
+# Of the fewest instructions, found by search: one for each rotation but 0, which codes may share, and one a code.
+# KERNELS.md's letters. B, C, F, G and I are not its forms, in which bits of one 16-bit lane count in the other: those
+# pair words as they lie in memory, and Triton may pair others.
 _CODECS = {
     # 4 bits, four magnitudes or fewer: a flag in the exponent's top bit, then two bits.
     ("paper4", FP16): Codec("A", 16, ((0,), (2,), (8,), (10,)), 0xCC00, 16, 1, 10),

@@ -1,5 +1,5 @@
-"""What several test files need: the formats and dtypes there are, packed weights to multiply with, and weights and masks
-to freeze."""
+"""What several test files need: the formats and dtypes there are, packed weights to multiply with, and weights and
+masks to freeze."""
 
 import pytest
 import torch
@@ -83,8 +83,8 @@ def integer_weight(packed):
 
 
 def exact_product(x, packed, bias=None):
-    """x · Wᵀ by the definition for integer x [..., K]: the sum in integers, which float32 must hold; row scale, bias and
-    dtype each round once."""
+    """x · Wᵀ by the definition for integer x [..., K]: the sum in integers, which float32 must hold; row scale, bias
+    and dtype each round once."""
     w, n2 = integer_weight(packed)
     y = ((x.long() @ w.T).double() * torch.exp2(n2.double())).float()
     if packed.weight_scale is not None:

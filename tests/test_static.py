@@ -188,7 +188,8 @@ def test_every_tile_that_select_can_return_is_compiled(sm):
         (each.kernel.__name__, *(each.constexprs.get(n) for n in ("BN", "BM", "BK")), each.num_warps)
         for each in compiled
     }
-    # Each tile with each value of what is in its loop, and sums that are parts; what is added behind the loop is all there.
+    # Each tile with each value of what is in its loop, and sums that are parts; what is added behind the loop is all
+    # there.
     variants: dict[tuple, set] = {}
     for each in compiled:
         if each.kernel.__name__ == "linear_kernel":
@@ -290,7 +291,9 @@ def test_training_kernels_are_launched_as_they_are_compiled(monkeypatch):
     launches.of(quantize, "freeze_all", "freeze_above", "count_before", "freeze_ties")
     launches.of(masked_steps, "sgd_step", "adamw_step")
     for dtype, offset in itertools.product(tables.DTYPES, (0, 1)):
-        w, grad, first, second = (torch.zeros(100 + offset, dtype=d)[offset:].view(4, 25) for d in (dtype, dtype, *[torch.float32] * 2))
+        w, grad, first, second = (
+            torch.zeros(100 + offset, dtype=d)[offset:].view(4, 25) for d in (dtype, dtype, *[torch.float32] * 2)
+        )
         mask, n1 = torch.zeros(13, dtype=torch.uint8), torch.zeros(4, 1, dtype=torch.int8)
         for fmt, random in itertools.product(
             (Format(4, granularity=g, exponent=e) for g in ("tensor", "channel") for e in ("max", "mse")), (False, True)
@@ -299,7 +302,9 @@ def test_training_kernels_are_launched_as_they_are_compiled(monkeypatch):
                 portion.freeze_portions_([w], [mask], [n1], [None], [5], derive, fmt, random, [0])
             partition.exponents_of([w], fmt)
             quantize.freeze_([w], [mask], [n1], torch.zeros(1, 2, dtype=torch.int64), [None], fmt, random, [0])
-        for momentum, decay, nesterov, maximize, first_step in itertools.product((0, 0.5), (0, 0.5), *[(False, True)] * 3):
+        for momentum, decay, nesterov, maximize, first_step in itertools.product(
+            (0, 0.5), (0, 0.5), *[(False, True)] * 3
+        ):
             numbers = (0.1, momentum, 0, decay, nesterov, maximize, first_step)
             masked_steps.masked_sgd_([w], [grad], [first], [mask], *numbers)
         for beta, maximize in itertools.product((0.2, 0.9), (False, True)):

@@ -112,8 +112,8 @@ def some_words(width):
 
 
 def test_instructions_a_weight():
-    """KERNELS.md's counts for one register of words: A 7 for 8 weights, B 8, D 4, I 6 for 6. C, F and G are one more than
-    there, where bits of one word count in its neighbour."""
+    """KERNELS.md's counts for one register of words: A 7 for 8 weights, B 8, D 4, I 6 for 6. C, F and G are one more
+    than there, where bits of one word count in its neighbour."""
     counted = {
         c.name: (triton_codec.assembly(c).count(";") - 2, c.codes * 32 // c.width) for c in slices._CODECS.values()
     }

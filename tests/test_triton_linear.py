@@ -55,7 +55,7 @@ def exact(x, packed, bias=None):
 
 
 def exact_dx(grad, packed):
-    """grad · W for integers and rows of one exponent, by the definition: the sum in integers, rounded to grad's dtype."""
+    """grad · W for integers and rows of one exponent, by the definition: an integer sum, rounded to grad's dtype."""
     assert packed.weight_scale is None
     packed = inq.PackedWeight(*map(on_cpu, parts_of(packed)), packed.format, packed.shape, packed.layout)
     w, n2 = integer_weight(packed)
@@ -176,8 +176,8 @@ OTHERS = pairwise(
 
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: f"sm_{case['sm']}-{case['op']}-{identity(case)}")
 def test_tiles_of_other_gpus(case, monkeypatch):
-    """The interpreter takes everything for Hopper. Elsewhere what is left behind whole steps may be a loop of its own, in
-    a split, or all of one; sums of e4m3 begin anew after other parts."""
+    """The interpreter takes everything for Hopper. Elsewhere what is left behind whole steps may be a loop of its own,
+    in a split, or all of one; sums of e4m3 begin anew after other parts."""
     monkeypatch.setattr(operands, "capability", lambda device: case["sm"])
     m, n, k, fmt, dtype = (case[name] for name in ("m", "n", "k", "fmt", "dtype"))
     dx = case["op"] == "linear_dx"
@@ -304,8 +304,8 @@ FP8_CASES = pairwise(
 
 
 def check_fp8(y, expected, size, sums=False):
-    """Products of e4m3 are exact and sums differ by their order; a tensor core keeps 14 bits of them. ``sums``: they are
-    such that float32 holds them, so interpreted kernels give the same bits. ``size``: of the sum of the products."""
+    """Products of e4m3 are exact and sums differ by their order; a tensor core keeps 14 bits of them. ``sums``: float32
+    holds them, so interpreted kernels give the same bits. ``size``: of the sum of the products."""
     if sums and DEVICE == "cpu":
         assert same_bits(y + 0.0, expected + 0.0)
         return

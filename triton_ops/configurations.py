@@ -44,16 +44,17 @@ _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "e4m3": "*fp8e4n
 _ALL = 90
 # What the head of the table says of all this.
 COVERED = (
-    "Compiled on every kind of GPU: each tile that `select` can return for `linear`, of each type of product, from the "
-    "4-bit words of the paper's levels that are its own (e4m3 also from 16-bit words, of 5 bits, with K masked), with K "
-    "in whole steps and masked, N a multiple of 16 and not, and for sums that are parts; for `linear_dx`, with a row "
-    "scale; for `conv2d`, with 3×3 windows that leave the image, and for sums that are parts. On sm_90 all of `linear` "
-    "from the words of every format, masked also from words of the other type; `linear_dx` from all; `conv2d` with other "
-    "windows, words and memory with its largest tile. On sm_80 16-bit products also from the words of `dense` levels and "
-    "of 5 bits. Epilogues have all they can have: row exponents, scale, bias. Kernels without products: on sm_90 every "
-    "variant of those for training, elsewhere one of each kernel and type. Not compiled: the remaining combinations of "
-    "these; epilogues that have less; `dense` levels of 2 and 3 bits, which differ from 4 in numbers alone; arguments "
-    "that are 1, or multiples of 16, where those of no configuration are; tiles of a tuned file."
+    "Compiled on every kind of GPU: each tile that `select` can return for `linear`, of each type of product, from "
+    "the 4-bit words of the paper's levels that are its own (e4m3 also from 16-bit words, of 5 bits, with K masked), "
+    "with K in whole steps and masked, N a multiple of 16 and not, and for sums that are parts; for `linear_dx`, with "
+    "a row scale; for `conv2d`, with 3×3 windows that leave the image, and for sums that are parts. On sm_90 all of "
+    "`linear` from the words of every format, masked also from words of the other type; `linear_dx` from all; "
+    "`conv2d` with other windows, words and memory with its largest tile. On sm_80 16-bit products also from the "
+    "words of `dense` levels and of 5 bits. Epilogues have all they can have: row exponents, scale, bias. Kernels "
+    "without products: on sm_90 every variant of those for training, elsewhere one of each kernel and type. Not "
+    "compiled: the remaining combinations of these; epilogues that have less; `dense` levels of 2 and 3 bits, which "
+    "differ from 4 in numbers alone; arguments that are 1, or multiples of 16, where those of no configuration are; "
+    "tiles of a tuned file."
 )
 
 

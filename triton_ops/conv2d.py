@@ -447,9 +447,9 @@ _MULTIPLES = {
 
 
 def configurations() -> Iterator[Configuration]:
-    """What is launched, to compile without a GPU: each tile, the largest first, with sums of its own and that are parts;
-    that one with all kinds of windows, words, numbers of slices and kinds of memory. Epilogues with all that they can
-    have."""
+    """What is launched, to compile without a GPU: each tile, the largest first, whole and with sums that are parts;
+    that one with all kinds of windows, words, numbers of slices and kinds of memory. Epilogues with all that they can have.
+    """
     for dot, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         own = slices.best(dtype, Format(4))
         every = sorted(tiles_of(dot), key=lambda tile: (tile.bn * tile.bm, tile.bn), reverse=True)
