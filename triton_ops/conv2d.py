@@ -448,7 +448,7 @@ _MULTIPLES = {
 
 def configurations() -> Iterator[Configuration]:
     """What is launched, to compile without a GPU: each tile, the largest first, whole and with sums that are parts;
-    that one with all kinds of windows, words, numbers of slices and kinds of memory. Epilogues with all that they can have.
+    that one with all kinds of windows, words, numbers of slices and kinds of memory. Epilogues have all they can have.
     """
     for dot, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         own = slices.best(dtype, Format(4))
