@@ -245,16 +245,17 @@ NUMBERS = ("EXPONENT", "MAGNITUDES", "HAS_SCALE", "HAS_BIAS", "HAS_ROWS", "INTER
 def missing(seen, compiled):
     """The launches that no compiled configuration is, but for NUMBERS."""
 
-    def facts(kernel, constants, warps, names):
-        return kernel, warps, *((name, str(constants[name])) for name in sorted(names))
+    def facts(kernel, constants, warps, registers, names):
+        return kernel, warps, registers, *((name, str(constants[name])) for name in sorted(names))
 
-    names = {name: {n for n in named if not n.startswith("num_") and n not in NUMBERS} for name, named in seen}
+    options = ("num_warps", "num_stages", "maxnreg")
+    names = {name: {n for n in named if n not in (*options, *NUMBERS)} for name, named in seen}
     have = {
-        facts(each.kernel.__name__, each.constexprs, each.num_warps, names[each.kernel.__name__])
+        facts(each.kernel.__name__, each.constexprs, each.num_warps, each.registers, names[each.kernel.__name__])
         for each in compiled
         if each.kernel.__name__ in names
     }
-    launched = {facts(name, named, named.get("num_warps", 4), names[name]) for name, named in seen}
+    launched = {facts(name, n, n.get("num_warps", 4), n.get("maxnreg"), names[name]) for name, n in seen}
     return sorted(map(str, launched - have))
 
 

@@ -512,7 +512,7 @@ def test_names_and_arguments_are_those_of_the_operators(module):
 @pytest.mark.parametrize("module", [partition, quantize, masked_steps])
 def test_configurations_give_every_argument_of_their_kernel(module):
     seen = {}
-    for name, kernel, signature, constants, warps, stages in module.configurations():
+    for name, kernel, signature, constants, warps, stages, _ in module.configurations():
         assert signature.keys() == set(kernel.arg_names), name
         assert constants.keys() == {k for k, v in signature.items() if v == "constexpr"}, name
         assert warps >= 1 <= stages

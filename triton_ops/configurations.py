@@ -23,7 +23,7 @@ from . import linear as linear_module
 from . import linear_dx, tiles
 from .codec import decoder
 from .dense import _BK, _BN, dense_kernel
-from .launch import Configuration, configuration
+from .launch import REGISTERS, Configuration, configuration
 from .linear import _REDUCE_M, _REDUCE_N, linear_kernel, reduce_kernel
 from .linear_dx import linear_dx_kernel
 from .linear_fp8 import _BLOCK, FIRST_E4M3, quantize_rows_kernel
@@ -194,7 +194,7 @@ def _linear_one(
         "stride_m": "i32:16",
         "steps": "i32",
     }
-    return configuration(name, linear_kernel, types, constants, tile.warps)
+    return configuration(name, linear_kernel, types, constants, tile.warps, registers=REGISTERS)
 
 
 def _reduce() -> Iterator[Configuration]:
@@ -219,7 +219,7 @@ def _linear_dx(table: Table, capability: int) -> Iterator[Configuration]:
                     types |= dict(weight_scale="*fp32" if scale else "*i8")
                     types |= dict(M="i32", N=size, K=size, words="i32:16", stride_m="i32:16")
                     name = f"linear_dx {dtype} {kind} m{rows}{words}{variant}"
-                    yield configuration(name, linear_dx_kernel, types, constants, tile.warps)
+                    yield configuration(name, linear_dx_kernel, types, constants, tile.warps, registers=REGISTERS)
 
 
 def _dense() -> Iterator[Configuration]:
