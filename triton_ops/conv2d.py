@@ -226,7 +226,7 @@ _LEAST_SIDE = 16
 _LARGEST_SIDES = {"fp16": (128, 64), "bf16": (128, 64), "fp32": (32, 64)}
 _LARGEST_TILE = 128 * 64
 # From here on by eight warps: addresses of x take more registers than four have.
-_EIGHT_WARPS = {"fp16": 64 * 64, "bf16": 64 * 64, "fp32": 32 * 64}
+_EIGHT_WARPS = {"fp16": 64 * 64, "bf16": 64 * 64, "fp32": 16 * 64}
 # A tile whose products are nearly all with padding, less than one in 16 of use, is slower than no tensor core.
 _DIRECT_USE = 16
 # Pixels are neighbours in memory, or channels are.
