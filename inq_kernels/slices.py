@@ -1,10 +1,12 @@
 """The layouts that GPU kernels decode with shifts and ANDs alone: which bits of a word hold which code.
 
 KERNELS.md's A to I. A row of K weights is cut into S slices of Kq = ceil(K/S) rounded up to 32; word i of the row holds
-the codes of weights i, i + Kq, …, i + (S−1)·Kq. Code j of a word q is the finished number ``(XOR of q << s for s in
-shifts[j]) & mask``: sign and exponent lie where the float type has them, the mantissa is 0, and a zero is +0. There is
-no subtraction and no table; the row's exponent is a factor of the epilogue. Shifts move bits within a 16-bit (or 8-bit)
-word, so that two (four) words are decoded in one 32-bit register whatever their neighbours are.
+the codes of weights i, i + Kq, …, i + (S−1)·Kq. Code j of a word q is the finished number ``(XOR of q rotated left by s
+for s in shifts[j]) & mask``: sign and exponent lie where the float type has them, the mantissa is 0, and a zero is +0.
+There is no subtraction and no table; the row's exponent is a factor of the epilogue. Bits move within a 16-bit (or
+8-bit) word, so that two (four) words are decoded in one 32-bit register whatever their neighbours are. As far as the
+mask's lowest bit a rotation is a left shift, since what it brings around is masked; by 8 it swaps a word's bytes, one
+instruction as well.
 
 The codes of a word are linear functions of its bits over GF(2). Whoever packs solves for the word once: it is the XOR
 of one table entry for each code.
@@ -32,6 +34,8 @@ LAYOUTS = (FP16, BF16, E4M3)
 _LAST = {FP16: 2, BF16: 4, E4M3: 1}
 # Words of a slice: whole 64-byte pieces, and a tile of any kernel covers a multiple of it.
 ALIGN = 32
+# The rotation that swaps the bytes of a 16-bit word.
+SWAP = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Codec:
 
     Attributes:
         width: bits of a word, 16 or 8.
-        shifts: for each code of a word, the left shifts whose results are XORed.
+        shifts: for each code of a word, by how much it is rotated left; the results are XORed.
         mask: what is kept of that: the sign's bit, then the bits of the exponent field that are used.
         field: the exponent field's bits of magnitude i are ``field + i``, in units of the lowest bit of the field.
         base: magnitude i decodes to ±2^(base + i).
@@ -56,9 +60,17 @@ class Codec:
     unit: int
 
     def __post_init__(self) -> None:
-        lowest = (self.mask & -self.mask).bit_length() - 1
-        if max(s for shifts in self.shifts for s in shifts) > lowest:
-            raise ValueError(f"codec {self.name}: shifts: expected at most {lowest}, or bits of the next word are kept")
+        for s in (s for shifts in self.shifts for s in shifts):
+            if s > self.lowest and (self.width, s) != (16, SWAP):
+                raise ValueError(
+                    f"codec {self.name}: shifts: expected at most {self.lowest}, or {SWAP} of 16-bit words, got {s}: "
+                    "bits of the next word would be kept"
+                )
+
+    @property
+    def lowest(self) -> int:
+        """The mask's lowest bit: so far words are shifted, whatever lies beside them."""
+        return (self.mask & -self.mask).bit_length() - 1
 
     @property
     def codes(self) -> int:
@@ -83,7 +95,7 @@ class Codec:
             for p in positions:
                 row = 0
                 for s in shifts:
-                    row ^= 1 << (p - s) if p >= s else 0
+                    row ^= 1 << (p - s) % self.width
                 rows.append(row)
         solutions = right_inverse(rows)
         step = len(positions)
@@ -117,12 +129,13 @@ def right_inverse(rows: list[int]) -> list[int]:
     return [sum(1 << pivots[r] for r in range(len(work)) if work[r][1] >> i & 1) for i in range(len(work))]
 
 
-# Left shifts of the fewest instructions, found by search; KERNELS.md's letters. B, C and I are not its forms, in which
-# bits of one 16-bit lane count in the other: those pair words as they lie in memory, and Triton may pair others.
+# Of the fewest instructions, found by search: one for each rotation but 0, which codes may share, and one a code.
+# KERNELS.md's letters. B, C, F, G and I are not its forms, in which bits of one 16-bit lane count in the other: those
+# pair words as they lie in memory, and Triton may pair others.
 _CODECS = {
     # 4 bits, four magnitudes or fewer: a flag in the exponent's top bit, then two bits.
     ("paper4", FP16): Codec("A", 16, ((0,), (2,), (8,), (10,)), 0xCC00, 16, 1, 10),
-    ("paper4", BF16): Codec("B", 16, ((1,), (3,), (0, 5), (4, 7)), 0xC180, 128, 1, 7),
+    ("paper4", BF16): Codec("B", 16, ((8,), (4,), (0, 2), (2, 6)), 0xC180, 128, 1, 7),
     # 4 bits, seven magnitudes: the three low bits of the exponent, 0 means 0.
     ("dense4", FP16): Codec("C", 16, ((0,), (7,), (1, 5), (2, 10)), 0x9C00, 1, -14, 10),
     # 5 bits, eight magnitudes: flag and three bits.
@@ -221,7 +234,8 @@ def unprepack(weight: Tensor, n: int, k: int, fmt: Format, layout: str) -> Tenso
     word = from_bytes(weight.reshape(n, -1, c.width // 8))
     codes = []
     for shifts in c.shifts:
-        bits = functools.reduce(torch.bitwise_xor, [word << s for s in shifts]) & c.mask
+        turned = [word << s | word >> (c.width - s) for s in shifts]
+        bits = functools.reduce(torch.bitwise_xor, turned) & c.mask
         magnitude = bits & (1 << (c.width - 1)) - 1
         index = (magnitude >> c.unit) - c.field
         fields = torch.tensor([0, *fmt.fields], device=weight.device)

@@ -85,6 +85,7 @@ MUTANTS = [
     ("test_module_layout.py::test_a_state_dict", "nn.py", [("        if layout_of(self.weight) != STORAGE:\n            stored", "        if False:\n            stored")]),
     ("test_module_layout.py::test_a_fake_tensor", "nn.py", [("            if type(new) is Tensor:\n", "            if True:\n")]),
     ("test_triton_codec.py::test_words_hold", "triton_ops/codec.py", [("{mask:#x}, 0x28;", "{mask:#x}, 0x78;")]),
+    ("test_triton_codec.py::test_words_hold", "triton_ops/codec.py", [("q, q, 0x2301;", "q, q, 0x1032;")]),
     ("test_triton_linear.py::test_sums_shared", "triton_ops/linear.py", [("        part += plane\n", "        part += 0\n")]),
     ("test_triton_linear.py::test_exponents_at", "triton_ops/codec.py", [("x * power_of_two(half) * power_of_two(e - half)", "x * power_of_two(e)")]),
     ("test_triton_linear.py::test_large_float32", "triton_ops/linear.py", [('    if dot == "fp32":\n', "    if False:\n")]),

@@ -1,10 +1,12 @@
-"""What several test files need: the formats and dtypes there are, and packed weights to multiply with."""
+"""What several test files need: the formats and dtypes there are, packed weights to multiply with, and weights and
+masks to freeze."""
 
 import pytest
 import torch
 
 import inq_kernels as inq
 from inq_kernels.format import BITS, LEVELS
+from inq_kernels.reference import pack_bits, unpack_bits
 
 FORMATS = [inq.Format(bits, levels) for bits in BITS for levels in LEVELS]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +65,7 @@ def assert_as_good_as_dense(y, exact, dense, unit):
 
 def plain(packed):
     """The same weight without its row scale."""
-    return inq.PackedWeight(packed.weight, packed.weight_exp, None, packed.format, packed.shape)
+    return inq.PackedWeight(packed.weight, packed.weight_exp, None, packed.format, packed.shape, packed.layout)
 
 
 def integer_case(fmt, k, x_shape, dtype, seed=0):
@@ -78,3 +80,78 @@ def integer_weight(packed):
     n2 = packed.weight_exp.long() + 1 - packed.format.magnitudes
     w = inq.unpack(plain(packed), torch.float64)
     return (w * torch.exp2(-n2.double()).view(-1, *[1] * (w.dim() - 1))).long(), n2.view(-1)
+
+
+def exact_product(x, packed, bias=None):
+    """x · Wᵀ by the definition for integer x [..., K]: the sum in integers, which float32 must hold; row scale, bias
+    and dtype each round once."""
+    w, n2 = integer_weight(packed)
+    y = ((x.long() @ w.T).double() * torch.exp2(n2.double())).float()
+    if packed.weight_scale is not None:
+        y = y * packed.weight_scale.view(-1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+# --- what is frozen ---------------------------------------------------------------------------------------------------
+
+# Masks of random_masks: nothing frozen or pruned, half frozen, all frozen, some pruned, both.
+WHICH = ("none", "half", "all", "keep", "both")
+
+
+def bits_to_weights(bits, dtype):
+    """Random int64 as finite weights of any bits, of a dtype of 32 or 16 bits."""
+    if dtype == torch.float32:
+        bits = torch.where((bits & 0x7F800000) == 0x7F800000, bits & ~0x800000, bits)
+        return bits.to(torch.int32).view(torch.float32)
+    top = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
+    bits = torch.where((bits & top) == top, bits & ~(top & -top), bits)
+    return bits.to(torch.int16).view(dtype)
+
+
+def kinds(shape, dtype, seed=0):
+    """What a kernel may be wrong at: weights by the name of what they are."""
+    g = generator(seed)
+    n = torch.randn(shape, generator=g)
+    choice = torch.randint(0, 6, shape, generator=g)
+    power = torch.randint(-12, 1, shape, generator=g)
+    values = torch.tensor([0.0, -0.0, 0.75, 1.5, -1.0, 1.25])[choice] * torch.exp2(power.float())
+    small, large = (2.0**-20, 2.0**13) if dtype == torch.float16 else (2.0**-127, 2.0**124)
+    given = {
+        "normal": n * 0.02,
+        "few values": values,
+        "edges of bins": torch.nextafter(values, torch.tensor(0.0)),
+        "equal": torch.full(shape, -0.3),
+        "zeros": n * 0,
+        "subnormal": n * small,
+        "small": n * small * 2**15,
+        "large": n.clamp(-7.9, 7.9) * large,
+    }
+    given = {name: w.to(dtype) for name, w in given.items()}
+    given["any"] = bits_to_weights(torch.randint(-(1 << 31), 1 << 31, shape, generator=g), dtype)
+    # The lowest bits alone: float32's least subnormals, and all of float16's.
+    given["least"] = bits_to_weights(torch.randint(0, 1 << 9, shape, generator=g), dtype)
+    return given
+
+
+def random_masks(numel, which, seed=0):
+    """(mask, keep) of one of WHICH: frozen weights are kept ones, and bits after the last weight mean nothing."""
+    g = generator(seed)
+    held, kept = torch.rand(numel, generator=g) < 0.4, torch.rand(numel, generator=g) < 0.7
+    none = torch.zeros((numel + 7) // 8, dtype=torch.uint8)
+    mask, keep = {
+        "none": (none, None),
+        "half": (pack_bits(held), None),
+        "all": (pack_bits(held | True), None),
+        "keep": (none, pack_bits(kept)),
+        "both": (pack_bits(held & kept), pack_bits(kept)),
+    }[which]
+    if keep is not None and numel % 8:
+        keep[-1] |= 0x80
+        mask[-1] |= 0x80
+    return mask, keep
+
+
+def candidates(mask, keep, numel):
+    """How many of ``numel`` weights are neither frozen nor pruned."""
+    free = ~unpack_bits(mask, (numel,))
+    return int((free if keep is None else free & unpack_bits(keep, (numel,))).sum())

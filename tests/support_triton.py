@@ -5,6 +5,7 @@ import itertools
 import random
 
 import numpy as np
+import support
 import torch
 from support import assert_as_good_as_dense, same_bits
 
@@ -17,6 +18,8 @@ _GUARD = 256  # bytes before and behind each buffer
 _POISON = 0xA5
 # For what is read: a float of any type made of these is NaN, an exponent −1.
 _NAN = 0xFF
+# How launchers make operands of arguments that kernels cannot read as they are.
+_COPYING = ("contiguous", "reshape", "new_zeros", "float")
 
 
 def pairwise(seed=0, **axes):
@@ -43,6 +46,17 @@ def pairwise(seed=0, **axes):
         missing -= covered
         cases.append({name: axes[name][i] for name, i in case.items()})
     return cases
+
+
+def kinds(shape, dtype, seed=0):
+    """support.kinds on the device."""
+    return {name: w.to(DEVICE) for name, w in support.kinds(shape, dtype, seed).items()}
+
+
+def random_masks(numel, which, seed=0):
+    """support.random_masks on the device."""
+    mask, keep = support.random_masks(numel, which, seed)
+    return mask.to(DEVICE), None if keep is None else keep.to(DEVICE)
 
 
 @contextlib.contextmanager
@@ -145,8 +159,8 @@ def _places(t):
 def guarded(monkeypatch, changed=(), reads=None):
     """Every torch.empty inside lies between guard bytes and is poisoned. At the end: the guards are whole and, where
     kernels are interpreted, kernels wrote each byte of each buffer exactly once, no byte of the tensors ``changed``
-    twice, and no byte of anything else; with ``reads`` (tensors), they loaded elements of these and of the buffers
-    alone.
+    twice, and no byte of anything else; with ``reads`` (tensors), they loaded elements of these, of the buffers and of
+    copies that torch made alone.
 
     Yields the list of (memory, bytes) that were made.
     """
@@ -161,8 +175,19 @@ def guarded(monkeypatch, changed=(), reads=None):
         made.append((whole, count))
         return whole[_GUARD : _GUARD + count].view(like.dtype).as_strided(like.shape, like.stride())
 
+    copies = []
+
+    def recorded(method):
+        def call(*args, **more):
+            copies.append(method(*args, **more))
+            return copies[-1]
+
+        return call
+
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", poisoned)
+        for name in _COPYING if reads is not None else ():
+            patch.setattr(torch.Tensor, name, recorded(getattr(torch.Tensor, name)))
         with traffic() if DEVICE == "cpu" else contextlib.nullcontext(([], [])) as (loads, stores):
             yield made
     for whole, count in made:
@@ -178,7 +203,7 @@ def guarded(monkeypatch, changed=(), reads=None):
         assert elsewhere == 0, f"{elsewhere} bytes of something else are written"
         assert inside == expected, f"{expected - inside} bytes are not written"
         if reads is not None and loads:
-            allowed = [_places(t) for t in reads if t is not None]
+            allowed = [_places(t) for t in (*reads, *copies) if t is not None]
             allowed += [np.arange(at, at + count, dtype=np.uint64) for at, count in starts]
             found = np.isin(np.unique(np.concatenate(loads)), np.concatenate(allowed))
             assert found.all(), f"{int((~found).sum())} places are read that belong to no argument"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support import FORMATS, generator, same_bits
+from support import FORMATS, WHICH, bits_to_weights, candidates, generator, kinds, random_masks, same_bits
 from support_emulator import emulated, load, seeds
 from test_masked_steps import ADAMW, SGD
 
@@ -16,7 +16,6 @@ from inq_kernels.reference import pack_bits, unpack_bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ragged in bytes of a mask and in tiles of 256, of one chunk and of several.
 SIZES = (1, 7, 31, 257, 100, 1000, 33, 1024, 3003, 512)
-WHICH = ("none", "half", "all", "keep", "both")
 # The least chunk of partition's blocks: several for what the emulator can run.
 CHUNK = 256
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,63 +54,6 @@ class Case:
         return reference.partition_threshold(self.w, self.mask, self.keep, self.count, random, self.seed)
 
 
-def from_bits(bits, dtype):
-    """Random int64 as finite weights of any bits."""
-    if dtype == torch.float32:
-        bits = torch.where((bits & 0x7F800000) == 0x7F800000, bits & ~0x800000, bits)
-        return bits.to(torch.int32).view(torch.float32)
-    top = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
-    bits = torch.where((bits & top) == top, bits & ~(top & -top), bits)
-    return bits.to(torch.int16).view(dtype)
-
-
-def kinds(shape, dtype, seed=0):
-    """What a kernel may be wrong at, as weights."""
-    g = generator(seed)
-    n = torch.randn(shape, generator=g)
-    choice = torch.randint(0, 6, shape, generator=g)
-    power = torch.randint(-12, 1, shape, generator=g)
-    values = torch.tensor([0.0, -0.0, 0.75, 1.5, -1.0, 1.25])[choice] * torch.exp2(power.float())
-    small, large = (2.0**-20, 2.0**13) if dtype == torch.float16 else (2.0**-127, 2.0**124)
-    given = {
-        "normal": n * 0.02,
-        "few values": values,
-        "edges of bins": torch.nextafter(values, torch.tensor(0.0)),
-        "equal": torch.full(shape, -0.3),
-        "zeros": n * 0,
-        "subnormal": n * small,
-        "small": n * small * 2**15,
-        "large": n.clamp(-7.9, 7.9) * large,
-    }
-    given = {name: w.to(dtype) for name, w in given.items()}
-    given["any"] = from_bits(torch.randint(-(1 << 31), 1 << 31, shape, generator=g), dtype)
-    given["least"] = from_bits(torch.randint(0, 1 << 9, shape, generator=g), dtype)
-    return given
-
-
-def masks(numel, which, seed=0):
-    """(mask, keep): frozen weights are kept ones, and bits after the last weight mean nothing."""
-    g = generator(seed)
-    held, kept = torch.rand(numel, generator=g) < 0.4, torch.rand(numel, generator=g) < 0.7
-    none = torch.zeros((numel + 7) // 8, dtype=torch.uint8)
-    mask, keep = {
-        "none": (none, None),
-        "half": (pack_bits(held), None),
-        "all": (pack_bits(held | True), None),
-        "keep": (none, pack_bits(kept)),
-        "both": (pack_bits(held & kept), pack_bits(kept)),
-    }[which]
-    if keep is not None and numel % 8:
-        keep[-1] |= 0x80
-        mask[-1] |= 0x80
-    return mask, keep
-
-
-def candidates(mask, keep, numel):
-    free = ~unpack_bits(mask, (numel,))
-    return int((free if keep is None else free & unpack_bits(keep, (numel,))).sum())
-
-
 def cases(dtype, seed=0, zeroed=False):
     """Every size, kinds of weights in turn, masks of every kind, counts from none to all, and an empty tensor."""
     out = []
@@ -119,7 +61,7 @@ def cases(dtype, seed=0, zeroed=False):
         name = list(kinds((1,), dtype))[(i * 7 + DTYPES.index(dtype) + 3 * seed) % 10]
         rows = {1000: 10, 3003: 3, 512: 512, 1024: 4}.get(size, size)
         w = kinds((rows, size // rows), dtype, seed=i)[name]
-        mask, keep = masks(size, WHICH[(i + i // 5 + seed) % 5], seed=i)
+        mask, keep = random_masks(size, WHICH[(i + i // 5 + seed) % 5], seed=i)
         if zeroed and keep is not None:
             w = w * unpack_bits(keep, w.shape)
         total = candidates(mask, keep, size)
@@ -219,7 +161,7 @@ def test_a_long_list(partition_library, seed):
     g = generator(seed)
     w = torch.rand(2, 10001, generator=g) / 16 + 0.5
     w[:, ::5] = torch.randn(2, 2001, generator=g)
-    mask, _ = masks(w.numel(), "half", seed)
+    mask, _ = random_masks(w.numel(), "half", seed)
     some = [Case(w, mask, None, candidates(mask, None, w.numel()) // 2)]
     got, _ = partition(partition_library, some, seed, chunk=1 << 14, capacity=lambda numel: numel)
     check_thresholds(got, some)
@@ -355,7 +297,7 @@ def test_ties_across_chunks(quantize_library, dtype, seed):
     # Equal weights nearly everywhere: the boundary in the first, a middle or the last of several chunks.
     numel = 3 * quantize_library.CHUNK + 1003
     w = torch.tensor([0.5, -0.5, 0.25])[torch.randint(0, 3, (1, numel), generator=generator(7))].to(dtype)
-    mask, _ = masks(numel, "half")
+    mask, _ = random_masks(numel, "half")
     total, n1 = candidates(mask, None, numel), torch.zeros(1, 1, dtype=torch.int8)
     few = torch.zeros((numel + 7) // 8, dtype=torch.uint8)
     sparse = torch.zeros(1, numel).to(dtype)
@@ -379,7 +321,7 @@ def test_any_exponent_of_rows(quantize_library, dtype):
     n1s = [n.to(torch.int8).view(-1, 1) for n in n1s]
     some = []
     for shape in shapes:
-        w = from_bits(torch.randint(-(1 << 31), 1 << 31, shape, generator=g), dtype)
+        w = bits_to_weights(torch.randint(-(1 << 31), 1 << 31, shape, generator=g), dtype)
         # Half of them subnormal, or nearly.
         w[:, ::2] = kinds(shape, dtype)["subnormal"][:, ::2]
         some.append(Case(w, torch.zeros((w.numel() + 7) // 8, dtype=torch.uint8), None, 0))

@@ -159,17 +159,20 @@ def test_gradients(dtype):
 @pytest.mark.parametrize("bits", [4, 5])
 def test_fp8(bits, levels):
     """Exact in the rounded x, but for the 14 bits that a tensor core keeps of a sum of 128."""
-    from inq_kernels.reference import quantize_rows_e4m3
-
     m, n, k, fmt = 70, 96, 1024, inq.Format(bits, levels)
     packed = to(random_packed(fmt, n, k, n1=-2))
     x = normal((m, k), torch.bfloat16)
     tail = (None, None, fmt.bits, fmt.levels, "storage", "triton")
-    y = torch.ops.inq.linear_fp8(x, packed.weight, packed.weight_exp, *tail).double()
+    check_fp8(torch.ops.inq.linear_fp8(x, packed.weight, packed.weight_exp, *tail), x, packed)
+
+
+def check_fp8(y, x, packed):
+    from inq_kernels.reference import quantize_rows_e4m3
+
     values, t = quantize_rows_e4m3(x)
     rounded, w = values.double() * torch.exp2(-t.double()), inq.unpack(packed, torch.float64)
     exact, size = rounded @ w.T, rounded.abs() @ w.abs().T
-    assert bool(((y - exact).abs() <= exact.abs() * 2.0**-8 + size * 2.0**-13).all())
+    assert bool(((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + size * 2.0**-13).all())
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
@@ -422,7 +425,7 @@ def needs(tmp_path_factory):
         torch.cuda.empty_cache()
 
 
-def test_unpack_beyond_31_bits(needs):
+def test_unpack_and_pack_beyond_31_bits(needs):
     needs(12)
     n, k = 70_000, 32_768  # 2.29e9 weights
     small = to(random_packed(FMT, 64, k))
@@ -433,6 +436,7 @@ def test_unpack_beyond_31_bits(needs):
     w, expected = inq.unpack(packed, torch.bfloat16), inq.unpack(small, torch.bfloat16)
     for start in (0, 32_768, 65_536, n - n % 64 - 64):
         assert torch.equal(w[start : start + 64], expected)
+    assert torch.equal(torch.ops.inq.pack(w, packed.weight_exp, 4, "paper"), packed.weight)
 
 
 def test_linear_beyond_31_bits(needs):
@@ -478,6 +482,16 @@ def test_the_gradient_beyond_31_bits(needs):
     assert_as_good_as_dense(dx, grad[-100:].double() @ w, (grad[-100:].float() @ w.float()).bfloat16(), 1.0)
 
 
+def test_fp8_beyond_31_bits(needs):
+    """M·K of x, and of its rows rounded to e4m3."""
+    needs(12)
+    rows, packed = 2**31 // 1024 + 130, to(random_packed(FMT, 64, 1024, n1=-2))
+    x = normal((1024, 1024), torch.bfloat16).repeat(-(-rows // 1024), 1)[:rows]
+    tail = (None, None, 4, "paper", packed.layout, backend_of("linear_fp8", x.dtype))
+    y = torch.ops.inq.linear_fp8(x, packed.weight, packed.weight_exp, *tail)
+    check_fp8(y[-100:], x[-100:], packed)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_conv2d_beyond_31_bits(channels_last, needs):
     """Elements of x, and, depthwise, of y as well: the last rows of the image, which few pixels alone give."""
@@ -507,3 +521,14 @@ def test_partition_beyond_31_bits(needs):
     assert frozen[0, -5:].all()
     assert int(frozen.sum()) == 5
     assert torch.equal(w_hat[0, -8:-5], w[0, -8:-5])
+
+
+def test_masked_steps_beyond_31_bits(needs):
+    needs(16)
+    count = 2**31 + 4096
+    p, grad = (torch.full((count,), value, dtype=torch.bfloat16, device=DEVICE) for value in (0.0, 1.0))
+    mask = torch.zeros(count // 8, dtype=torch.uint8, device=DEVICE)
+    mask[-1] = 0x80
+    torch.ops.inq.masked_sgd_([p], [grad], [], [mask], 1.0, 0.0, 0.0, 0.0, False, False, False)
+    assert int(p[-1]) == 0
+    assert int((p == -1).sum()) == count - 1

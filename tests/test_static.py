@@ -1,16 +1,36 @@
 """``inq bench static``: kernels compile for GPUs that are not here, within their budgets, and the committed table is
 whole. Counting is tested on small disassemblies; one fresh compile holds the key configurations to their budgets."""
 
+import itertools
 from importlib import metadata
 
 import pytest
+import torch
+
+from inq_kernels import slices
+from inq_kernels.format import Format
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which is not installed")
 
 from inq_kernels.bench import static
 from inq_kernels.bench.command import CAPABILITIES
-from inq_kernels.triton_ops import tiles
-from inq_kernels.triton_ops.configurations import configurations
+from inq_kernels.triton_ops import (
+    conv2d,
+    dense,
+    exponents,
+    linear,
+    linear_dx,
+    linear_fp8,
+    masked_steps,
+    operands,
+    partition,
+    portion,
+    quantize,
+    tables,
+    tiles,
+)
+from inq_kernels.triton_ops.codec import DOT
+from inq_kernels.triton_ops.configurations import configurations, layout_for
 
 from inq_kernels.cli import main
 
@@ -168,8 +188,8 @@ def test_every_tile_that_select_can_return_is_compiled(sm):
         (each.kernel.__name__, *(each.constexprs.get(n) for n in ("BN", "BM", "BK")), each.num_warps)
         for each in compiled
     }
-    # Each tile with each value of what is in its loop, and sums that are parts where no other kind of GPU stands for
-    # it; what is added behind the loop is all there.
+    # Each tile with each value of what is in its loop, and sums that are parts; what is added behind the loop is all
+    # there.
     variants: dict[tuple, set] = {}
     for each in compiled:
         if each.kernel.__name__ == "linear_kernel":
@@ -182,14 +202,116 @@ def test_every_tile_that_select_can_return_is_compiled(sm):
         masked = max(v[0] for v in seen)  # which of 1 and 2 is linear.masks' matter
         assert masked == 2 or (masked == 1 and tile[2] != 3), tile
         if tile[1:3] == own[tile[0]]:
-            splits = (False, True) if sm in (90, 100) or sm == (89 if tile[0] == "e4m3" else 80) else (False,)
-            assert seen >= {(0, False), *((masked, split) for split in splits)}, tile
+            assert seen >= set(itertools.product((0, masked), (False, True))), tile
     for key, by_rows in tiles.defaults(sm).items():
         op, dot = key.removesuffix(" ragged").split(maxsplit=1)
         if dot.startswith("e4m3") and sm < static.FIRST_E4M3:
             continue
         for tile in by_rows.values():
             assert (kernels[op], tile.bn, tile.bm, tile.bk, tile.warps) in have, (key, tile)
+    convolutions = {
+        (c["DOT"], c["BN"], c["BM"], c["BK"], each.num_warps, c["STAGES"], c["SPLIT"])
+        for each in compiled
+        if (c := each.constexprs) and each.kernel.__name__ == "conv2d_kernel"
+    }
+    for dot in ("fp16", "bf16", "fp32"):
+        for tile, split in itertools.product(conv2d.tiles_of(dot), (False, True)):
+            assert (dot, tile.bn, tile.bm, tile.bk, tile.warps, tile.stages, split) in convolutions
+
+
+class Launches:
+    """In the place of a module's kernel: what it is launched with, and nothing runs."""
+
+    def __init__(self, monkeypatch):
+        self.seen, self._patch = [], monkeypatch
+
+    def of(self, module, *names):
+        for name in names:
+            self._patch.setattr(module, name, _Recorded(getattr(module, name), self.seen))
+
+
+class _Recorded:
+    def __init__(self, kernel, seen):
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid):
+        return lambda *args, **named: self.seen.append((self.kernel.__name__, named))
+
+
+# What makes other numbers of the same kernel, or adds what the compiled ones have.
+NUMBERS = ("EXPONENT", "MAGNITUDES", "HAS_SCALE", "HAS_BIAS", "HAS_ROWS", "INTERPRETED")
+
+
+def missing(seen, compiled):
+    """The launches that no compiled configuration is, but for NUMBERS."""
+
+    def facts(kernel, constants, warps, registers, names):
+        return kernel, warps, registers, *((name, str(constants[name])) for name in sorted(names))
+
+    options = ("num_warps", "num_stages", "maxnreg")
+    names = {name: {n for n in named if n not in (*options, *NUMBERS)} for name, named in seen}
+    have = {
+        facts(each.kernel.__name__, each.constexprs, each.num_warps, each.registers, names[each.kernel.__name__])
+        for each in compiled
+        if each.kernel.__name__ in names
+    }
+    launched = {facts(name, n, n.get("num_warps", 4), n.get("maxnreg"), names[name]) for name, n in seen}
+    return sorted(map(str, launched - have))
+
+
+@pytest.mark.parametrize("sm", CAPABILITIES)
+def test_products_are_launched_as_they_are_compiled(sm, monkeypatch):
+    """All that a launcher passes on: every tile, rows and K of all kinds; on sm_90 from the words of every format."""
+    launches, compiled = Launches(monkeypatch), list(static.wanted(configurations(sm), sm))
+    launches.of(linear, "linear_kernel", "reduce_kernel")
+    launches.of(linear_dx, "linear_dx_kernel")
+    launches.of(dense, "dense_kernel")
+    monkeypatch.setattr(operands, "capability", lambda device: sm)
+    monkeypatch.setattr(operands, "processors", lambda device: 132)
+    formats = (Format(4), Format(4, "dense"), Format(5), Format(5, "dense")) if sm == 90 else (Format(4),)
+    sizes = [(m, n, k) for m in (1, 17, 33, 65) for n in (48, 40) for k in (768, 1000, 1024, 2048, 3072, 2100)]
+    for fmt, dtype, (m, n, k) in itertools.product(formats, DOT, [*sizes, (2048, 48, 1024)]):
+        layout = slices.best(dtype, fmt)
+        w, n1 = torch.empty(slices.shape(layout, n, k, fmt), dtype=torch.uint8), torch.zeros(n, 1, dtype=torch.int8)
+        x, tail = torch.empty(m, k, dtype=dtype), (fmt.bits, fmt.levels, layout, "triton")
+        linear.linear(x, w, n1, None, None, *tail)
+        linear_dx.linear_dx(torch.empty(m, n, dtype=dtype), w, n1, None, k, *tail)
+        dot, layout = linear_fp8.product_of(slices.E4M3 if slices.has(slices.E4M3, fmt) else layout, sm)
+        w = torch.empty(slices.shape(layout, n, k, fmt), dtype=torch.uint8)
+        if layout == layout_for(dot, fmt):
+            x8 = x.to(torch.float8_e4m3fn if dot == "e4m3" else torch.float16)
+            linear.multiply(x8, torch.zeros(m, dtype=torch.int32), w, n1, None, None, fmt, layout, dot, dtype)
+    assert {name for name, _ in launches.seen} == {"linear_kernel", "reduce_kernel", "linear_dx_kernel", "dense_kernel"}
+    assert missing(launches.seen, compiled) == []
+
+
+def test_training_kernels_are_launched_as_they_are_compiled(monkeypatch):
+    launches, compiled = Launches(monkeypatch), list(configurations(90))
+    launches.of(partition, "count_digits", "sum_copies", "select_digit", "ties_before")
+    launches.of(exponents, "tensor_exponents", "row_exponents")
+    launches.of(quantize, "freeze_all", "freeze_above", "count_before", "freeze_ties")
+    launches.of(masked_steps, "sgd_step", "adamw_step")
+    for dtype, offset in itertools.product(tables.DTYPES, (0, 1)):
+        w, grad, first, second = (
+            torch.zeros(100 + offset, dtype=d)[offset:].view(4, 25) for d in (dtype, dtype, *[torch.float32] * 2)
+        )
+        mask, n1 = torch.zeros(13, dtype=torch.uint8), torch.zeros(4, 1, dtype=torch.int8)
+        for fmt, random in itertools.product(
+            (Format(4, granularity=g, exponent=e) for g in ("tensor", "channel") for e in ("max", "mse")), (False, True)
+        ):
+            for derive in (False, True):
+                portion.freeze_portions_([w], [mask], [n1], [None], [5], derive, fmt, random, [0])
+            partition.exponents_of([w], fmt)
+            quantize.freeze_([w], [mask], [n1], torch.zeros(1, 2, dtype=torch.int64), [None], fmt, random, [0])
+        for momentum, decay, nesterov, maximize, first_step in itertools.product(
+            (0, 0.5), (0, 0.5), *[(False, True)] * 3
+        ):
+            numbers = (0.1, momentum, 0, decay, nesterov, maximize, first_step)
+            masked_steps.masked_sgd_([w], [grad], [first], [mask], *numbers)
+        for beta, maximize in itertools.product((0.2, 0.9), (False, True)):
+            masked_steps.masked_adamw_([w], [grad], [first], [second], [mask], 0.1, beta, 0.9, 0.1, 1e-8, 1, maximize)
+    assert len({name for name, _ in launches.seen}) == 12
+    assert missing(launches.seen, compiled) == []
 
 
 @pytest.fixture(scope="module")

@@ -370,6 +370,23 @@ def test_weights_in_every_layout(case, dtype):
                 assert torch.equal(run(x, packed, None, conv, layout), expected), layout
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py has more than 2^31 elements on the device")
+@pytest.mark.parametrize("dimension", range(4))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_strides_that_make_more_than_31_bits(dimension, groups):
+    """Neighbours in one dimension are 2^30 elements apart, so the third has an offset that int32 does not hold. Of this
+    memory few pages are ever touched."""
+    shape = (3, 3, 3, 3)
+    packed = random_packed(FMT, 3, 3 // groups, 2, 2, n1=-3)
+    x = torch.randint(-9, 10, shape, generator=generator(1)).half()
+    strides = [27, 9, 3, 1]
+    strides[dimension] = 2**30
+    far = torch.empty(2**31 + 128, dtype=torch.float16).as_strided(shape, strides).copy_(x)
+    conv = ([2, 2], [1, 1], [0, 0], [1, 1], groups)
+    expected = reference.conv2d(x, packed.weight, packed.weight_exp, None, None, *conv, FMT)
+    assert torch.equal(run(far, packed, None, conv), expected)
+
+
 def test_parts_of_any_strides():
     x_shape, w_shape, conv = geometry("plain")
     x, packed = torch.randn(x_shape, generator=generator(5)), random_packed(FMT, *w_shape, scale=True)

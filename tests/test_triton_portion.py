@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FORMATS, generator, same_bits
+from support import FORMATS, WHICH, bits_to_weights, candidates, generator, same_bits
 from torch import nn
 
 import inq_kernels as inq
@@ -18,21 +18,16 @@ from inq_kernels.reference import pack_bits, unpack_bits
 
 pytest.importorskip("triton")
 from inq_kernels.triton_ops import masked_steps, partition, portion, quantize, tables
-from support_triton import guarded, times, traffic
+from support_triton import guarded, kinds, random_masks, times, traffic
 from test_triton_training import (
     DEVICE,
     DTYPES,
     EMPTY,
     SIZES,
-    WHICH,
     Guard,
-    bits_to_weights,
-    candidates,
     cases,
     dtypes,
     flags,
-    kinds,
-    random_masks,
     rules,
 )
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FORMATS, generator, same_bits
-from support_triton import DEVICE
+from support import FORMATS, WHICH, bits_to_weights, candidates, generator, same_bits
+from support_triton import DEVICE, kinds, random_masks
 from test_masked_steps import ADAMW, SGD
 
 import inq_kernels as inq
@@ -62,72 +62,12 @@ class Guard:
             assert bool((buffer[end:] == POISON).all()), "something after a tensor was written"
 
 
-def bits_to_weights(bits, dtype):
-    """Random int64 as finite weights of any bits."""
-    if dtype == torch.float32:
-        bits = torch.where((bits & 0x7F800000) == 0x7F800000, bits & ~0x800000, bits)
-        return bits.to(torch.int32).view(torch.float32)
-    top = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
-    bits = torch.where((bits & top) == top, bits & ~(top & -top), bits)
-    return bits.to(torch.int16).view(dtype)
-
-
-def kinds(shape, dtype, seed=0):
-    """What a kernel may be wrong at, as weights on the device."""
-    g = generator(seed)
-    n = torch.randn(shape, generator=g)
-    choice = torch.randint(0, 6, shape, generator=g)
-    power = torch.randint(-12, 1, shape, generator=g)
-    values = torch.tensor([0.0, -0.0, 0.75, 1.5, -1.0, 1.25])[choice] * torch.exp2(power.float())
-    small, large = (2.0**-20, 2.0**13) if dtype == torch.float16 else (2.0**-127, 2.0**124)
-    given = {
-        "normal": n * 0.02,
-        "few values": values,
-        "edges of bins": torch.nextafter(values, torch.tensor(0.0)),
-        "equal": torch.full(shape, -0.3),
-        "zeros": n * 0,
-        "subnormal": n * small,
-        "small": n * small * 2**15,
-        "large": n.clamp(-7.9, 7.9) * large,
-    }
-    given = {name: w.to(dtype) for name, w in given.items()}
-    given["any"] = bits_to_weights(torch.randint(-(1 << 31), 1 << 31, shape, generator=g), dtype)
-    # The lowest bits alone: float32's least subnormals, and all of float16's.
-    given["least"] = bits_to_weights(torch.randint(0, 1 << 9, shape, generator=g), dtype)
-    return {name: w.to(DEVICE) for name, w in given.items()}
-
-
 def rules(fmt):
     return [inq.Format(fmt.bits, fmt.levels, g, e) for g in ("tensor", "channel") for e in ("max", "mse")]
 
 
 def flags(fmt):
     return fmt.bits, fmt.levels, fmt.granularity, fmt.exponent
-
-
-def random_masks(numel, which, seed=0):
-    """(mask, keep): frozen weights are kept ones, and bits after the last weight mean nothing."""
-    g = generator(seed)
-    held, kept = torch.rand(numel, generator=g) < 0.4, torch.rand(numel, generator=g) < 0.7
-    none = torch.zeros((numel + 7) // 8, dtype=torch.uint8)
-    mask, keep = {
-        "none": (none, None),
-        "half": (pack_bits(held), None),
-        "all": (pack_bits(held | True), None),
-        "keep": (none, pack_bits(kept)),
-        "both": (pack_bits(held & kept), pack_bits(kept)),
-    }[which]
-    if keep is not None and numel % 8:
-        keep[-1] |= 0x80
-    return mask.to(DEVICE), None if keep is None else keep.to(DEVICE)
-
-
-WHICH = ("none", "half", "all", "keep", "both")
-
-
-def candidates(mask, keep, numel):
-    free = ~unpack_bits(mask, (numel,))
-    return int((free if keep is None else free & unpack_bits(keep, (numel,))).sum())
 
 
 def cases(dtype):
@@ -574,7 +514,7 @@ def test_names_and_arguments_are_those_of_the_operators(module):
 @pytest.mark.parametrize("module", [partition, quantize, masked_steps])
 def test_configurations_give_every_argument_of_their_kernel(module):
     seen = {}
-    for name, kernel, signature, constants, warps, stages in module.configurations():
+    for name, kernel, signature, constants, warps, stages, _ in module.configurations():
         assert signature.keys() == set(kernel.arg_names), name
         assert constants.keys() == {k for k, v in signature.items() if v == "constexpr"}, name
         assert warps >= 1 <= stages

@@ -60,25 +60,46 @@ def decoder(layout: str, fmt: Format) -> Decoder:
 
 
 def assembly(c: Codec) -> str:
-    """PTX: operands $0 … $(S−1) from the register of words $S. mov, and, shl and lop3 of the PTX ISA.
+    """PTX: operands $0 … $(S−1) from the register of words $S. mov, and, shl, prmt and lop3 of the PTX ISA.
 
     The words are copied first: a result may be given their register before the last of them is made.
     """
     mask = c.mask * (0x10001 if c.width == 16 else 0x1010101)
-    source = "q"
-    lines = ["{ .reg .b32 q, a, b;", f"mov.b32 q, ${c.codes};"]
+    turned = {0: "q"}
+    lines = [f"mov.b32 q, ${c.codes};"]
     for j, shifts in enumerate(c.shifts):
-        names = []
-        for name, shift in zip("ab", shifts, strict=False):
-            if shift:
-                lines.append(f"shl.b32 {name}, {source}, {shift};")
-            names.append(name if shift else source)
+        for s in shifts:
+            if s not in turned:
+                turned[s] = f"q{s}"
+                # 0x2301: the bytes of both halves in the other order.
+                lines.append(f"shl.b32 q{s}, q, {s};" if s <= c.lowest else f"prmt.b32 q{s}, q, q, 0x2301;")
+        names = [turned[s] for s in shifts]
         if len(names) == 1:
             lines.append(f"and.b32 ${j}, {names[0]}, {mask:#x};")
         else:
             # 0x28: (a ^ b) & c
             lines.append(f"lop3.b32 ${j}, {names[0]}, {names[1]}, {mask:#x}, 0x28;")
-    return " ".join([*lines, "}"])
+    return " ".join([f"{{ .reg .b32 {', '.join(turned.values())};", *lines, "}"])
+
+
+@triton.jit
+def turned(word, BY: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr):
+    """Words of WIDTH bits rotated left; what a mask of MASK drops of it may be missing."""
+    bits = word << BY
+    if MASK & ((1 << BY) - 1):
+        bits = bits | (word >> (WIDTH - BY))
+    return bits
+
+
+@triton.jit
+def code_bits(word, CODE: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr, WIDTH: tl.constexpr):
+    """The masked bits of code number CODE of words, whose other bits are 0."""
+    first: tl.constexpr = (SHIFTS >> (10 * CODE)) & 31
+    second: tl.constexpr = (SHIFTS >> (10 * CODE + 5)) & 31
+    bits = turned(word, first, MASK, WIDTH)
+    if second != 31:
+        bits = bits ^ turned(word, second, MASK, WIDTH)
+    return bits & MASK
 
 
 @triton.jit
@@ -93,13 +114,7 @@ def plain(
     WIDTH: tl.constexpr,
 ):
     """Code number CODE of each word as float32: what the assembly's result means as fp16, bfloat16 or e4m3."""
-    first: tl.constexpr = (SHIFTS >> (10 * CODE)) & 31
-    second: tl.constexpr = (SHIFTS >> (10 * CODE + 5)) & 31
-    word = q.to(tl.int32) & ((1 << WIDTH) - 1)
-    bits = word << first
-    if second != 31:
-        bits = bits ^ (word << second)
-    bits = bits & MASK
+    bits = code_bits(q.to(tl.int32) & ((1 << WIDTH) - 1), CODE, SHIFTS, MASK, WIDTH)
     magnitude = bits & ((1 << (WIDTH - 1)) - 1)
     exponent = (magnitude >> UNIT) - FIELD + (BASE + 127)
     number = (exponent << 23) | ((bits >> (WIDTH - 1)) << 31)

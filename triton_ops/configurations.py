@@ -23,7 +23,7 @@ from . import linear as linear_module
 from . import linear_dx, tiles
 from .codec import decoder
 from .dense import _BK, _BN, dense_kernel
-from .launch import Configuration, configuration
+from .launch import REGISTERS, Configuration, configuration
 from .linear import _REDUCE_M, _REDUCE_N, linear_kernel, reduce_kernel
 from .linear_dx import linear_dx_kernel
 from .linear_fp8 import _BLOCK, FIRST_E4M3, quantize_rows_kernel
@@ -40,27 +40,21 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "e4m3": "*fp8e4nv"}
 
 
-# Where tiles are compiled with all words that they meet; with all of K, N and parts, of e4m3 and of other types; and
-# where each tile of conv2d is.
-_ALL_WORDS = (80, 90)
-_ALL_SIZES, _ALL_SIZES_E4M3 = (80, 90, 100), (89, 90, 100)
-_ALL_OF_CONV2D = (90, 100)
-# Of kernels without products, what changes them most; the rest of their constants change little.
-_MOST = ("DTYPE", "RANDOM", "SPLIT", "MSE", "ROWS", "FIRST", "MOMENTUM", "NEAR_ONE", "PADDED", "BN")
+# Where all that differs is compiled: the GPU of the bars.
+_ALL = 90
 # What the head of the table says of all this.
 COVERED = (
     "Compiled on every kind of GPU: each tile that `select` can return for `linear`, of each type of product, from "
-    "4-bit words of the paper's levels (e4m3 also from 16-bit words, of 5 bits), with K in whole steps and masked, "
-    "N no multiple of 16 where K is masked. On sm_80, 90 and 100 (e4m3: 89, 90 and 100; sm_86, 89 and 120 have "
-    "sm_80's tiles) also for sums that are parts, and with whole K and such N. On sm_80 and 90 16-bit products also "
-    "from the words of `dense` levels and of 5 bits, with K masked, on sm_90 whole, too; and on sm_90, masked, from "
-    "words of the other type, and e4m3 from all. Epilogues have all they can have: row exponents, scale, bias. "
-    "`linear_dx`: each tile on every kind of GPU, all words on sm_90. `conv2d`: each tile with 3×3 windows that "
-    "leave the image on sm_90 and 100, and elsewhere the largest; other windows, words and memory with the largest "
-    "on sm_90. Kernels without products: on sm_90 for each type and each value of the constants that change them "
-    "most, one of each kernel elsewhere. Not compiled: the remaining combinations of these; `dense` levels of 2 and "
-    "3 bits, which differ from 4 in numbers alone; arguments that are 1, or multiples of 16, where those of no "
-    "configuration are; tiles of a tuned file."
+    "the 4-bit words of the paper's levels that are its own (e4m3 also from 16-bit words, of 5 bits, with K masked), "
+    "with K in whole steps and masked, N a multiple of 16 and not, and for sums that are parts; for `linear_dx`, with "
+    "a row scale; for `conv2d`, with 3×3 windows that leave the image, and for sums that are parts. On sm_90 all of "
+    "`linear` from the words of every format, masked also from words of the other type; `linear_dx` from all; "
+    "`conv2d` with other windows, words and memory with its largest tile. On sm_80 16-bit products also from the "
+    "words of `dense` levels and of 5 bits. Epilogues have all they can have: row exponents, scale, bias. Kernels "
+    "without products: on sm_90 every variant of those for training, elsewhere one of each kernel and type. Not "
+    "compiled: the remaining combinations of these; epilogues that have less; `dense` levels of 2 and 3 bits, which "
+    "differ from 4 in numbers alone; arguments that are 1, or multiples of 16, where those of no configuration are; "
+    "tiles of a tuned file."
 )
 
 
@@ -72,17 +66,18 @@ def configurations(capability: int = 90) -> Iterator[Configuration]:
     others = itertools.chain(_reduce(), _dense(), _quantize_rows(), *map(_of_module, MODULES))
     seen = set()
     for each in others:
-        key = [each.kernel.__name__]
-        if "DOT" in each.constexprs:
-            key += [each.constexprs["DOT"]]
-            key += [each.constexprs[name] for name in ("BN", "BM") if capability in _ALL_OF_CONV2D]
-            key += [each.name] * (capability == 90)
-        elif capability == 90:
-            key += [str(each.constexprs.get(name)) for name in _MOST]
-            key += [given for given in each.signature.values() if given.startswith("*")]
-        if tuple(key) not in seen:
-            seen.add(tuple(key))
+        key = each.name if capability == _ALL else _kind(each)
+        if key not in seen:
+            seen.add(key)
             yield each
+
+
+def _kind(each: Configuration) -> tuple:
+    """What one kernel of each stands for the others: tiles, parts and types of convolutions; types of others."""
+    constants = each.constexprs
+    names = ("DOT", "BN", "BM", "SPLIT") if "KH" in constants else ("DTYPE",)
+    pointers = [given for given in each.signature.values() if given.startswith("*")]
+    return (each.kernel.__name__, *(str(constants.get(name)) for name in names), *pointers)
 
 
 def _of_module(module: str) -> Iterator[Configuration]:
@@ -128,22 +123,18 @@ _VARIANTS: dict[str, dict[str, bool]] = {
     "": {},
     " ragged": {"ragged": True},
     " masked": {"masked": True, "ragged": True},
+    " split": {"split": True},
     " masked split": {"masked": True, "split": True, "ragged": True},
 }
 
 
 def _variants(dot: str, kind: str, own: bool, capability: int) -> Sequence[str]:
     """Which of them are compiled for each tile; ``own``: from the words that are a product's own."""
-    if own and kind == "paper4":
-        sizes = _ALL_SIZES_E4M3 if dot == "e4m3" else _ALL_SIZES
-        return list(_VARIANTS) if capability in sizes else ("", " masked")
-    if dot == "e4m3":
-        return (" masked",) if capability == 90 or (own and kind == "paper5") else ()
-    if dot == "fp32" or capability not in _ALL_WORDS:
-        return ()
-    if own:
-        return ("", " masked") if capability == 90 else (" masked",)
-    return (" masked",) if capability == 90 else ()
+    if own and (kind == "paper4" or capability == _ALL):
+        return list(_VARIANTS)
+    if capability == _ALL or (dot == "e4m3" and own and kind == "paper5"):
+        return (" masked",)
+    return ("", " masked") if own and capability == 80 and dot in ("fp16", "bf16") else ()
 
 
 def _linear(table: Table, capability: int) -> Iterator[Configuration]:
@@ -203,7 +194,7 @@ def _linear_one(
         "stride_m": "i32:16",
         "steps": "i32",
     }
-    return configuration(name, linear_kernel, types, constants, tile.warps)
+    return configuration(name, linear_kernel, types, constants, tile.warps, registers=REGISTERS)
 
 
 def _reduce() -> Iterator[Configuration]:
@@ -220,15 +211,15 @@ def _linear_dx(table: Table, capability: int) -> Iterator[Configuration]:
         for kind, fmt, layout, words in _codecs(dtype):
             first = kind == "paper4" and not words
             made = decoder(layout, fmt)
-            for rows, tile in _tiles(table[f"linear_dx {dtype}"]) if capability == 90 or first else ():
-                for variant in ("", " scale ragged") if first and capability in _ALL_WORDS else (" scale ragged",):
+            for rows, tile in _tiles(table[f"linear_dx {dtype}"]) if capability == _ALL or first else ():
+                for variant in ("", " scale ragged") if first and capability in (80, _ALL) else (" scale ragged",):
                     scale, size = bool(variant), "i32" if variant else "i32:16"
                     constants = linear_dx.constants(made, _DTYPES[dtype], tile, scale)
                     types = dict(grad=_POINTERS[dtype], weight="*i16", weight_exp="*i8", out=_POINTERS[dtype])
                     types |= dict(weight_scale="*fp32" if scale else "*i8")
                     types |= dict(M="i32", N=size, K=size, words="i32:16", stride_m="i32:16")
                     name = f"linear_dx {dtype} {kind} m{rows}{words}{variant}"
-                    yield configuration(name, linear_dx_kernel, types, constants, tile.warps)
+                    yield configuration(name, linear_dx_kernel, types, constants, tile.warps, registers=REGISTERS)
 
 
 def _dense() -> Iterator[Configuration]:

@@ -27,7 +27,7 @@ from ..format import Format
 from ..library import conv_output_size
 from . import checks, operands, storage
 from .codec import DOT, Decoder, as_operand, decode, decoder, plain, rounded
-from .launch import INTERPRETED, Configuration, cdiv, configuration, on_device_of, round_up
+from .launch import INTERPRETED, REGISTERS, Configuration, cdiv, configuration, on_device_of, round_up
 from .linear import finish, lift
 from .tiles import Tile
 
@@ -224,7 +224,9 @@ _BK = {"fp16": 32, "bf16": 32, "fp32": 16}
 _LEAST_SIDE = 16
 # 128 pixels take more registers for addresses than a thread has, with few outputs too.
 _LARGEST_SIDES = {"fp16": (128, 64), "bf16": (128, 64), "fp32": (32, 64)}
-_LARGEST_TILE = 128 * 64  # by eight warps: addresses of x take more registers than four have
+_LARGEST_TILE = 128 * 64
+# From here on by eight warps: addresses of x take more registers than four have.
+_EIGHT_WARPS = {"fp16": 64 * 64, "bf16": 64 * 64, "fp32": 16 * 64}
 # A tile whose products are nearly all with padding, less than one in 16 of use, is slower than no tensor core.
 _DIRECT_USE = 16
 # Pixels are neighbours in memory, or channels are.
@@ -267,7 +269,7 @@ def select(
 
 
 def _tile(dot: str, bn: int, bm: int) -> Tile:
-    return Tile(bn, bm, _BK[dot], 8 if bn * bm == _LARGEST_TILE else 4, 2 if dot == "fp32" else 3)
+    return Tile(bn, bm, _BK[dot], 8 if bn * bm >= _EIGHT_WARPS[dot] else 4, 2 if dot == "fp32" else 3)
 
 
 def _power_of_two(size: int) -> int:
@@ -351,7 +353,19 @@ def _launch(x: Tensor, out: Tensor, q: Tensor, epilogue: tuple[Tensor, ...], fla
         sums = torch.empty(choice.splits, n, m, dtype=torch.float32, device=x.device) if split else out
         steps = choice.steps if split else words // tile.bk
         conv2d_kernel[_programs(rows, groups, m, tile.bn, tile.bm), choice.splits](
-            x, q, *epilogue_here, sums, m, n, k, words, steps, *geometry, **fixed, num_warps=tile.warps
+            x,
+            q,
+            *epilogue_here,
+            sums,
+            m,
+            n,
+            k,
+            words,
+            steps,
+            *geometry,
+            **fixed,
+            num_warps=tile.warps,
+            maxnreg=REGISTERS,
         )
         if split:
             conv2d_reduce_kernel[(cdiv(n, _REDUCE_N) * cdiv(m, _REDUCE_M),)](
@@ -451,14 +465,15 @@ _MULTIPLES = {
 
 
 def configurations() -> Iterator[Configuration]:
-    """What is launched, to compile without a GPU: each tile, the largest first; that one with all kinds of windows,
-    words, numbers of slices and kinds of memory. Epilogues with all that they can have."""
+    """What is launched, to compile without a GPU: each tile, the largest first, whole and with sums that are parts;
+    that one with all kinds of windows, words, numbers of slices and kinds of memory. Epilogues have all they can have.
+    """
     for dot, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         own = slices.best(dtype, Format(4))
         every = sorted(tiles_of(dot), key=lambda tile: (tile.bn * tile.bm, tile.bn), reverse=True)
         largest = every[0]
         for tile in every:
-            for window in _WINDOWS if tile == largest else _WINDOWS[:1]:
+            for window in _WINDOWS if tile == largest else (_WINDOWS[0], _WINDOWS[3]):
                 yield _tiled(dot, own, Format(4), tile, *window)
         for fmt, layout in itertools.product(
             (Format(4), Format(4, "dense"), Format(5), Format(5, "dense")), slices.LAYOUTS
@@ -519,4 +534,4 @@ def _tiled(
     name = f"conv2d {dot} {fmt.bits}-bit {fmt.levels} in {layout} {tile.bn}×{tile.bm}, {size}×{size},"
     name += " padded" * padded + " whole" * whole + " split" * split + memory
     name += f" {used} slices" if used != made.codec.codes else ""
-    return configuration(name, conv2d_kernel, types, fixed, tile.warps, tile.stages, "i32")
+    return configuration(name, conv2d_kernel, types, fixed, tile.warps, tile.stages, "i32", REGISTERS)

@@ -275,10 +275,6 @@ class Rows:
         counters = sum(slots) * ROW_BINS.value if counted else 1
         self.counters = torch.zeros(counters, dtype=torch.int64, device=self.device)
 
-    def constants(self) -> dict[str, int]:
-        """``constants`` of the pass's kernel."""
-        return constants(self.dtype, self.fmt)
-
     def exponents(self) -> list[Tensor]:
         """n1 of each weight, int8 [N, 1], after the ``passes``."""
         n1 = torch.empty(sum(self.rows), dtype=torch.int8, device=self.device)
@@ -334,12 +330,14 @@ def configurations_of(dtype: torch.dtype, digit: tuple[int, int], base: int) -> 
     limits = _limits(dtype, Format(5))
     for mse in (False, True):
         rule = "mse" if mse else "max"
-        constants = {"DTYPE": kind, "BASE": base, **limits, "MSE": mse, "SHIFT": shift, "BITS": bits, "PARTS": 2}
+        constants = {"DTYPE": kind, "BASE": base, **limits, "MSE": mse, "SHIFT": shift, "BITS": bits}
         constants |= {"WINDOW": _WINDOWS[dtype], "ROWS": _ROW_TILE}
         types = {"table": "*i64", "histograms": "*i64", "n1": "*i8"}
-        yield configuration(
-            f"tensor_exponents {kind} {rule}", tensor_exponents, types, constants, _WARPS_OF_TENSORS, tables.STAGES
-        )
+        for parts in (1, 2):
+            name = f"tensor_exponents {kind} {rule}{' frozen' * (parts - 1)}"
+            yield configuration(
+                name, tensor_exponents, types, constants | {"PARTS": parts}, _WARPS_OF_TENSORS, tables.STAGES
+            )
         types = {"table": "*i64", "owners": "*i64", "largest": "*i32", "counters": "*i64", "n1": "*i8"}
         constants = {**limits, "MSE": mse}
         yield configuration(

@@ -36,12 +36,16 @@ def on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
 
 # What launchers leave to Triton, which asks for this many; loops here say their own.
 _STAGES = 3
+# A thread's registers in products: all it can have. Unless told, ptxas spills a few bytes of some of them, so that one
+# block more fits a processor's registers.
+REGISTERS = 255
 
 
 class Configuration(NamedTuple):
     """A kernel and what Triton makes one compiled kernel of.
 
-    ``signature``: the type of every argument by name, "constexpr" for constants.
+    ``signature``: the type of every argument by name, "constexpr" for constants; ``registers``: the most of a thread,
+    where launches say so (``maxnreg``).
     """
 
     name: str
@@ -50,6 +54,7 @@ class Configuration(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 def configuration(
@@ -60,6 +65,7 @@ def configuration(
     warps: int = 4,
     stages: int = _STAGES,
     others: str = "",
+    registers: int | None = None,
 ) -> Configuration:
     """With the signature in the kernel's order. ValueError if an argument has no type and no value, or is unknown.
 
@@ -76,4 +82,4 @@ def configuration(
     missing = [argument for argument, kind in signature.items() if not kind]
     if unknown or missing:
         raise ValueError(f"{name}: arguments without a type {missing}, and unknown ones {sorted(unknown)}")
-    return Configuration(name, kernel, signature, constants, warps, stages)
+    return Configuration(name, kernel, signature, constants, warps, stages, registers)

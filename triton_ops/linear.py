@@ -21,7 +21,7 @@ from ..format import Format
 from . import checks, operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
 from .dense import dense, product
-from .launch import INTERPRETED, cdiv, on_device_of
+from .launch import INTERPRETED, REGISTERS, cdiv, on_device_of
 
 
 @triton.jit
@@ -306,7 +306,7 @@ def multiply(
             given, used = ((weight_exp,) * 4, dict.fromkeys(flags, False)) if split else (epilogue, flags)
             linear_kernel[cdiv(n, tile.bn) * cdiv(m, tile.bm), splits](
                 x, q, *given, parts, m, n, k, words, x.stride(0), steps, **fixed, **used, SPLIT=split,
-                num_warps=tile.warps,
+                num_warps=tile.warps, maxnreg=REGISTERS,
             )  # fmt: skip
     if parts is not out:
         with on_device_of(x):

@@ -16,7 +16,7 @@ import triton.language as tl
 from ..format import Format
 from . import checks, operands, storage, tiles
 from .codec import DOT, Decoder, as_operand, decode, decoder, rounded, scaled, widened
-from .launch import INTERPRETED, cdiv, on_device_of
+from .launch import INTERPRETED, REGISTERS, cdiv, on_device_of
 from .linear import aligned, lift
 
 
@@ -122,6 +122,6 @@ def linear_dx(grad, weight, weight_exp, weight_scale, k, bits, levels, layout, b
             linear_dx_kernel[(cdiv(words, tile.bk) * cdiv(m, tile.bm),)](
                 g, q, factors, scale, out, m, n, k, words,
                 g.stride(0), **constants(made, grad.dtype, tile, weight_scale is not None),
-                num_warps=tile.warps,
+                num_warps=tile.warps, maxnreg=REGISTERS,
             )  # fmt: skip
     return out.view(*grad.shape[:-1], k)

@@ -9,6 +9,7 @@ dtype; numbers arrive as float32 too, since a caller that compiles would pass Py
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -248,12 +249,13 @@ def masked_sgd_(
     lists = {"params": params, "grads": grads}
     if momentum:
         lists["momentum_buffers"] = momentum_buffers
+    # Without momentum there is no first step and no look ahead: fewer kernels.
     constants = {
         "MOMENTUM": bool(momentum),
         "DECAY": bool(weight_decay),
-        "NESTEROV": bool(nesterov),
+        "NESTEROV": bool(momentum and nesterov),
         "MAXIMIZE": bool(maximize),
-        "FIRST_STEP": bool(is_first_step),
+        "FIRST_STEP": bool(momentum and is_first_step),
     }
     _step(sgd_step, "masked_sgd_", lists, masks, (lr, momentum, 1 - dampening, weight_decay), constants, WARPS)
 
@@ -289,25 +291,20 @@ def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, lr, beta1, beta2,
 def configurations() -> Iterator[Configuration]:
     """What launches use, for builds without a GPU."""
     types = {"table": "*i64", "owners": "*i64"}
-    plain = {"MOMENTUM": False, "DECAY": False, "NESTEROV": False, "MAXIMIZE": False, "FIRST_STEP": False}
-    for kind in DTYPES.values():
-        for aligned in (False, True):
-            sizes = {"DTYPE": kind, "ALIGNED": aligned, "CHUNK": CHUNK, "GROUPS": GROUPS}
-            name = f"{kind}{' aligned' * aligned}"
-            for more in (
-                {},
-                {"MOMENTUM": True, "DECAY": True},
-                {"MOMENTUM": True, "DECAY": True, "FIRST_STEP": True},
-                {"MOMENTUM": True, "DECAY": True, "NESTEROV": True, "MAXIMIZE": True},
-            ):
-                words = "".join(f" {word.lower()}" for word in more)
-                constants = {**plain, **more, **sizes}
+    flags = ("MOMENTUM", "DECAY", "NESTEROV", "MAXIMIZE", "FIRST_STEP")
+    for kind, aligned in itertools.product(DTYPES.values(), (True, False)):
+        sizes = {"DTYPE": kind, "ALIGNED": aligned, "CHUNK": CHUNK, "GROUPS": GROUPS}
+        name = f"{kind}{' aligned' * aligned}"
+        for values in itertools.product((False, True), repeat=len(flags)):
+            given = dict(zip(flags, values, strict=True))
+            if given["MOMENTUM"] or not (given["NESTEROV"] or given["FIRST_STEP"]):
+                words = "".join(f" {flag.lower()}" for flag in flags if given[flag])
                 yield configuration(
-                    f"sgd_step {name}{words}", sgd_step, types, constants, WARPS, tables.STAGES, others="fp32"
+                    f"sgd_step {name}{words}", sgd_step, types, given | sizes, WARPS, tables.STAGES, "fp32"
                 )
-            for near_one in (False, True):
-                constants = {"NEAR_ONE": near_one, "MAXIMIZE": near_one, **sizes}
-                words = " near_one maximize" * near_one
-                yield configuration(
-                    f"adamw_step {name}{words}", adamw_step, types, constants, _ADAMW_WARPS, tables.STAGES, "fp32"
-                )
+        for near_one, maximize in itertools.product((False, True), repeat=2):
+            words = " near_one" * near_one + " maximize" * maximize
+            given = {"NEAR_ONE": near_one, "MAXIMIZE": maximize}
+            yield configuration(
+                f"adamw_step {name}{words}", adamw_step, types, given | sizes, _ADAMW_WARPS, tables.STAGES, "fp32"
+            )

@@ -353,14 +353,14 @@ class Keys:
         copy_chunks: int = 1,
     ) -> None:
         """Launches count_digits for a pass of that number: for a digit, for rows, or for both."""
-        rows = self.rows
+        of_rows = self.rows.passes[number] if number < len(self.rows.passes) else NOTHING
+        constants = _constants(
+            self.dtype, self.rows.fmt, min(digit, 1), bits, self._aligned, of_rows, split, self.random, copy_chunks
+        )
         with on_device(self.device):
             if sum(self._programs):
                 count_digits[(sum(self._programs),)](
-                    self._table, self._owners, selection, counters, rows.largest, rows.counters,
-                    DTYPE=DTYPES[self.dtype], RANDOM=self.random, DIGIT=min(digit, 1), SHIFT=bits[0], BITS=bits[1],
-                    SPLIT=split, ROWS=rows.passes[number] if number < len(rows.passes) else NOTHING,
-                    **rows.constants(), ALIGNED=self._aligned, CHUNK=CHUNK, COPY_CHUNKS=copy_chunks, GROUPS=GROUPS,
+                    self._table, self._owners, selection, counters, self.rows.largest, self.rows.counters, **constants,
                     num_warps=WARPS, num_stages=tables.STAGES,
                 )  # fmt: skip
 
@@ -407,6 +407,22 @@ class Keys:
         for number in range(0 if known else len(self.rows.passes)):
             self._pass(number, self.rows.counters, self.rows.counters)
         return self.rows.exponents()
+
+
+def _constants(
+    dtype: torch.dtype, fmt: Format, digit: int, bits: tuple[int, int], aligned: bool, rows: int, split: bool,
+    random: bool, copy_chunks: int,
+) -> dict[str, object]:  # fmt: skip
+    """count_digits's constants; what a pass does not use is the same for all, so that fewer kernels are compiled."""
+    if random and rows == NOTHING:
+        dtype, aligned = torch.float32, True  # the weights are not read
+    numbers = exponents_module.constants(dtype, fmt)
+    if rows != COUNTS:
+        numbers = dict.fromkeys(numbers, 0)
+    return {
+        "DTYPE": DTYPES[dtype], "RANDOM": random, "DIGIT": digit, "SHIFT": bits[0], "BITS": bits[1], "SPLIT": split,
+        "ROWS": rows, **numbers, "ALIGNED": aligned, "CHUNK": CHUNK, "COPY_CHUNKS": copy_chunks, "GROUPS": GROUPS,
+    }  # fmt: skip
 
 
 def exponents_of(ws: Sequence[Tensor], fmt: Format, keeps: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -511,31 +527,29 @@ def configurations() -> Iterator[Configuration]:
     """What launches use, for builds without a GPU."""
     for dtype, kind in DTYPES.items():
         digits = _MAGNITUDE_DIGITS[dtype]
-        for aligned in (False, True):
+        for aligned in (True, False):
             for number in range(len(digits)):
-                for rows in (NOTHING, (LARGEST, COUNTS, NOTHING)[number]):
-                    if rows or number != 2:
-                        yield _count(dtype, number, digits, aligned=aligned, rows=rows)
-            yield _count(dtype, 0, digits, aligned=aligned, split=True)
-        # Without a digit, and in a random partition.
-        for rows in (LARGEST, COUNTS):
-            yield _count(dtype, -1, digits, aligned=True, rows=rows)
-            yield _count(dtype, rows - LARGEST, _RANDOM_DIGITS, aligned=True, rows=rows, random=True)
-        if kind == tl.float32:
-            yield _count(dtype, 2, digits, aligned=True)
-            for number in range(len(_RANDOM_DIGITS)):
-                yield _count(dtype, number, _RANDOM_DIGITS, aligned=True, random=True)
+                for rows in sorted({NOTHING, (LARGEST, COUNTS, NOTHING)[number]}):
+                    yield _count(dtype, number, digits, aligned, rows)
+            yield _count(dtype, 0, digits, aligned, split=True)
+            # Without a digit, and in a random partition.
+            for rows in (LARGEST, COUNTS):
+                yield _count(dtype, -1, digits, aligned, rows)
+                yield _count(dtype, rows - LARGEST, _RANDOM_DIGITS, aligned, rows, random=True)
         for number, (_, bits) in enumerate(digits):
             last = number == len(digits) - 1
             types = {"histograms": "*i64", "selection": "*i64", "selected": "*i64", "picked": "*i32"}
-            constants = {"DTYPE": kind, "DIGIT": min(number, 1), "LAST": last, "BITS": bits, "PARTS": 1}
-            name = f"select_digit {kind} digit {number}{' last' * last}"
-            yield configuration(name, select_digit, types, constants, WARPS, tables.STAGES)
+            constants = {"DTYPE": kind, "DIGIT": min(number, 1), "LAST": last, "BITS": bits}
+            for parts in (1, 2) if number == 0 else (1,):
+                name = f"select_digit {kind} digit {number}{' last' * last}{' frozen' * (parts - 1)}"
+                yield configuration(name, select_digit, types, constants | {"PARTS": parts}, WARPS, tables.STAGES)
         bits = digits[-1][1]
         types = {"table": "*i64", "counters": "*i32", "picked": "*i32", "before": "*i64"}
         constants = {"BITS": bits, "SCAN": _SCAN}
         yield configuration(f"ties_before {kind}", ties_before, types, constants, WARPS, tables.STAGES)
         yield from exponents_module.configurations_of(dtype, digits[0], base(dtype))
+    for number in range(len(_RANDOM_DIGITS)):
+        yield _count(torch.float32, number, _RANDOM_DIGITS, True, random=True)
     for first, parts, bits, copy_chunks in (
         *((True, parts, FIRST_BITS, COPY_CHUNKS) for parts in (1, 2)),
         (False, 1, FIRST_BITS, COPY_CHUNKS),
@@ -557,13 +571,9 @@ def _count(
     split: bool = False,
     random: bool = False,
 ) -> Configuration:
-    shift, bits = digits[number] if number >= 0 else (0, 0)
-    last = number in (-1, len(digits) - 1)
-    constants = {
-        "DTYPE": DTYPES[dtype], "RANDOM": random, "DIGIT": min(number, 1), "SHIFT": shift, "BITS": bits,
-        "SPLIT": split, "ROWS": rows, **exponents_module.constants(dtype, Format(5)), "ALIGNED": aligned,
-        "CHUNK": CHUNK, "COPY_CHUNKS": 1 if last else COPY_CHUNKS, "GROUPS": GROUPS,
-    }  # fmt: skip
+    bits = digits[number] if number >= 0 else (0, 0)
+    copy_chunks = 1 if number in (-1, len(digits) - 1) else COPY_CHUNKS
+    constants = _constants(dtype, Format(5), min(number, 1), bits, aligned, rows, split, random, copy_chunks)
     types = {"table": "*i64", "owners": "*i64", "selection": "*i64", "counters": "*i32" if number > 0 else "*i64"}
     types |= {"largest": "*i32", "row_counters": "*i64"}
     words = f"{' random' * random}{' frozen' * split}{' aligned' * aligned}{('', ' largest', ' rows')[rows]}"

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import layouts, reference, slices
 from ..format import Format
 from . import checks, operands
-from .codec import decoder, rounded
+from .codec import code_bits, decoder, rounded
 from .launch import INTERPRETED, Configuration, cdiv, configuration, on_device_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,17 +58,6 @@ def power_bits(e):
     """The bits of float32 2^e, for −149 ≤ e ≤ 127: a subnormal's only bit is in the mantissa."""
     tiny = 1 << tl.minimum(tl.maximum(e + 149, 0), 22)
     return tl.where(e >= -126, (e + 127) << 23, tiny)
-
-
-@triton.jit
-def code_bits(word, CODE: tl.constexpr, SHIFTS: tl.constexpr, MASK: tl.constexpr):
-    """The masked bits of code number CODE of words (codec.decoder has SHIFTS)."""
-    first: tl.constexpr = (SHIFTS >> (10 * CODE)) & 31
-    second: tl.constexpr = (SHIFTS >> (10 * CODE + 5)) & 31
-    bits = word << first
-    if second != 31:
-        bits = bits ^ (word << second)
-    return bits & MASK
 
 
 @triton.jit
@@ -183,7 +172,7 @@ def unprepack_kernel(
     q = tl.load(weight + wide[:, None, None] * words + i[None, :, :], mask=here, other=0)
     word = q.to(tl.int32) & ((1 << WIDTH) - 1)
     for j in tl.static_range(CODES):
-        bits = code_bits(word, j, SHIFTS, MASK)
+        bits = code_bits(word, j, SHIFTS, MASK, WIDTH)
         magnitude = bits & ((1 << (WIDTH - 1)) - 1)
         index = tl.minimum((magnitude >> UNIT) - FIELD, MAGNITUDES - 1)
         code = tl.where((magnitude > 0) & (index >= 0), index + FIRST, 0) | ((bits >> (WIDTH - 1)) << (BITS - 1))
