@@ -85,11 +85,11 @@ struct J : FourBits {  // dense, bf16
   static constexpr int kBase = 0;
   static INQ_DEVICE void decode(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4]) {
     constexpr uint32_t kMask = 0x83808380u;
-    const uint32_t q = words[step];
+    const uint32_t q = words[step], s = q << 4, t = rotate_left(q, 11);
     a[0] = mul_bf16x2(q & kMask, kLift);
-    a[1] = mul_bf16x2(rotate_left(q, 12) & kMask, kLift);
-    a[2] = mul_bf16x2((q << 1 ^ q << 3) & kMask, kLift);
-    a[3] = mul_bf16x2((q << 5 ^ q << 7) & kMask, kLift);
+    a[1] = mul_bf16x2(q << 3 & kMask, kLift);
+    a[2] = mul_bf16x2(xor_and(s, t, kMask), kLift);
+    a[3] = mul_bf16x2(xor_and(s, t, kMask >> 3) << 3, kLift);
   }
 };
 
