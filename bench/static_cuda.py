@@ -57,9 +57,11 @@ DESIGN = (
     (r"finish_kernel|upload_kernel|clear", 256, 8),
 )
 REGISTERS = 1 << 16  # of an SM, on every architecture here; a warp gets them by 256
-# Kernels without tensor cores that go through weights or codes: 16 bytes a lane where addresses allow it.
+# Kernels without tensor cores that go through weights or codes: 16 bytes a lane where addresses allow it. Steps do so with
+# float32; beside that state, 16-bit weights move by 8 bytes.
 _VECTORS = re.compile(
-    r"decode_dense_kernel|(un)?pack_kernel|unprepack_kernel|freeze|masked_step|row_exponents|quantize_rows_kernel"
+    r"decode_dense_kernel|(un)?pack_kernel|unprepack_kernel|freeze|row_exponents|quantize_rows_kernel"
+    r"|masked_step<\(DType\)0|masked_step<\(DType\)\d, true"
     r"|count_(first|second|rest)<\(DType\)\d, false"
 )
 _REGISTER = re.compile(r"\bR(\d+)\b")

@@ -20,21 +20,26 @@ struct Digits {
 // Which weights a pass reads: those that may freeze, those that the mask holds, or both; never pruned ones.
 enum class Which : int { candidates, held, kept };
 
-// What a block works on.
+// What a block works on. What else is known of it is asked for when it is needed: registers are scarce while weights
+// are read.
 struct Chunk {
-  const WeightTensor* t;
-  PartitionState* state;
+  int tensor, number;         // the tensor's place in the list, and this of its blocks: a grid has under 2^31
   int64_t numel, begin, end;  // weights
-  int64_t number, blocks;     // this one, and how many of the tensor's there are
+
+  INQ_DEVICE const WeightTensor* t(const PartitionParams& p) const { return p.tensors + tensor; }
+  INQ_DEVICE PartitionState* state(const PartitionParams& p) const { return p.states + tensor; }
+  // How many blocks the tensor has.
+  INQ_DEVICE int blocks(const PartitionParams& p) const {
+    return static_cast<int>(chunks_of(ld_global(&t(p)->numel), p.chunk));
+  }
 };
 
 INQ_DEVICE Chunk chunk_of_block(const PartitionParams& p) {
+  const WeightTensor* const t = tensor_of(p.tensors, p.tensor_count, &WeightTensor::first_chunk, blockIdx.x);
   Chunk c;
-  c.t = tensor_of(p.tensors, p.tensor_count, &WeightTensor::first_chunk, blockIdx.x);
-  c.state = p.states + (c.t - p.tensors);
-  c.numel = ld_global(&c.t->numel);
-  c.number = static_cast<int64_t>(blockIdx.x) - ld_global(&c.t->first_chunk);
-  c.blocks = chunks_of(c.numel, p.chunk);
+  c.tensor = static_cast<int>(t - p.tensors);
+  c.number = static_cast<int>(blockIdx.x - ld_global(&t->first_chunk));
+  c.numel = ld_global(&t->numel);
   c.begin = c.number * p.chunk;
   c.end = smaller(c.begin + p.chunk, c.numel);
   return c;
@@ -52,12 +57,12 @@ struct KeyReader {
   bool aligned;
   Which which;
 
-  INQ_DEVICE KeyReader(const Chunk& c, Which which)
-      : w(static_cast<const T*>(ld_global(&c.t->w))),
-        mask(ld_global(&c.t->mask)),
-        keep(ld_global(&c.t->keep)),
+  INQ_DEVICE KeyReader(const WeightTensor* t, const Chunk& c, Which which)
+      : w(static_cast<const T*>(ld_global(&t->w))),
+        mask(ld_global(&t->mask)),
+        keep(ld_global(&t->keep)),
         numel(c.numel),
-        seed(ld_global(&c.t->seed)),
+        seed(ld_global(&t->seed)),
         aligned(is_aligned(w)),
         which(which) {}
 

@@ -43,7 +43,7 @@ template <DType kType, bool kRandom>
 INQ_DEVICE void write_threshold(const PartitionParams& p, const Chunk& c, unsigned long long wanted) {
   int64_t key = 0x7FFFFFFFFFFFFFFF;
   if (wanted > 0) {
-    const auto digits = static_cast<uint32_t>(ld_global(&c.state->key));
+    const auto digits = static_cast<uint32_t>(ld_global(&c.state(p)->key));
     if constexpr (kRandom || kType == DType::float32) {
       key = digits;
     } else {
@@ -51,7 +51,7 @@ INQ_DEVICE void write_threshold(const PartitionParams& p, const Chunk& c, unsign
       key = narrowed<kType>(bits_to_float(bits));
     }
   }
-  int64_t* const out = p.thresholds + 2 * (c.t - p.tensors);
+  int64_t* const out = p.thresholds + 2 * c.tensor;
   st_global(out, key);
   st_global(out + 1, static_cast<int64_t>(wanted));
 }
@@ -135,10 +135,10 @@ template <DType kType>
 INQ_DEVICE void write_exponents(const PassParams& p, const Chunk& c, FirstShared<true>* shared) {
   auto* const slots = reinterpret_cast<Slot*>(&shared->first);
   static_assert((kSlots + 1) * sizeof(Slot) <= sizeof(shared->first));
-  gather_slots(c.state, slots);
+  gather_slots(c.state(p.all), slots);
   const ExponentRule rule{p.all.format, p.mse, kLowest<kType>, kHighest<kType>};
   const int n1 = exponent_of<kFirstThreads>(slots, rule, &shared->select.exponent);
-  const int64_t first = ld_global(&c.t->first_row), rows = ld_global(&c.t->rows);
+  const int64_t first = ld_global(&c.t(p.all)->first_row), rows = ld_global(&c.t(p.all)->rows);
 #pragma unroll 1
   for (int64_t r = threadIdx.x; r < rows; r += kFirstThreads) st_global(p.all.n1 + first + r, static_cast<int8_t>(n1));
 }
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kFirstThreads, 2) count_first(const __grid_con
 
   shared->first.clear();
   sync_threads();
-  const KeyReader<kType, kRandom> reader(c, p.which);
+  const KeyReader<kType, kRandom> reader(c.t(p.all), c, p.which);
   int held = 0;
   for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kAhead * kFirstThreads / 32 * kTile) {
     uint32_t keys[kAhead][8], taken[kAhead];
@@ -176,24 +176,24 @@ __global__ void __launch_bounds__(kFirstThreads, 2) count_first(const __grid_con
   }
   held = warp_sum(held);
   if (p.which == Which::candidates && held != 0 && lane_of_thread() == 0) {
-    atomic_add(&c.state->held, static_cast<unsigned long long>(held));
+    atomic_add(&c.state(p.all)->held, static_cast<unsigned long long>(held));
   }
   sync_threads();
-  shared->first.flush(c.state, p.which == Which::candidates ? 0 : 1);
+  shared->first.flush(c.state(p.all), p.which == Which::candidates ? 0 : 1);
 
-  if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
+  if (!is_last_block(&c.state(p.all)->arrivals[p.launch], c.blocks(p.all), &shared->select.last)) return;
   if (p.selects) {
-    const auto count = static_cast<unsigned long long>(larger<int64_t>(ld_global(&c.t->count), 0));
+    const auto count = static_cast<unsigned long long>(larger<int64_t>(ld_global(&c.t(p.all)->count), 0));
     const unsigned long long wanted =
-        find_digit<kFirst, kFirstThreads>(c.state->count[0], count, &shared->select);
+        find_digit<kFirst, kFirstThreads>(c.state(p.all)->count[0], count, &shared->select);
     if (thread == 0) {
-      if (wanted > 0) add_digit(c.state, 0, wanted, &shared->select);
+      if (wanted > 0) add_digit(c.state(p.all), 0, wanted, &shared->select);
       if (wanted == 0) write_threshold<kType, kRandom>(p.all, c, 0);
     }
   }
   if constexpr (kSums) {
     // Where the mask holds some, count_rest decides.
-    if (p.exponents && (p.which != Which::candidates || ld_global(&c.state->held) == 0)) {
+    if (p.exponents && (p.which != Which::candidates || ld_global(&c.state(p.all)->held) == 0)) {
       write_exponents<kType>(p, c, shared);
     }
   }
@@ -213,7 +213,8 @@ struct SecondShared {
 // The part of a tensor's list that one warp adds. Written rarely: what that takes is read then.
 struct Lister {
   uint32_t* stage;
-  const Chunk& c;
+  PartitionState* state;
+  const WeightTensor* t;
   int staged = 0;
 
   INQ_DEVICE void add(const uint32_t (&keys)[8], uint32_t chosen) {
@@ -230,10 +231,10 @@ struct Lister {
   INQ_DEVICE void write() {
     sync_warp();
     unsigned long long first = 0;
-    if (lane_of_thread() == 0) first = atomic_add(&c.state->listed, static_cast<unsigned long long>(staged));
+    if (lane_of_thread() == 0) first = atomic_add(&state->listed, static_cast<unsigned long long>(staged));
     first = shuffle(first, 0);
-    uint32_t* const list = ld_global(&c.t->list);
-    const int64_t capacity = ld_global(&c.t->capacity);
+    uint32_t* const list = ld_global(&t->list);
+    const int64_t capacity = ld_global(&t->capacity);
     for (int i = lane_of_thread(); i < staged; i += 32) {
       // There is room, unless somebody writes to the weights meanwhile.
       const auto at = static_cast<int64_t>(first) + i;
@@ -249,13 +250,13 @@ __global__ void __launch_bounds__(kNextThreads, 3) count_second(const __grid_con
   using D = Digits<kType, kRandom>;
   auto* const shared = reinterpret_cast<SecondShared*>(dynamic_shared());
   const Chunk c = chunk_of_block(p.all);
-  if (ld_global(&c.state->wanted) == 0) return;
+  if (ld_global(&c.state(p.all)->wanted) == 0) return;
   shared->next.clear<kNextThreads>();
   sync_threads();
-  const auto prefix = static_cast<uint32_t>(ld_global(&c.state->key));
-  Lister lister{shared->stage[warp_of_thread()], c};
-  const bool lists = D::kThird && static_cast<int64_t>(ld_global(&c.state->left)) <= ld_global(&c.t->capacity);
-  const KeyReader<kType, kRandom> reader(c, Which::candidates);
+  const auto prefix = static_cast<uint32_t>(ld_global(&c.state(p.all)->key));
+  Lister lister{shared->stage[warp_of_thread()], c.state(p.all), c.t(p.all)};
+  const bool lists = D::kThird && static_cast<int64_t>(ld_global(&c.state(p.all)->left)) <= ld_global(&c.t(p.all)->capacity);
+  const KeyReader<kType, kRandom> reader(c.t(p.all), c, Which::candidates);
   for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kAhead * kNextThreads / 32 * kTile) {
     uint32_t keys[kAhead][8], chosen[kAhead];
 #pragma unroll
@@ -278,14 +279,14 @@ __global__ void __launch_bounds__(kNextThreads, 3) count_second(const __grid_con
   }
   if (lists && lister.staged > 0) lister.write();
   sync_threads();
-  shared->next.flush<kNextThreads>(c.state->next[0]);
+  shared->next.flush<kNextThreads>(c.state(p.all)->next[0]);
 
-  if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
+  if (!is_last_block(&c.state(p.all)->arrivals[p.launch], c.blocks(p.all), &shared->select.last)) return;
   const unsigned long long wanted =
-      find_digit<kNext, kNextThreads>(c.state->next[0], ld_global(&c.state->wanted), &shared->select);
+      find_digit<kNext, kNextThreads>(c.state(p.all)->next[0], ld_global(&c.state(p.all)->wanted), &shared->select);
   if (threadIdx.x == 0) {
-    add_digit(c.state, D::kSecondBits, wanted, &shared->select);
-    if (!D::kThird) write_threshold<kType, kRandom>(p.all, c, ld_global(&c.state->wanted));
+    add_digit(c.state(p.all), D::kSecondBits, wanted, &shared->select);
+    if (!D::kThird) write_threshold<kType, kRandom>(p.all, c, ld_global(&c.state(p.all)->wanted));
   }
 }
 
@@ -307,14 +308,14 @@ template <DType kType, bool kRandom, bool kSums>
 __global__ void __launch_bounds__(kFirstThreads, 2) count_rest(const __grid_constant__ PassParams p) {
   auto* const shared = reinterpret_cast<RestShared<kSums>*>(dynamic_shared());
   const Chunk c = chunk_of_block(p.all);
-  const bool thirds = Digits<kType, kRandom>::kThird && has_no_list(c.state);
-  const bool held = kSums && ld_global(&c.state->held) != 0;
+  const bool thirds = Digits<kType, kRandom>::kThird && has_no_list(c.state(p.all));
+  const bool held = kSums && ld_global(&c.state(p.all)->held) != 0;
   if (!thirds && !held) return;
   shared->third.template clear<kFirstThreads>();
   if constexpr (kSums) shared->held.first.clear();
   sync_threads();
-  const auto prefix = static_cast<uint32_t>(ld_global(&c.state->key));
-  const KeyReader<kType, kRandom> reader(c, !held ? Which::candidates : thirds ? Which::kept : Which::held);
+  const auto prefix = static_cast<uint32_t>(ld_global(&c.state(p.all)->key));
+  const KeyReader<kType, kRandom> reader(c.t(p.all), c, !held ? Which::candidates : thirds ? Which::kept : Which::held);
   for (int64_t tile = c.begin + warp_of_thread() * kTile; tile < c.end; tile += kFirstThreads / 32 * kTile) {
     uint32_t keys[8], frozen;
     const uint32_t taken = reader.read(tile, keys, frozen);
@@ -329,11 +330,11 @@ __global__ void __launch_bounds__(kFirstThreads, 2) count_rest(const __grid_cons
     }
   }
   sync_threads();
-  if (thirds) shared->third.template flush<kFirstThreads>(c.state->next[1]);
+  if (thirds) shared->third.template flush<kFirstThreads>(c.state(p.all)->next[1]);
   if constexpr (kSums) {
     if (!held) return;
-    shared->held.first.flush(c.state, 1);
-    if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->held.select.last)) return;
+    shared->held.first.flush(c.state(p.all), 1);
+    if (!is_last_block(&c.state(p.all)->arrivals[p.launch], c.blocks(p.all), &shared->held.select.last)) return;
     write_exponents<kType>(p, c, &shared->held);
   }
 }
@@ -347,27 +348,28 @@ struct ThirdShared {
 __global__ void __launch_bounds__(kNextThreads) count_third(const __grid_constant__ PassParams p) {
   auto* const shared = reinterpret_cast<ThirdShared*>(dynamic_shared());
   const Chunk c = chunk_of_block(p.all);
-  if (ld_global(&c.state->wanted) == 0) return;
-  const auto listed = static_cast<int64_t>(ld_global(&c.state->listed));
+  if (ld_global(&c.state(p.all)->wanted) == 0) return;
+  const auto listed = static_cast<int64_t>(ld_global(&c.state(p.all)->listed));
   if (listed > 0) {
     shared->third.clear<kNextThreads>();
     sync_threads();
-    const auto prefix = static_cast<uint32_t>(ld_global(&c.state->key));
+    const auto prefix = static_cast<uint32_t>(ld_global(&c.state(p.all)->key));
     // The tensor's blocks share its list.
-    const uint32_t* const list = ld_global(&c.t->list);
-    const int64_t end = listed * (c.number + 1) / c.blocks;
-    for (int64_t i = listed * c.number / c.blocks + threadIdx.x; i < end; i += kNextThreads) {
+    const uint32_t* const list = ld_global(&c.t(p.all)->list);
+    const int blocks = c.blocks(p.all);
+    const int64_t end = listed * (c.number + 1) / blocks;
+    for (int64_t i = listed * c.number / blocks + threadIdx.x; i < end; i += kNextThreads) {
       count_third_digit(shared->third, ld_global(list + i), prefix);
     }
     sync_threads();
-    shared->third.flush<kNextThreads>(c.state->next[1]);
+    shared->third.flush<kNextThreads>(c.state(p.all)->next[1]);
   }
-  if (!is_last_block(&c.state->arrivals[p.launch], c.blocks, &shared->select.last)) return;
+  if (!is_last_block(&c.state(p.all)->arrivals[p.launch], c.blocks(p.all), &shared->select.last)) return;
   const unsigned long long wanted =
-      find_digit<kNext, kNextThreads>(c.state->next[1], ld_global(&c.state->wanted), &shared->select);
+      find_digit<kNext, kNextThreads>(c.state(p.all)->next[1], ld_global(&c.state(p.all)->wanted), &shared->select);
   if (threadIdx.x == 0) {
-    add_digit(c.state, kThirdBits, wanted, &shared->select);
-    write_threshold<DType::float32, false>(p.all, c, ld_global(&c.state->wanted));
+    add_digit(c.state(p.all), kThirdBits, wanted, &shared->select);
+    write_threshold<DType::float32, false>(p.all, c, ld_global(&c.state(p.all)->wanted));
   }
 }
 
