@@ -82,7 +82,8 @@ gpu: $(READY)
 # compute-sanitizer over the CUDA library's tests: memcheck, initcheck and synccheck must find nothing, racecheck nothing
 # but what tests/racecheck-allowed.txt lists and explains. Needs a GPU; minutes.
 gpu-sanitize: $(READY)
-	INQ_GPU_BACKEND=cuda $(PY) tests/gpu_sanitize.py
+	$(if $(READY),,INQ_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .)
+	$(PY) tests/gpu_sanitize.py
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)
@@ -123,8 +124,9 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.built
 
-# Changed C++ needs a compiler, not a new installation.
+# Changed C++ needs a compiler, not a new installation. After one there is nothing to do: make comes here all the same,
+# since .ready has changed, and would build everything twice.
 $(VENV)/.built: $(VENV)/.ready $(wildcard csrc/*.* csrc/*/*.*)
-	$(PY) setup.py -q build_ext --inplace
+	test -e $@ -a -z "$$(find csrc -newer $@)" || $(PY) setup.py -q build_ext --inplace
 	@touch $@
 endif

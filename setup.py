@@ -150,7 +150,11 @@ def cuda_archs(asked: str) -> list[str]:
             text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(f"INQ_CUDA_ARCHS=native: no GPU is found: {error}") from error
-        asked = ",".join(sorted({line.strip().replace(".", "") for line in text.splitlines() if line.strip()}))
+        found = {line.strip().replace(".", "") for line in text.splitlines() if line.strip()}
+        known = {arch.removesuffix("a") for arch in CUDA_ARCHS}
+        # A GPU between those that are listed runs what its driver makes of the first one's PTX.
+        ptx = f"{CUDA_ARCHS[0]}+PTX"
+        asked = ",".join(sorted({n if n in known or int(n) < int(CUDA_ARCHS[0]) else ptx for n in found}))
     archs = []
     for name in filter(None, asked.replace(" ", ",").replace(";", ",").split(",")):
         number = name.removesuffix("+PTX").removesuffix("a")

@@ -26,10 +26,9 @@ def linear_baselines(
     context: Context, w: RandomWeights, m: int, dtype: str, x: Tensor, packed: PackedWeight, op: str = "linear"
 ) -> dict[str, Runner | str]:
     """Baselines for y = x · Wᵀ: cuBLAS in x's dtype first. Triton's kernels are one of the CUDA library's."""
-    ours = {"Triton": attempt(lambda: _triton(context, packed, x, op))} if context.backend == "cuda" else {}
     return {
         f"cuBLAS {dtype}": attempt(lambda: _cublas(context, w, x, dtype)),
-        **ours,
+        **triton(context, packed, x, op, (None,)),
         "_scaled_mm fp8": attempt(lambda: _scaled_mm(context, w, x)),
         "_weight_int4pack_mm": _limited("int4", m, lambda: attempt(lambda: _int4(context, w, x))),
         "Humming": _peer("humming", lambda: _humming(context, w, m, dtype, x)),
@@ -65,18 +64,24 @@ def _cublas(context: Context, w: RandomWeights, x: Tensor, name: str) -> Runner:
     return runner(F.linear, [(x, each) for each in weights], _moved(x, nbytes(weights[0]), w.n))
 
 
-def _triton(context: Context, packed: PackedWeight, x: Tensor, op: str) -> Runner:
-    """``torch.ops.inq.<op>`` by Triton's kernels, from their layout."""
+def triton(context: Context, packed: PackedWeight, x: Tensor, op: str, between: tuple) -> dict[str, Runner | str]:
+    """Where the library's kernels are measured, Triton's beside them. ``between``: as for ``_triton``."""
+    return {"Triton": attempt(lambda: _triton(context, packed, x, op, between))} if context.backend == "cuda" else {}
+
+
+def _triton(context: Context, packed: PackedWeight, x: Tensor, op: str, between: tuple) -> Runner:
+    """``torch.ops.inq.<op>`` by Triton's kernels, from their layout. ``between``: its arguments behind the weight's, the
+    bias or K."""
     layout = slices.E4M3 if op == "linear_fp8" else slices.best(x.dtype, packed.format)
     if not slices.has(layout, packed.format):
         layout = slices.best(x.dtype, packed.format)
     made = ops.prepack(packed, layout)
     weights = context.copies(("Triton", layout, packed.format), made.weight.clone)
-    tail = (packed.weight_exp, packed.weight_scale, None, packed.format.bits, packed.format.levels, layout, "triton")
+    tail = (packed.weight_exp, packed.weight_scale, *between, packed.format.bits, packed.format.levels, layout, "triton")
     return runner(
         getattr(torch.ops.inq, op),
         [(x, each, *tail) for each in weights],
-        _moved(x, nbytes(made.weight), packed.shape[0]),
+        _moved(x, nbytes(made.weight), sum(packed.shape) - x.shape[-1]),
     )
 
 

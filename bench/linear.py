@@ -125,7 +125,8 @@ def _linear_dx(context: Context, k: int, n: int, bits: int, dtype: str, m: int) 
         full = context.copies(("dense", dtype), lambda: w.dense(DTYPES[dtype]))
         return runner(torch.mm, [(grad, each) for each in full], nbytes(grad, full[0]) + m * k * grad.element_size())
 
-    return Work(candidate, {f"dense {dtype}": attempt(dense)}, check, 2 * m * n * k, dtype)
+    baselines = {f"dense {dtype}": attempt(dense), **gpu_baselines.triton(context, packed, grad, "linear_dx", (k,))}
+    return Work(candidate, baselines, check, 2 * m * n * k, dtype)
 
 
 def _fp8_cases(request: Request) -> Iterator[Case]:

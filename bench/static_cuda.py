@@ -24,14 +24,14 @@ from ..table import render
 from . import report
 from .static import instructions, kind, main_loop, opcode
 
-SCHEMA = 1
+SCHEMA = 2
 LIBRARY = Path(cuda.__file__).resolve().parent / "_cuda.so"
 TABLE = Path("bench", "results", "static-cuda")
 # Instructions for two weights of a product's decoding: KERNELS.md counts 1.75 to 2.0, and 1.0 to e4m3.
 BUDGET, BUDGET_E4M3 = 2.0, 1.0
-# Dense levels are 2^-126 and up in bfloat16: a multiplication for each register, and a rotation ("Dense into bf16 takes
-# one HMUL2 a register").
-BUDGET_LIFTED = 3.25
+# Dense levels are 2^-126 and up in bfloat16: a multiplication for each register beside the same 2.0 ("Dense into bf16
+# takes one HMUL2 a register").
+BUDGET_LIFTED = BUDGET + 1
 # linear_dx turns each register around (MOVM), and turns float16's exponents into bfloat16's.
 BUDGET_DX = {"f16": 6.5, "bf16": 4.25}
 # What the decoding of others costs for two weights by the same count: KERNELS.md, "Instructions per 2 weights".
@@ -43,6 +43,27 @@ PEERS = {
     "Humming float4e3m0, to fp8": 1.75,
     "CUTLASS table, to fp8": 2.75,
 }
+# Threads of a block, and how many blocks of it the registers of an SM are to suffice for, by kernel; the first that
+# matches. The kernels' __launch_bounds__ and docs/kernels.md say the same.
+DESIGN = (
+    (r"linear_kernel<.*, (8|16), false> >", 256, 2),
+    (r"linear_kernel<", 128, 2),
+    (r"hopper::linear_hopper_kernel<", 384, 1),
+    (r"count_(first|rest)<", 512, 2),
+    (r"count_second<|count_third|masked_step<.*Sgd>", 256, 3),
+    (r"freeze<|masked_step<", 256, 2),
+    (r"row_exponents<|(un)?(pre)?pack_kernel<|quantize_rows_kernel<", 256, 4),
+    (r"decode_dense_kernel<", 128, 8),
+    (r"finish_kernel|upload_kernel|clear", 256, 8),
+)
+REGISTERS = 1 << 16  # of an SM, on every architecture here; a warp gets them by 256
+# Kernels without tensor cores that go through weights or codes: 16 bytes a lane where addresses allow it. Steps do so with
+# float32; beside that state, 16-bit weights move by 8 bytes.
+_VECTORS = re.compile(
+    r"decode_dense_kernel|(un)?pack_kernel|unprepack_kernel|freeze|row_exponents|quantize_rows_kernel"
+    r"|masked_step<\(DType\)0|masked_step<\(DType\)\d, true"
+    r"|count_(first|second|rest)<\(DType\)\d, false"
+)
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _WRITE_NO_REGISTER = {"ST", "STG", "STS", "STL", "RED", "REDG", "BRA", "BAR", "EXIT", "LDGSTS", "SYNCS", "UTMALDG"} | {
     "ISETP", "FSETP", "HSETP2", "DSETP", "PLOP3", "R2P", "R2UR", "FCHK", "UBLKCP",
@@ -211,8 +232,18 @@ def describe(kernel: dict) -> dict:
     tensor = Counter(opcode(text).split(".")[0] for text in texts if kind(text) == "tensor")
     copies = Counter(opcode(t) for t in texts if re.match(r"LDGSTS|UBLKCP|UTMALDG|CCTL", t))
     row |= {"tensor": dict(sorted(tensor.items())), "copies": dict(sorted(copies.items()))}
+    row["loads"] = dict(sorted(Counter(opcode(text) for text in texts if text.startswith("LDG.")).items()))
     row["decoding"] = decoding(body) if has_tensor else None
     return row
+
+
+def blocks_of_an_sm(row: dict) -> tuple[int, int] | None:
+    """(how many blocks the registers suffice for, how many they are to); None for a kernel without a design."""
+    for pattern, threads, blocks in DESIGN:
+        if re.match(pattern, row["name"]):
+            of_a_warp = -(-32 * row["registers"] // 256) * 256
+            return REGISTERS // (threads // 32 * of_a_warp), blocks
+    return None
 
 
 def per_two(row: dict) -> float | None:
@@ -246,9 +277,31 @@ def problems(row: dict) -> list[str]:
     limit = budget(row)
     if cost is not None and cost > limit:
         found.append(f"decoding: expected at most {limit} instructions for two weights, got {cost:.2f}")
+    fits = blocks_of_an_sm(row)
+    if fits is None:
+        found.append("registers: expected a line in DESIGN, found none")
+    elif fits[0] < fits[1]:
+        found.append(f"registers: expected room for {fits[1]} blocks on an SM, {row['registers']} leave it for {fits[0]}")
+    return found + _narrow(row)
+
+
+def _narrow(row: dict) -> list[str]:
+    """Weights that do not move by 128 bits, or by TMA's bulk copies."""
+    name, copies, found = row["name"], row["copies"], []
     for load in row["decoding"]["loads"] if row["decoding"] else ():
-        if load.startswith("LDG") and "128" not in load:
+        # Layout H has a fifth word beside each 16 bytes.
+        if "128" not in load and not (load == "LDS" and "codec::H" in name):
             found.append(f"weights: expected loads of 128 bits, got {load}")
+    if name.startswith("linear_kernel<"):
+        # Four blocks of weights a stage, and tokens; the one narrow copy is of tokens whose rows are not aligned.
+        wide = sum(count for copy, count in copies.items() if copy.startswith("LDGSTS") and "128" in copy)
+        narrow = sum(count for copy, count in copies.items() if copy.startswith("LDGSTS") and "128" not in copy)
+        if wide < 5 or narrow > 1:
+            found.append(f"weights: expected 5 copies of 128 bits and one of tokens beside them, got {copies}")
+    if "linear_hopper" in name and not {"UBLKCP", "UTMALDG"} <= {copy.split(".")[0] for copy in copies}:
+        found.append(f"weights: expected bulk copies (UBLKCP) and x by TMA (UTMALDG), got {copies or 'none'}")
+    if _VECTORS.match(name) and not any("128" in load for load in row["loads"]):
+        found.append(f"weights: expected loads of 128 bits, got {row['loads'] or 'none'}")
     return found
 
 
@@ -262,7 +315,7 @@ def stale(rows: Sequence[dict], committed: Sequence[dict]) -> list[str]:
     found = [f"{name} on sm_{sm}: not in the committed table" for name, sm in sorted(new.keys() - old.keys())]
     found += [f"{name} on sm_{sm}: in the committed table alone" for name, sm in sorted(old.keys() - new.keys())]
     for both in sorted(old.keys() & new.keys()):
-        for what in ("registers", "stack", "local", "tensor", "decoding"):
+        for what in ("registers", "stack", "local", "tensor", "copies", "loads", "decoding"):
             if old[both][what] != new[both][what]:
                 found.append(
                     f"{both[0]} on sm_{both[1]}: {what}: the committed table has {old[both][what]}, got "
@@ -277,19 +330,20 @@ def markdown(rows: Sequence[dict]) -> str:
         "# Machine code of the CUDA library",
         "",
         "By `inq bench static --library`, from the file that ships; no GPU. Decoding: instructions of the main loop "
-        "between the loads of weights and the products, for two weights. Nothing here is a measurement of time.",
+        "between the loads of weights and the products, for two weights. Blocks of an SM: what registers leave room for. "
+        "Nothing here is a measurement of time.",
         "",
-        "| kernel | sm | registers | spills | decoding / 2 weights | weights from | copies | tensor cores |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | sm | registers | blocks / SM | spills | decoding / 2 weights | weights from | copies | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
 
     def words(counts: dict | None) -> str:
         return ", ".join(f"{count} {name}" for name, count in (counts or {}).items())
 
     for row in rows:
-        cost, decoded = per_two(row), row["decoding"] or {}
-        cells = [row["name"].replace("|", "\\|"), row["sm"], row["registers"], row["local"]]
-        cells += ["" if cost is None else f"{cost:.2f}", words(decoded.get("loads"))]
+        cost, decoded, fits = per_two(row), row["decoding"] or {}, blocks_of_an_sm(row)
+        cells = [row["name"].replace("|", "\\|"), row["sm"], row["registers"], fits[0] if fits else "", row["local"]]
+        cells += ["" if cost is None else f"{cost:.2f}", words(decoded.get("loads", row["loads"]))]
         lines.append("| " + " | ".join(map(str, [*cells, words(row["copies"]), words(row["tensor"])])) + " |")
     lines += ["", "Others, by KERNELS.md's count, for two weights:", ""]
     lines += [f"- {name}: {count}" for name, count in PEERS.items()]

@@ -1,5 +1,6 @@
-// What the register_*.cpp files share, on the CPU and (where USE_CUDA is defined) on CUDA: checks with errors that name the operator, the argument, what was expected and
-// what came (ValueError in Python), and new tensors. Torch's stable ABI alone.
+// What the register_*.cpp files share, on the CPU and (where USE_CUDA is defined) on CUDA: checks with errors that name
+// the operator, the argument, what was expected and what came (ValueError in Python), and new tensors. Torch's stable
+// ABI alone.
 #pragma once
 
 #if defined(USE_CUDA)
@@ -116,6 +117,42 @@ template <class T>
 const T* data_or_null(const OptionalTensor& t) {
   return t ? data_of<T>(*t) : nullptr;
 }
+
+// --- packed weights, and the rows that they multiply --------------------------------------------------------------------
+
+// N of a packed weight, its parts checked: codes of shape `shape(N)`, exponents [N, 1], and row scales [N, 1] or none.
+template <class Shape>
+int64_t check_weight(const std::string& op, const Tensor& weight, const Tensor& exponent, const OptionalTensor& scale,
+                     const Shape& shape) {
+  if (exponent.dim() != 2) fail(op + ": weight_exp", "[N, 1]", shape_of(exponent));
+  const int64_t n = exponent.size(0);
+  check(op + ": weight_exp", exponent, ScalarType::Char, {n, 1});
+  check(op + ": weight", weight, ScalarType::Byte, shape(n));
+  if (scale) check(op + ": weight_scale", *scale, ScalarType::Float, {n, 1});
+  return n;
+}
+
+inline void check_bias(const std::string& op, const OptionalTensor& bias, int64_t n) {
+  if (bias && sizes_of(*bias) != std::vector<int64_t>{n}) fail(op + ": bias", text_of({n}), shape_of(*bias));
+}
+
+// How many rows x [..., last] has.
+inline int64_t count_rows(const std::string& where, const Tensor& x, int64_t last) {
+  const std::vector<int64_t> sizes = sizes_of(x);
+  if (sizes.empty() || sizes.back() != last) fail(where, "[..., " + std::to_string(last) + "]", text_of(sizes));
+  int64_t count = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) count *= sizes[i];
+  return count;
+}
+
+// The shape of x [..., K] with another last size.
+inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = last;
+  return sizes;
+}
+
+// --- new tensors ----------------------------------------------------------------------------------------------------------
 
 inline int32_t code_of(ScalarType type) {
   switch (type) {

@@ -90,11 +90,8 @@ UnpackParams unpack_params(const std::string& op, const Tensor& weight, const Te
   const Format f = format_of(op, bits, dense);
   const DType type = dtype_of(op + ": dtype", dtype);
   check_at_least(op + ": k", k, 0);
-  if (weight_exp.dim() != 2) fail(op + ": weight_exp", "[N, 1]", shape_of(weight_exp));
-  const int64_t n = weight_exp.size(0);
-  check(op + ": weight", weight, ScalarType::Byte, {n, inq::row_bytes(f, k)});
-  check(op + ": weight_exp", weight_exp, ScalarType::Char, {n, 1});
-  if (weight_scale) check(op + ": weight_scale", *weight_scale, ScalarType::Float, {n, 1});
+  const int64_t n = check_weight(op, weight, weight_exp, weight_scale,
+                                 [&](int64_t rows) { return std::vector<int64_t>{rows, inq::row_bytes(f, k)}; });
   return {data_of<uint8_t>(weight), data_of<int8_t>(weight_exp), data_or_null<float>(weight_scale), nullptr, n, k, f, type};
 }
 

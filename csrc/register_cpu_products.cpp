@@ -22,18 +22,16 @@ using namespace inq::registration;
 // The arguments that every product has, checked; `scale` is kept alive by the caller's optional.
 Weight weight_of(const std::string& op, const Tensor& weight, const Tensor& exponent, const OptionalTensor& scale,
                  int64_t k, Format format) {
-  if (exponent.dim() != 2) fail(op + ": weight_exp", "[N, 1]", shape_of(exponent));
-  const int64_t n = exponent.size(0);
-  check(op + ": weight_exp", exponent, ScalarType::Char, {n, 1});
-  check(op + ": weight", weight, ScalarType::Byte, {panels_of(n), tiles_of(k), tile_bytes(format)});
-  if (scale) check(op + ": weight_scale", *scale, ScalarType::Float, {n, 1});
+  const int64_t n = check_weight(op, weight, exponent, scale, [&](int64_t rows) {
+    return std::vector<int64_t>{panels_of(rows), tiles_of(k), tile_bytes(format)};
+  });
   return {data_of<uint8_t>(weight), data_of<int8_t>(exponent), data_or_null<float>(scale), format, n, k};
 }
 
 // The bias as contiguous float32 [n].
 OptionalTensor bias_of(const std::string& op, const OptionalTensor& bias, int64_t n) {
+  check_bias(op, bias, n);
   if (!bias) return std::nullopt;
-  if (sizes_of(*bias) != std::vector<int64_t>{n}) fail(op + ": bias", text_of({n}), shape_of(*bias));
   if (bias->scalar_type() == ScalarType::Float) return torch::stable::contiguous(*bias);
   return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
 }
@@ -59,20 +57,6 @@ Tensor unprepack_op(Tensor weight, int64_t n, int64_t k, int64_t bits, bool dens
   return out;
 }
 
-// Everything but the last dimension, which must be `last`.
-std::vector<int64_t> rows_of(const std::string& where, const Tensor& t, int64_t last) {
-  std::vector<int64_t> sizes = sizes_of(t);
-  if (sizes.empty() || sizes.back() != last) fail(where, "[..., " + std::to_string(last) + "]", text_of(sizes));
-  sizes.pop_back();
-  return sizes;
-}
-
-int64_t product(const std::vector<int64_t>& sizes) {
-  int64_t count = 1;
-  for (const int64_t size : sizes) count *= size;
-  return count;
-}
-
 Tensor linear_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weight_scale, OptionalTensor bias,
                  int64_t bits, bool dense) {
   const Format format = format_of("linear", bits, dense);
@@ -81,10 +65,8 @@ Tensor linear_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   const int64_t k = x.size(x.dim() - 1);
   const Weight w = weight_of("linear", weight, weight_exp, weight_scale, k, format);
   const OptionalTensor row_bias = bias_of("linear", bias, w.n);
-  std::vector<int64_t> sizes = rows_of("linear: x", x, k);
-  const int64_t m = product(sizes);
-  sizes.push_back(w.n);
-  Tensor out = new_tensor(sizes, x.scalar_type());
+  const int64_t m = count_rows("linear: x", x, k);
+  Tensor out = new_tensor(with_last(x, w.n), x.scalar_type());
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
   linear({rows.const_data_ptr(), m, type, w, row_bias ? static_cast<const float*>(row_bias->const_data_ptr()) : nullptr,
           out.mutable_data_ptr()});
@@ -97,10 +79,8 @@ Tensor linear_dx_op(Tensor grad, Tensor weight, Tensor weight_exp, OptionalTenso
   const DType type = dtype_of("linear_dx: grad", grad.scalar_type());
   check_at_least("linear_dx: k", k, 0);
   const Weight w = weight_of("linear_dx", weight, weight_exp, weight_scale, k, format);
-  std::vector<int64_t> sizes = rows_of("linear_dx: grad", grad, w.n);
-  const int64_t m = product(sizes);
-  sizes.push_back(k);
-  Tensor out = new_tensor(sizes, grad.scalar_type());
+  const int64_t m = count_rows("linear_dx: grad", grad, w.n);
+  Tensor out = new_tensor(with_last(grad, k), grad.scalar_type());
   const Tensor rows = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
   linear_dx({rows.const_data_ptr(), m, type, w, out.mutable_data_ptr()});
   return out;

@@ -173,8 +173,7 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
   const std::string op = "masked_sgd_";
   check_count(op + ": momentum_buffers", momentum_buffers, momentum != 0 ? params.size() : 0);
   masked_sgd(step_tensors(op, params, grads, masks, "momentum_buffers", momentum_buffers, "", {}),
-             {static_cast<float>(lr), static_cast<float>(momentum), static_cast<float>(1 - dampening),
-              static_cast<float>(weight_decay), nesterov, maximize, is_first_step});
+             sgd_numbers(lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step));
 }
 
 void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,

@@ -36,11 +36,8 @@ int exponent_of(Number number, Levels levels, Format f) {
 // `exponent` and `scale` are made contiguous by the caller: they stay alive in its tensors.
 Weight weight_of(const std::string& op, const Tensor& like, const Tensor& weight, const Tensor& exponent,
                  const OptionalTensor& scale, int64_t k, Number number, Format f) {
-  if (exponent.dim() != 2) fail(op + ": weight_exp", "[N, 1]", shape_of(exponent));
-  const int64_t n = exponent.size(0);
-  check(op + ": weight_exp", exponent, ScalarType::Char, {n, 1});
-  check(op + ": weight", weight, ScalarType::Byte, shape_of_weight(number, f, n, k));
-  if (scale) check(op + ": weight_scale", *scale, ScalarType::Float, {n, 1});
+  const int64_t n = check_weight(op, weight, exponent, scale,
+                                 [&](int64_t rows) { return shape_of_weight(number, f, rows, k); });
   for (const Tensor* t : {&weight, &exponent}) check_same_device(op + ": weight", *t, like);
   if (scale) check_same_device(op + ": weight_scale", *scale, like);
   check_aligned(op + ": weight", weight);
@@ -62,23 +59,20 @@ Number number_of(const std::string& where, ScalarType type) {
 
 // The bias [n] in one piece, of a type that kernels read.
 OptionalTensor bias_of(const std::string& op, const OptionalTensor& bias, int64_t n, const Tensor& like) {
+  check_bias(op, bias, n);
   if (!bias) return std::nullopt;
-  if (sizes_of(*bias) != std::vector<int64_t>{n}) fail(op + ": bias", text_of({n}), shape_of(*bias));
   check_same_device(op + ": bias", *bias, like);
   const ScalarType type = bias->scalar_type();
   const bool known = type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
   return torch::stable::contiguous(known ? *bias : torch::stable::to(*bias, ScalarType::Float));
 }
 
-BiasType bias_type_of(const OptionalTensor& bias) {
-  if (!bias) return BiasType::none;
-  const ScalarType type = bias->scalar_type();
-  return type == ScalarType::Half ? BiasType::f16 : type == ScalarType::BFloat16 ? BiasType::bf16 : BiasType::f32;
-}
-
 Float float_of(ScalarType type) {
   return type == ScalarType::Half ? Float::f16 : type == ScalarType::BFloat16 ? Float::bf16 : Float::f32;
 }
+
+// Any type where there is none.
+Float type_of_bias(const OptionalTensor& bias) { return bias ? float_of(bias->scalar_type()) : Float::f32; }
 
 // x [..., last] as rows: how many, their distance in elements, and x itself, or a copy where rows are not evenly spaced.
 struct Rows {
@@ -87,20 +81,11 @@ struct Rows {
 };
 Rows rows_of(const std::string& where, const Tensor& x, int64_t last) {
   if (!x.is_cuda()) fail(where, kDevice, "one on another device");
-  const std::vector<int64_t> sizes = sizes_of(x);
-  if (sizes.empty() || sizes.back() != last) fail(where, "[..., " + std::to_string(last) + "]", text_of(sizes));
-  int64_t count = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) count *= sizes[i];
+  const int64_t count = count_rows(where, x, last);
   if (x.dim() == 2 && (x.stride(1) == 1 || last <= 1) && (x.stride(0) >= last || count <= 1)) {
     return {x, count, std::max<int64_t>(x.stride(0), last)};
   }
   return {torch::stable::contiguous(x), count, last};
-}
-
-std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> sizes = sizes_of(x);
-  sizes.back() = last;
-  return sizes;
 }
 
 bool is_aligned(const Tensor& x, int64_t stride, int64_t bytes) {
@@ -140,7 +125,7 @@ void multiply_on_hopper(const char* op, const Product& product, const HopperChoi
   p.magnitudes = magnitudes(w.format);
   p.number = w.number;
   p.levels = w.levels;
-  p.bias_type = product.bias ? float_of(product.bias->scalar_type()) : Float::f32;
+  p.bias_type = type_of_bias(product.bias);
   p.out_type = float_of(product.out.scalar_type());
   check_cuda(op, linear_hopper(p, choice, machine.processors, here.stream));
 }
@@ -168,7 +153,7 @@ void multiply_by_mma(Op op, const Product& product, const Machine& machine, cons
   p.number = w.number;
   p.levels = w.levels;
   p.magnitudes = magnitudes(w.format);
-  p.bias_type = bias_type_of(product.bias);
+  p.bias_type = type_of_bias(product.bias);
   check_cuda(op == Op::linear ? "linear" : "linear_dx",
              op == Op::linear ? linear(p, choice, here.stream) : linear_dx(p, choice, here.stream));
 }
@@ -304,7 +289,7 @@ Tensor finish_op(Tensor sums, Tensor weight_exp, OptionalTensor weight_scale, Op
   p.m = m;
   p.n = n;
   p.exponent = exponent_of(number, levels_of(format), format);
-  p.bias_type = row_bias ? float_of(row_bias->scalar_type()) : Float::f32;
+  p.bias_type = type_of_bias(row_bias);
   p.out_type = float_of(dtype);
   check_cuda("finish", finish_sums(p, here.stream));
   return out;

@@ -347,11 +347,8 @@ void unpack_into(const char* op, const Tensor& out, const Tensor& weight, const 
                  const OptionalTensor& scale, int64_t k, Format format, const OnDevice& here) {
   const std::string name(op);
   check_at_least(name + ": k", k, 0);
-  if (exponent.dim() != 2) fail(name + ": weight_exp", "[N, 1]", shape_of(exponent));
-  const int64_t n = exponent.size(0);
-  check(name + ": weight_exp", exponent, ScalarType::Char, {n, 1});
-  check(name + ": weight", weight, ScalarType::Byte, {n, row_bytes(format, k)});
-  if (scale) check(name + ": weight_scale", *scale, ScalarType::Float, {n, 1});
+  const int64_t n = check_weight(name, weight, exponent, scale,
+                                 [&](int64_t rows) { return std::vector<int64_t>{rows, row_bytes(format, k)}; });
   check_same_device(name + ": weight_exp", exponent, weight);
   check_same_device(name + ": out", out, weight);
   if (scale) check_same_device(name + ": weight_scale", *scale, weight);

@@ -55,6 +55,11 @@ def _layout_c(q: Word) -> list[Word]:
     return [q, q << 8, t, (t & 0x009C009C) << 8]
 
 
+def _layout_j(q: Word) -> list[Word]:
+    t = (q << 4) ^ _rotl(q, 11)
+    return [q, q << 3, t, (t & 0x10701070) << 3]
+
+
 def _layout_h(*w: Word) -> list[Word]:
     return [*w, w[0] << 5 ^ w[1] << 3, w[2] << 5 ^ w[3] << 3, w[1] << 2 ^ w[3] << 1 ^ w[4] << 5]
 
@@ -152,9 +157,7 @@ _CODECS = {
     ("paper4", FP16): Codec("A", 2, 1, _shifts(0, 2, 8, 10), 0xCC00CC00, 16, 1, 10),
     ("paper4", BF16): Codec("B", 2, 1, lambda q: [q, q << 2, q << 4, q << 6 ^ q << 14], 0xC180C180, 128, 1, 7),
     ("dense4", FP16): Codec("C", 2, 1, _layout_c, 0x9C009C00, 1, -14, 10),
-    ("dense4", BF16): Codec(
-        "J", 2, 1, lambda q: [q, _rotl(q, 12), q << 1 ^ q << 3, q << 5 ^ q << 7], 0x83808380, 1, 0, 7, 126
-    ),
+    ("dense4", BF16): Codec("J", 2, 1, _layout_j, 0x83808380, 1, 0, 7, 126),
     ("paper5", FP16): Codec("I", 2, 1, lambda q: [q, q << 6, q << 8 ^ q << 11], 0xDC00DC00, 16, 1, 10),
     ("paper5", BF16): Codec("G", 2, 1, lambda q: [q, q << 4, q * 132], 0xC380C380, 128, 1, 7, 0, 132),
     ("dense5", FP16): Codec("F", 2, 1, lambda q: [q, q << 6, q * 1026], 0xBC00BC00, 1, -14, 10, 0, 1026),

@@ -92,11 +92,44 @@ MUTANTS = [
     ("test_triton_conv2d.py::test_integers_bit", "triton_ops/conv2d.py", [("inside = (k < K)[:, None] & (y_at >= 0)", "inside = (k < K)[:, None] & (y_at >= -1)")]),
     ("test_triton_linear.py::test_rows_as_e4m3", "triton_ops/linear_fp8.py", [("raw + 0x7FFFF + ((raw >> 20) & 1)", "raw + 0x80000")]),
     ("test_triton_training.py::test_several_chunks", "triton_ops/quantize.py", [("take -= tl.sum(more, axis=0)", "take -= 0")]),
+    # CUDA's kernels, in the emulator: races, waits, orders, bits.
+    ("test_cuda_training.py::test_keys_that_the_list", "csrc/cuda/partition.cu", [("  sync_threads();\n  shared->next.flush<kNextThreads>(c.state->next[0]);", "  shared->next.flush<kNextThreads>(c.state->next[0]);")]),
+    ("test_cuda_training.py::test_four_readings", "csrc/cuda/select.cuh", [("ld_global(&state->wanted) != 0 && ld_global(&state->listed) == 0", "ld_global(&state->wanted) != 0")]),
+    ("test_cuda_training.py::test_four_readings", "csrc/cuda/partition.cu", [("? Which::kept : Which::held", "? Which::candidates : Which::held")]),
+    ("test_cuda_training.py::test_thresholds_of_many", "csrc/cuda/blocks.cuh", [("    thread_fence();\n    st_shared(shared, atomic_add", "    st_shared(shared, atomic_add")]),
+    ("test_cuda_training.py::test_ties_across", "csrc/cuda/quantize.cu", [("if (known == 2) atomic_min", "if (known != 0) atomic_min")]),
+    ("test_cuda_training.py::test_ties_across", "csrc/cuda/quantize.cu", [("      st_global(&ties->here, in_block);\n      red_release(&ties->known, 1);", "      red_release(&ties->known, 1);\n      st_global(&ties->here, in_block);")]),
+    ("test_cuda_training.py::test_sgd", "csrc/cuda/masked_step.cu", [("inside & ~(frozen >> (8 * i))", "inside & ~(frozen >> (4 * i))")]),
+    ("test_cuda_dense.py::test_decoded_weights", "csrc/cuda/decode.cuh", [("constexpr uint32_t kMask = 0xCC00CC00u;", "constexpr uint32_t kMask = 0xCC008C00u;")]),
+    ("test_cuda_dense.py::test_decoded_weights", "csrc/cuda/dense.cu", [("  sync_warp();\n  constexpr int kPieces", "  constexpr int kPieces")]),
+    ("test_cuda_linear.py::test_the_ring", "csrc/cuda/linear.cuh", [("cp_async_wait<P::kStages - 2>();", "cp_async_wait<P::kStages - 1>();")]),
+    ("test_cuda_linear.py::test_the_ring", "csrc/cuda/linear.cuh", [("      // Stage i is here for all, and all are done with the one before, whose place is filled next.\n      sync_threads();\n", "")]),
+    (
+        "test_cuda_linear.py::test_a_token_has",
+        "csrc/cuda/linear.cuh",
+        [
+            ("  if (ld_shared(flag) == 0) return false;\n  clear<P>(acc);\n", "  if (ld_shared(flag) == 0) return false;\n"),
+            ("v[b][i] = ld_global(from", "v[b][i] = block + b == cta ? Four{0, 0, 0, 0} : ld_global(from"),
+        ],
+    ),
+    ("test_cuda_linear_hopper.py::test_the_rings", "csrc/cuda/linear_hopper.cuh", [("    wgmma_wait<1>();", "    wgmma_wait<2>();")]),
+    ("test_cuda_linear_hopper.py::test_the_rings", "csrc/cuda/linear_hopper.cuh", [("    if (kQuarter % 2 == 1) {\n      sync_warp();\n", "    if (kQuarter % 2 == 1) {\n")]),
+    ("test_cuda_linear_hopper.py::test_the_rings", "csrc/cuda/linear_hopper.cuh", [("if (++at == kDepth) at = 0, parity ^= 1;", "if (++at == kDepth) at = 0;")]),
 ]  # fmt: skip
 
 
 # Where the compiled library is what a test is about; the others test the definition.
 COMPILED = ("test_optim.py", "test_module_layout.py")
+
+
+# Compiled kernels of the emulator, which the copies share: by what is in their sources.
+CACHE = tempfile.TemporaryDirectory(prefix="emulator")
+
+
+def fill_cache() -> None:
+    """With what `make test` has compiled."""
+    for known in (ROOT / "build" / "emulator").glob("*.o"):
+        shutil.copy(known, CACHE.name)
 
 
 def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess:
@@ -105,11 +138,12 @@ def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess:
     # The copy comes before the installed package, and one thread each leaves the other core to the other mutant.
     backend = "" if file in COMPILED else "reference"
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "INQ_BACKEND": backend}
+    environment["INQ_EMULATOR_CACHE"] = CACHE.name
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def copy_of(folder: Path) -> Path:
-    for name, place in (("inq_kernels", ""), ("tests", ""), ("triton_ops", "inq_kernels")):
+    for name, place in (("inq_kernels", ""), ("tests", ""), ("csrc", ""), ("triton_ops", "inq_kernels")):
         shutil.copytree(ROOT / name, folder / place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
@@ -120,7 +154,7 @@ def check(mutant: tuple) -> str | None:
     test, file, changes = mutant
     with tempfile.TemporaryDirectory() as temporary:
         folder = copy_of(Path(temporary))
-        path = folder / "inq_kernels" / file
+        path = folder / ("" if file.startswith("csrc/") else "inq_kernels") / file
         text = path.read_text()
         for old, new in changes:
             if text.count(old) != 1:
@@ -135,6 +169,7 @@ def check(mutant: tuple) -> str | None:
 
 def main() -> int:
     wanted = [m for m in MUTANTS if len(sys.argv) < 2 or any(a in m[0] for a in sys.argv[1:])]
+    fill_cache()
     with tempfile.TemporaryDirectory() as temporary:
         folder = copy_of(Path(temporary))
         broken = [t for t in dict.fromkeys(m[0] for m in wanted) if run_tests(folder, t).returncode != 0]

@@ -82,6 +82,10 @@ class Device:
         if not self.library._faults():
             assert not status, f"{function.__name__} returned CUDA error {status}"
 
+    def traffic(self):
+        """{name: (bytes read, bytes written)} of what kernels have done with each tensor."""
+        return self.library._traffic()
+
     def check(self):
         faults = self.library._faults()
         if faults:

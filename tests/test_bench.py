@@ -424,6 +424,15 @@ def test_cases_of_a_gpu_find_wrong_results(op):
     assert work.check()
 
 
+@pytest.mark.parametrize("op", ["linear", "linear_fp8", "linear_dx"])
+def test_tritons_kernels_stand_beside_the_librarys(op):
+    """Which needs a GPU: its own calls are never made here, and Triton's are interpreted."""
+    request = case.Request(shapes=((64, 40),), ms=(3,), bits=(4,), dtypes=("bfloat16",), device="cuda")
+    work = next(GPU_OPS[op].cases(request)).build(case.Context("cuda"))
+    triton = work.baselines["Triton"]
+    assert isinstance(triton, Runner), triton
+
+
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_dx"])
 def test_convolutions_of_a_gpu_are_beside_cudnn(op, monkeypatch):
     """What is not its data is told that it is on a GPU; the data stays on the CPU."""

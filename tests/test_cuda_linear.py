@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ NUMBERS = {torch.float16: 0, torch.bfloat16: 1}
 LAYOUTS = {torch.float16: fragments.FP16, torch.bfloat16: fragments.BF16}
 KINDS = ("paper4", "dense4", "paper5", "dense5")
 FORMATS = {"paper4": Format(4), "dense4": Format(4, "dense"), "paper5": Format(5), "dense5": Format(5, "dense")}
-BIAS_TYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
+BIAS_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 LINEAR = list(itertools.product((torch.float16, torch.bfloat16), KINDS, (8, 16, 32, 64)))
 LINEAR_DX = list(itertools.product((torch.float16, torch.bfloat16), KINDS, (8, 16, 32)))
 
@@ -32,10 +33,11 @@ def choose(dx, sm_count, m, n, k, dtype=torch.float16, bits=4, capability=80):
     return library().choose(dx, sm_count, capability, m, n, k, dtype == torch.float16, bits)
 
 
-def run(dx, x, packed, bias=None, seed=0, sm_count=1, offset=0):
-    """y, or dx of the gradient x, from the emulated kernel; ``offset``: bytes that x is off a multiple of 256."""
+def run(dx, x, packed, bias=None, seed=0, sm_count=1, offset=0, capability=80, traffic=None):
+    """y, or dx of the gradient x, from the emulated kernel; ``offset``: bytes that x is off a multiple of 256;
+    ``traffic``: a list to which what the kernel read and wrote is added."""
     fmt, dtype, (n, k), m = packed.format, x.dtype, packed.shape, x.shape[0]
-    choice = choose(dx, sm_count, m, n, k, dtype, fmt.bits)
+    choice = choose(dx, sm_count, m, n, k, dtype, fmt.bits, capability)
     weight = torch.zeros(layouts.shape(LAYOUTS[dtype], n, k, fmt), dtype=torch.uint8)
     if n:
         weight = layouts.prepack(packed.weight, k, fmt, LAYOUTS[dtype])
@@ -64,6 +66,8 @@ def run(dx, x, packed, bias=None, seed=0, sm_count=1, offset=0):
             fmt.magnitudes,
             0 if bias is None else BIAS_TYPES[bias.dtype],
         )
+        if traffic is not None:
+            traffic.append(device.traffic())
     assert not flags.any()  # ready for the next launch
     return out
 
@@ -156,6 +160,26 @@ def test_linear_dx(dtype, kind, tokens):
         packed = random_packed(fmt, n, k, scale=bool(seed % 2), seed=seed)
         grad = rows(m, n, dtype)
         check(True, run(True, grad, packed, None, seed, sm_count=3), grad, packed)
+
+
+INSTANCES = [(False, *each) for each in LINEAR] + [(True, *each) for each in LINEAR_DX]
+
+
+@pytest.mark.parametrize(("dx", "dtype", "kind", "tokens"), INSTANCES, ids=str)
+def test_the_ring_of_stages_turns_over(dx, dtype, kind, tokens):
+    """One block with more of the depth than its stages hold; weights are read once."""
+    fmt = FORMATS[kind]
+    step = 64 if dx else (192 if fmt.bits == 5 else 256) // (1 if tokens < 32 else 2)
+    stages = choose(dx, 1, tokens, 16, 16, dtype, fmt.bits, 86).stages
+    depth = (stages + 2) * step - 9
+    n, k = (depth, 24) if dx else (24, depth)
+    choice = choose(dx, 1, tokens, n, k, dtype, fmt.bits, 86)
+    assert (choice.tokens, choice.ctas) == (tokens, 1)
+    packed, seed = random_packed(fmt, n, k, n1=-3, seed=tokens), INSTANCES.index((dx, dtype, kind, tokens))
+    x, traffic = rows(tokens, depth, dtype, integers=fmt, padding=-depth % 8), []
+    y = run(dx, x, packed, seed=seed, capability=86, traffic=traffic)
+    assert same_bits(y + 0.0, integer_result(dx, x, packed) + 0.0)
+    assert traffic[0]["weight"] == (math.prod(layouts.shape(LAYOUTS[dtype], n, k, fmt)), 0)
 
 
 # --- every way through one --------------------------------------------------------------------------------------------

@@ -121,6 +121,22 @@ def test_linear_beside_float64_and_the_exact_oracle(library, case, seed):
             assert ((y.double() - exact).abs() <= size * 2.0**-22 + rounding).all()
 
 
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_the_rings_turn_over(library, tile, kind, number):
+    """One block, two tiles: all its boxes and slots are filled at least once more."""
+    fmt = inq.Format(int(kind[-1]), kind[:-1])
+    dtype = torch.float32 if number == "e4m3" else number
+    k, n, seed = 900, tile[0] + 5, TILES.index(tile) + 3 * LEVELS[kind]
+    packed, x = random_packed(fmt, n, k, n1=-3, seed=seed), integer_case(fmt, k, (9, k), dtype, seed)
+    values, t = quantize_rows(library, seed, x) if number == "e4m3" else (padded(x), None)
+    y = linear(library, seed, values, packed, None, tile, 1, t, dtype, processors=1)
+    parts = (packed.weight, packed.weight_exp, None, None, fmt.bits, fmt.levels, "storage", "reference")
+    op = torch.ops.inq.linear_fp8 if number == "e4m3" else torch.ops.inq.linear
+    assert same_bits(y + 0.0, op(x, *parts) + 0.0)
+
+
 FP8_CASES = pairwise(
     kind=[(dtype, fmt) for dtype in FLOATS for fmt in FORMATS],
     tile=TILES,

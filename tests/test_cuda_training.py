@@ -98,8 +98,10 @@ class Table:
         self.address = device.input(torch.tensor(rows), "tensors").data_ptr()
 
 
-def partition(library, some, seed, *, fmt=None, thresholds=True, random=False, chunk=CHUNK, offset=0, capacity=None):
-    """(thresholds or None, n1 or None) of the kernels."""
+def partition(
+    library, some, seed, *, fmt=None, thresholds=True, random=False, chunk=CHUNK, offset=0, capacity=None, traffic=None
+):
+    """(thresholds or None, n1 or None) of the kernels; ``traffic``: a list to which what they read and wrote is added."""
     with emulated(library, seed) as device:
         table = Table(device, some, chunk, library.chunks, capacity or library.list_capacity, offset)
         states = device.output((table.count * library.STATE_BYTES,), torch.uint8, "states")
@@ -113,6 +115,8 @@ def partition(library, some, seed, *, fmt=None, thresholds=True, random=False, c
             channel=fmt.granularity == "channel", mse=fmt.exponent == "mse",
         )  # fmt: skip
         assert status == 0 or library._faults()
+        if traffic is not None:
+            traffic.append(device.traffic())
     if n1 is not None:
         n1 = [part.view(-1, 1) for part in n1.split([c.w.shape[0] for c in some])]
     return out, n1
@@ -252,7 +256,7 @@ def test_ties_and_subnormal_weights_of_the_mse_rule(partition_library, granulari
 # --- freezing ---------------------------------------------------------------------------------------------------------
 
 
-def freeze(library, some, n1s, thresholds, fmt, seed, *, random=False, offset=0):
+def freeze(library, some, n1s, thresholds, fmt, seed, *, random=False, offset=0, traffic=None):
     """(weights, masks, frozen counts) of the kernel."""
     with emulated(library, seed) as device:
         table = Table(device, some, library.CHUNK, library.chunks, offset=offset, writable=True)
@@ -265,6 +269,8 @@ def freeze(library, some, n1s, thresholds, fmt, seed, *, random=False, offset=0)
             bits=fmt.bits, dense=fmt.levels == "dense", dtype=DTYPES.index(some[0].w.dtype), random=random,
         )  # fmt: skip
         assert status == 0 or library._faults()
+        if traffic is not None:
+            traffic.append(device.traffic())
     return table.ws, table.masks, frozen[: table.count]
 
 
@@ -331,6 +337,54 @@ def test_any_exponent_of_rows(quantize_library, dtype):
         assert frozen.tolist() == [c.w.numel() for c in some]
         for got, case, n1 in zip(ws, some, n1s, strict=True):
             assert same_bits(got, reference.quantize(case.w, n1, fmt)), fmt
+
+
+# --- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def readings(partition_library, quantize_library, case, fmt, derive, random):
+    """How often a portion reads and writes its weight: (partition's readings, the freezing kernel's, writes)."""
+    bytes_ = case.w.numel() * case.w.element_size()
+    counted = []
+    got, n1 = partition(
+        partition_library, [case], 0, fmt=fmt if derive else None, random=random, traffic=counted, chunk=1 << 12
+    )
+    check_thresholds(got, [case], random)
+    if derive:
+        check_exponents(n1, [case], fmt)
+    else:
+        n1 = [reference.exponents(case.w, fmt)]
+    freeze(quantize_library, [case], n1, got, fmt, 0, random=random, traffic=counted)
+    return *(of["w[0]"][0] / bytes_ for of in counted), counted[1]["w[0]"][1] / bytes_
+
+
+@pytest.mark.parametrize("derive", [True, False], ids=["first portion", "later one"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("held", [False, True], ids=["", "some frozen"])
+@pytest.mark.parametrize("values", ["normal", "alike", "equal"])
+@pytest.mark.parametrize(("dtype", "random"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_four_readings_and_one_write(
+    partition_library, quantize_library, dtype, random, values, held, granularity, derive
+):
+    """Of weights of any kind: where most have one first digit, the list of keys has no room for them."""
+    shape, g = (4, 1 << 12), generator(5)
+    w = torch.randn(shape, generator=g)
+    w = {"normal": w, "alike": 0.5 + w.abs().clamp(max=4) / 80, "equal": torch.full(shape, -0.3)}[values].to(dtype)
+    mask = masks(w.numel(), "half" if held else "none")[0]
+    count = candidates(mask, None, w.numel()) // 2
+    fmt = inq.Format(4, granularity=granularity)
+    read, freezing, written = readings(
+        partition_library, quantize_library, Case(w, mask, None, count, 3), fmt, derive, random
+    )
+    assert read + freezing <= 4
+    assert written <= 1
+    if random:
+        # Ranks are hashes of places: weights are read for n1 alone.
+        assert read == derive
+    elif not held:
+        overflows = dtype == torch.float32 and values != "normal"
+        assert read == 2 + (overflows or (derive and granularity == "channel"))
+    assert freezing == 1
 
 
 # --- optimizer steps --------------------------------------------------------------------------------------------------

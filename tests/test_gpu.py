@@ -63,8 +63,10 @@ def backend_is_there(monkeypatch):
 
 
 def backend_of(op, dtype):
-    """BACKEND, or Triton where that has not this operator for x of ``dtype``."""
-    return "triton" if backends.select(op, "", backends.availability(), "cuda", dtype) != BACKEND else BACKEND
+    """BACKEND, or Triton where that has not this operator for x of ``dtype`` on this device."""
+    major, minor = (9, 0) if FAKE else torch.cuda.get_device_capability()
+    chosen = backends.select(op, "", backends.availability(), "cuda", dtype, capability=10 * major + minor)
+    return BACKEND if chosen == BACKEND else "triton"
 
 
 def to(packed, device=DEVICE):
@@ -162,7 +164,7 @@ def test_fp8(bits, levels):
     m, n, k, fmt = 70, 96, 1024, inq.Format(bits, levels)
     packed = to(random_packed(fmt, n, k, n1=-2))
     x = normal((m, k), torch.bfloat16)
-    tail = (None, None, fmt.bits, fmt.levels, "storage", "triton")
+    tail = (None, None, fmt.bits, fmt.levels, "storage", backend_of("linear_fp8", x.dtype))
     check_fp8(torch.ops.inq.linear_fp8(x, packed.weight, packed.weight_exp, *tail), x, packed)
 
 
@@ -244,6 +246,27 @@ def test_frozen_weights_keep_their_bits():
         optimizer.step()
     assert torch.equal(weight[held], before[held])
     assert bool((weight[~held] != before[~held]).all())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_move_what_is_free(momentum):
+    """SGD, whose step is easily said, on tensors that are and are not whole runs of four."""
+    from inq_kernels.reference import pack_bits
+
+    shapes = ((64, 100), (7, 9), (1, 8192 + 300))
+    weights = [torch.nn.Parameter(normal(shape, torch.float32, i)) for i, shape in enumerate(shapes)]
+    held = [torch.rand(shape, generator=generator(1)).to(DEVICE) < 0.5 for shape in shapes]
+    before = [w.detach().clone() for w in weights]
+    optimizer = inq.optim.SGD(weights, lr=0.5, momentum=momentum)
+    for w, h in zip(weights, held, strict=True):
+        optimizer.set_mask(w, pack_bits(h))
+        w.grad = torch.full_like(w, 0.25)
+    for _ in range(2):
+        optimizer.step()
+    moved = 0.125 * (2 + momentum)
+    for w, old, h in zip(weights, before, held, strict=True):
+        assert torch.equal(w[h], old[h])
+        torch.testing.assert_close(w[~h], old[~h] - moved)
 
 
 # --- the same bits, whatever runs beside ------------------------------------------------------------------------------

@@ -67,7 +67,13 @@ def test_what_an_instruction_writes(text, registers):
 
 def row(**changed):
     decoding = {"instructions": 7, "weights": 8, "by_name": {}, "loads": {"LDS.128": 1}}
-    return {"name": "linear", "sm": "80", "stack": 0, "local": 0, "tensor": {"HMMA": 2}, "decoding": decoding} | changed
+    copies = {"LDGSTS.E.BYPASS.128": 5, "LDGSTS.E": 1}
+    fields = {"registers": 90, "stack": 0, "local": 0, "tensor": {"HMMA": 2}, "copies": copies, "loads": {}}
+    return {"name": LINEAR, "sm": "80", **fields, "decoding": decoding} | changed
+
+
+LINEAR = "linear_kernel<Plan<CodecOf<(Number)0, (Levels)0>, 16, false> >"
+HOPPER = "hopper::linear_hopper_kernel<hopper::Shape<CodecOf<(Number)0, (Levels)0>, 1, 64> >"
 
 
 def test_budgets():
@@ -75,25 +81,54 @@ def test_budgets():
     assert "spills: 8 bytes" in static_cuda.problems(row(stack=8))[0]
     slow = {"instructions": 9, "weights": 8, "by_name": {}, "loads": {}}
     assert "expected at most 2.0 instructions for two weights, got 2.25" in static_cuda.problems(row(decoding=slow))[0]
-    e4m3 = row(name="linear_hopper", tensor={"QGMMA": 1}, decoding=slow | {"instructions": 5})
+    bulk = {"UBLKCP.S.G": 3, "UTMALDG.2D": 1}
+    assert static_cuda.problems(row(name=HOPPER, tensor={"HGMMA": 1}, copies=bulk)) == []
+    e4m3 = row(name=HOPPER, tensor={"QGMMA": 1}, copies=bulk, decoding=slow | {"instructions": 5})
     assert "expected at most 1.0" in static_cuda.problems(e4m3)[0]
     name = "linear_kernel<Plan<CodecOf<(Number)1, (Levels)1>, 8, false> >"
     assert static_cuda.budget(row(name=name)) == static_cuda.BUDGET_LIFTED
     assert static_cuda.budget(row(name=name.replace("false", "true"))) == static_cuda.BUDGET_DX["bf16"]
     assert static_cuda.budget(row(name=name.replace("(Levels)1", "(Levels)2"))) == static_cuda.BUDGET
-    assert "expected HGMMA" in static_cuda.problems(row(name="linear_hopper"))[0]
-    narrow = row()["decoding"] | {"loads": {"LDG.E": 1}}
-    assert "expected loads of 128 bits, got LDG.E" in static_cuda.problems(row(decoding=narrow))[0]
+    assert "expected HGMMA" in static_cuda.problems(row(name=HOPPER))[0]
     none = row()["decoding"] | {"weights": 0}
     assert "found none in the main loop" in static_cuda.problems(row(decoding=none))[0]
 
 
+def test_weights_move_by_128_bits():
+    for load in ("LDG.E", "LDS.64"):
+        narrow = row()["decoding"] | {"loads": {load: 1}}
+        assert static_cuda.problems(row(decoding=narrow)) == [f"weights: expected loads of 128 bits, got {load}"]
+    # Layout H's fifth word.
+    fifth = row()["decoding"] | {"instructions": 4, "loads": {"LDS": 2, "LDS.128": 2}}
+    h = row(name="hopper::linear_hopper_kernel<hopper::Shape<codec::H, 1, 64> >", tensor={"QGMMA": 4}, decoding=fifth)
+    assert static_cuda.problems(h | {"copies": {"UBLKCP.S.G": 3, "UTMALDG.2D": 1}}) == []
+    for copies in ({"LDGSTS.E.BYPASS.128": 4, "LDGSTS.E": 1}, {"LDGSTS.E.BYPASS.128": 5, "LDGSTS.E": 2}, {}):
+        assert "expected 5 copies of 128 bits" in static_cuda.problems(row(copies=copies))[0]
+    assert "expected bulk copies" in static_cuda.problems(row(name=HOPPER, tensor={"HGMMA": 1}))[0]
+    plain = {"decoding": None, "tensor": {}, "copies": {}}
+    assert static_cuda.problems(row(name="freeze<(DType)0, true>(KernelParams)", loads={"LDG.E.128": 4}, **plain)) == []
+    for name in ("freeze<(DType)0, true>(KernelParams)", "decode_dense_kernel<CodecOf<(Number)0, (Levels)0> >"):
+        assert "expected loads of 128 bits" in static_cuda.problems(row(name=name, registers=32, loads={"LDG.E": 1}, **plain))[0]
+
+
+@pytest.mark.parametrize(("registers", "fit"), [(128, 2), (129, 1), (96, 2), (80, 3), (81, 2)])
+def test_blocks_that_registers_leave_room_for(registers, fit):
+    assert static_cuda.blocks_of_an_sm(row(registers=registers)) == (fit, 2)
+    wrong = static_cuda.problems(row(registers=registers))
+    assert bool(wrong) == (fit < 2)
+    assert not wrong or "expected room for 2 blocks on an SM" in wrong[0]
+
+
+def test_a_kernel_without_a_design_is_named():
+    assert static_cuda.problems(row(name="new_kernel")) == ["registers: expected a line in DESIGN, found none"]
+
+
 def test_a_committed_table_that_says_something_else_is_named():
-    rows = [row() | {"registers": 90}, row(sm="90a") | {"registers": 90}]
+    rows = [row(), row(sm="90a")]
     assert static_cuda.stale(rows, rows) == []
     other = [rows[0] | {"registers": 91}, rows[0] | {"sm": "120a"}]
     assert static_cuda.stale(rows, other) == [
-        "linear on sm_90a: not in the committed table",
-        "linear on sm_120a: in the committed table alone",
-        "linear on sm_80: registers: the committed table has 91, got 90",
+        f"{LINEAR} on sm_90a: not in the committed table",
+        f"{LINEAR} on sm_120a: in the committed table alone",
+        f"{LINEAR} on sm_80: registers: the committed table has 91, got 90",
     ]

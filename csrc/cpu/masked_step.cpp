@@ -1,7 +1,6 @@
 #include "masked_step.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "parallel.h"
 
@@ -35,15 +34,6 @@ void for_all(const std::vector<StepTensor>& tensors, const Numbers& numbers,
 }
 
 }  // namespace
-
-AdamwNumbers adamw_numbers(double lr, double beta1, double beta2, double weight_decay, double eps, int64_t step,
-                           bool maximize) {
-  const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
-  const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
-  auto f = [](double x) { return static_cast<float>(x); };
-  return {f(1 - beta1),       f(beta1),         f(beta2), f(1 - beta2), f(1 - lr * weight_decay),
-          f(lr / correction1), f(1 / std::sqrt(correction2)), f(eps), maximize};
-}
 
 void masked_sgd(const std::vector<StepTensor>& tensors, const SgdNumbers& numbers) {
 #if defined(__x86_64__)

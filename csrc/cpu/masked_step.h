@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../step_numbers.h"
 #include "isa.h"
 
 namespace inq::cpu {
@@ -18,22 +19,6 @@ struct StepTensor {
   const uint8_t* mask;  // one bit a weight, set: frozen, nothing of it changes; nullptr: all weights move
   int64_t numel;
 };
-
-// Numbers as the arithmetic uses them: float32, from doubles.
-struct SgdNumbers {
-  float lr, momentum, dampening_left, weight_decay;  // dampening_left: 1 − dampening
-  bool nesterov, maximize, first_step;
-};
-struct AdamwNumbers {
-  float beta1_left, beta1, beta2, beta2_left;  // beta1_left: 1 − beta1
-  float decay;                                 // 1 − lr·weight_decay
-  float step_size;                             // lr / (1 − beta1^step)
-  float inverse_correction2;                   // 1 / sqrt(1 − beta2^step)
-  float eps;
-  bool maximize;
-};
-AdamwNumbers adamw_numbers(double lr, double beta1, double beta2, double weight_decay, double eps, int64_t step,
-                           bool maximize);
 
 // Weights [begin, end) of one tensor, begin a multiple of 64.
 using SgdRange = void (*)(const StepTensor& t, const SgdNumbers& n, int64_t begin, int64_t end);

@@ -28,6 +28,14 @@ struct FourBits {
 // 5 bits for 16-bit products: six codes, three registers a word.
 struct FiveBits {
   static constexpr int kWords = 4, kSteps = 3, kStepK = 16, kBlockK = 48, kBlockBytes = 512;
+
+ protected:
+  // `register_of(q, j)`: register j of three, of word q.
+  template <class RegisterOf>
+  static INQ_DEVICE void decode_by(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4], RegisterOf register_of) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = register_of(words[(4 * step + i) / 3], (4 * step + i) % 3);
+  }
 };
 
 struct A : FourBits {  // paper, fp16
@@ -77,11 +85,11 @@ struct J : FourBits {  // dense, bf16
   static constexpr int kBase = 0;
   static INQ_DEVICE void decode(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4]) {
     constexpr uint32_t kMask = 0x83808380u;
-    const uint32_t q = words[step];
+    const uint32_t q = words[step], s = q << 4, t = rotate_left(q, 11);
     a[0] = mul_bf16x2(q & kMask, kLift);
-    a[1] = mul_bf16x2(rotate_left(q, 12) & kMask, kLift);
-    a[2] = mul_bf16x2((q << 1 ^ q << 3) & kMask, kLift);
-    a[3] = mul_bf16x2((q << 5 ^ q << 7) & kMask, kLift);
+    a[1] = mul_bf16x2(q << 3 & kMask, kLift);
+    a[2] = mul_bf16x2(xor_and(s, t, kMask), kLift);
+    a[3] = mul_bf16x2(xor_and(s, t, kMask >> 3) << 3, kLift);
   }
 };
 
@@ -89,12 +97,9 @@ struct F : FiveBits {  // dense, fp16
   static constexpr Number kNumber = Number::f16;
   static constexpr int kBase = -14;
   static INQ_DEVICE void decode(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint32_t q = words[(4 * step + i) / 3];
-      const int place = (4 * step + i) % 3;
-      a[i] = (place == 0 ? q : place == 1 ? q << 6 : q * 1026u) & 0xBC00BC00u;
-    }
+    decode_by(words, step, a, [](uint32_t q, int j) {
+      return (j == 0 ? q : j == 1 ? q << 6 : q * 1026u) & 0xBC00BC00u;
+    });
   }
 };
 
@@ -102,12 +107,9 @@ struct G : FiveBits {  // paper, bf16
   static constexpr Number kNumber = Number::bf16;
   static constexpr int kBase = 1;
   static INQ_DEVICE void decode(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint32_t q = words[(4 * step + i) / 3];
-      const int place = (4 * step + i) % 3;
-      a[i] = (place == 0 ? q : place == 1 ? q << 4 : q * 132u) & 0xC380C380u;
-    }
+    decode_by(words, step, a, [](uint32_t q, int j) {
+      return (j == 0 ? q : j == 1 ? q << 4 : q * 132u) & 0xC380C380u;
+    });
   }
 };
 
@@ -115,12 +117,9 @@ struct I : FiveBits {  // paper, fp16
   static constexpr Number kNumber = Number::f16;
   static constexpr int kBase = 1;
   static INQ_DEVICE void decode(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint32_t q = words[(4 * step + i) / 3];
-      const int place = (4 * step + i) % 3;
-      a[i] = (place == 0 ? q : place == 1 ? q << 6 : q << 8 ^ q << 11) & 0xDC00DC00u;
-    }
+    decode_by(words, step, a, [](uint32_t q, int j) {
+      return (j == 0 ? q : j == 1 ? q << 6 : q << 8 ^ q << 11) & 0xDC00DC00u;
+    });
   }
 };
 
@@ -128,13 +127,9 @@ struct K : FiveBits {  // dense, bf16
   static constexpr Number kNumber = Number::bf16;
   static constexpr int kBase = 0;
   static INQ_DEVICE void decode(const uint32_t (&words)[kWords], int step, uint32_t (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint32_t q = words[(4 * step + i) / 3];
-      const int place = (4 * step + i) % 3;
-      const uint32_t tiny = (place == 0 ? q : place == 1 ? q << 4 : q << 7 ^ rotate_left(q, 13)) & 0x87808780u;
-      a[i] = mul_bf16x2(tiny, kLift);
-    }
+    decode_by(words, step, a, [](uint32_t q, int j) {
+      return mul_bf16x2((j == 0 ? q : j == 1 ? q << 4 : q << 7 ^ rotate_left(q, 13)) & 0x87808780u, kLift);
+    });
   }
 };
 

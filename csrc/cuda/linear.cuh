@@ -61,7 +61,7 @@ struct LinearKernel {
   Ranges ranges;
   int exponent;  // a decoded number times 2^(n1 + exponent) is the weight
   int access;    // bytes that x may be read by: 16, 4 or 2
-  BiasType bias_type;
+  Float bias_type;
 };
 
 template <Number kNumber>
@@ -367,12 +367,6 @@ INQ_DEVICE void make_planes(const LinearKernel& p, const Thread& t, const RowFac
 
 // --- results ----------------------------------------------------------------------------------------------------------
 
-INQ_DEVICE float load_bias(const LinearKernel& p, int64_t n) {
-  if (p.bias_type == BiasType::f32) return ld_global(static_cast<const float*>(p.bias) + n);
-  const uint16_t bits = ld_global(static_cast<const uint16_t*>(p.bias) + n);
-  return p.bias_type == BiasType::f16 ? from_f16(bits) : from_bf16(bits);
-}
-
 template <class P>
 INQ_DEVICE void store(const LinearKernel& p, const Thread& t, uint32_t tile, int64_t m0, const Accumulators<P>& acc) {
   const int64_t row0 = (int64_t{tile} * t.warps + t.warp) * (16 * P::kGroups) + t.lane / 4;
@@ -388,7 +382,7 @@ INQ_DEVICE void store(const LinearKernel& p, const Thread& t, uint32_t tile, int
       if constexpr (!P::kGradient) {
         exponent += ld_global(p.weight_exp + row);
         if (p.weight_scale != nullptr) scale = ld_global(p.weight_scale + row);
-        if (p.bias_type != BiasType::none) bias = load_bias(p, row);
+        if (p.bias != nullptr) bias = load_float(p.bias, p.bias_type, row);
       }
       // One address moves along: all of them at once would not fit beside 128 sums.
       uint16_t* out = p.out + token0 * p.rows + row;
@@ -400,7 +394,7 @@ INQ_DEVICE void store(const LinearKernel& p, const Thread& t, uint32_t tile, int
           float y = scaled(acc[group][j][2 * half + i], exponent);
           if constexpr (!P::kGradient) {
             if (p.weight_scale != nullptr) y = mul(y, scale);
-            if (p.bias_type != BiasType::none) y = add(y, bias);
+            if (p.bias != nullptr) y = add(y, bias);
           }
           if (token < p.m) st_global(out + i * p.rows, rounded<P::kNumber>(y));
         }

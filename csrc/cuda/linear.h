@@ -6,8 +6,6 @@
 
 namespace inq::cuda {
 
-enum class BiasType : int { none, f16, bf16, f32 };
-
 // y = (x · decode(W)ᵀ) · row factors + bias, or dx = (grad · row factors) · decode(W). Every pointer is on the device.
 struct LinearParams {
   const void* x;  // x [m, k], of linear_dx grad [m, n]: `number`, rows `stride` elements apart, elements adjacent
@@ -15,7 +13,7 @@ struct LinearParams {
   const uint8_t* weight;      // fragments_fp16 or fragments_bf16 as `number` says, aligned to 16 bytes
   const int8_t* weight_exp;   // [n]
   const float* weight_scale;  // [n], or null
-  const void* bias;           // [n], of linear; any address where bias_type is none
+  const void* bias;           // [n] of bias_type, of linear; or null
   void* out;                  // [m, n], of linear_dx [m, k]: `number`, dense
   // Workspace that no other launch uses at the same time: Choice::partials numbers, aligned to 16 bytes, of any value,
   // and Choice::flags counters, zero, and zero again when the kernel is done.
@@ -25,7 +23,7 @@ struct LinearParams {
   Number number;
   Levels levels;
   int magnitudes;  // of the format: Format.magnitudes
-  BiasType bias_type;
+  Float bias_type;
 };
 
 // choose() says what `Choice` and so how much workspace. Nothing is launched where the result is empty.

@@ -1,8 +1,8 @@
-// The exponents of rows: one block a row, one read of it, no scratch.
+// The exponents of rows: one block a row, one read of it, no scratch. In the same reading third digits are counted, where
+// partition's list had no room for keys.
 #pragma once
 
-#include "blocks.cuh"
-#include "exponents.cuh"
+#include "select.cuh"
 
 namespace inq::cuda {
 
@@ -15,6 +15,7 @@ constexpr int kRowCountShift = 18, kRowLowBits = 17;
 struct RowParams {
   const WeightTensor* tensors;
   int tensor_count;
+  PartitionState* states;  // of a selection whose second digits are found; null: none is going on
   int8_t* n1;
   Format format;
   bool mse;
@@ -25,6 +26,7 @@ struct RowShared {
   uint32_t high[kCopies][kStride], low[kCopies][kStride];
   Slot slots[kSlots + 2];
   ExponentShared exponent;
+  NextCounts third;
 };
 
 template <DType kType>
@@ -37,9 +39,13 @@ __global__ void __launch_bounds__(kRowThreads) row_exponents(const __grid_consta
   const int64_t numel = ld_global(&t->numel), length = ld_global(&t->length);
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) - ld_global(&t->first_row)) * length, end = begin + length;
   const T* const w = static_cast<const T*>(ld_global(&t->w));
-  const uint8_t* const keep = ld_global(&t->keep);
+  const uint8_t *const keep = ld_global(&t->keep), *const mask = ld_global(&t->mask);
   const bool aligned = is_aligned(w);
+  PartitionState* const state = p.states == nullptr ? nullptr : p.states + (t - p.tensors);
+  const bool thirds = Digits<kType, false>::kThird && state != nullptr && has_no_list(state);
+  const uint32_t prefix = thirds ? static_cast<uint32_t>(ld_global(&state->key)) : 0;
 
+  if (thirds) shared->third.clear<kRowThreads>();
   for (int s = thread; s <= kTiny; s += kRowThreads) st_shared(&shared->slots[s], Slot{0, 0});
   // Tiles are those of the tensor, whose masks' bytes they begin with: a row's first and last ones are not all its own.
   for (int64_t round = begin / kTile * kTile; round < end; round += kRowRound) {
@@ -54,9 +60,12 @@ __global__ void __launch_bounds__(kRowThreads) row_exponents(const __grid_consta
       if (keep != nullptr) taken &= load_bits<kRun>(keep + tile / 8, numel - tile);
       uint32_t raw[8];
       load_tile<T, kRun>(w + tile, aligned && tile + kTile <= numel, taken, raw);
+      uint32_t candidates = thirds ? taken : 0;
+      if (thirds && mask != nullptr) candidates &= ~load_bits<kRun>(mask + tile / 8, numel - tile);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         uint32_t x = widened<kType>(raw[j]) & kMagnitude;
+        if (candidates >> j & 1) count_third_digit(shared->third, x, prefix);
         if ((taken >> j & 1) == 0 || x == 0) continue;
         int slot = static_cast<int>(x >> 22);
         if (x < 0x800000u) {
@@ -84,6 +93,7 @@ __global__ void __launch_bounds__(kRowThreads) row_exponents(const __grid_consta
     sync_threads();
   }
   sync_threads();
+  if (thirds) shared->third.flush<kRowThreads>(state->next[1]);
   const ExponentRule rule{p.format, p.mse, kLowest<kType>, kHighest<kType>};
   const int n1 = exponent_of<kRowThreads>(shared->slots, rule, &shared->exponent);
   if (thread == 0) st_global(p.n1 + blockIdx.x, static_cast<int8_t>(n1));

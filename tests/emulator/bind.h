@@ -9,6 +9,7 @@
 namespace inq::cuda::emulator {
 
 extern std::vector<Fault> faults;
+extern std::vector<Buffer> buffers;
 void reset(uint64_t seed);
 void add_buffer(const std::string& name, uintptr_t begin, int64_t bytes, bool writable, bool initialised, int granule);
 void forget_buffers(uintptr_t begin, int64_t bytes);  // those that have some of these bytes
@@ -33,6 +34,11 @@ inline void bind(pybind11::module_& m) {
     else if (name == "short_accumulator") options.short_accumulator = value != 0;
     else if (name == "seconds") options.seconds = value;
     else throw std::invalid_argument("no such option: " + name);
+  });
+  m.def("_traffic", [] {
+    pybind11::dict all;
+    for (const Buffer& b : buffers) all[pybind11::str(b.name)] = pybind11::make_tuple(b.read, b.written);
+    return all;
   });
   m.def("_faults", [] {
     pybind11::list list;

@@ -24,7 +24,7 @@ int run(bool dx, const Choice& choice, uintptr_t x, int64_t stride, uintptr_t we
   p.out = pointer<void>(out), p.partials = pointer<float>(partials), p.flags = pointer<int>(flags);
   p.m = m, p.n = n, p.k = k;
   p.number = static_cast<Number>(number), p.levels = static_cast<Levels>(levels), p.magnitudes = magnitudes;
-  p.bias_type = static_cast<BiasType>(bias_type);
+  p.bias_type = static_cast<Float>(bias_type);
   return static_cast<int>((dx ? linear_dx : linear)(p, choice, nullptr));
 }
 

@@ -17,7 +17,7 @@ PYBIND11_MODULE(emulated_masked_step, m) {
       [](uintptr_t tensors, int tensor_count, int64_t chunks, int dtype, bool has_momentum, double lr, double momentum,
          double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step) {
         const SgdParams p{pointer<const StepTensor>(tensors), tensor_count, chunks,
-                          sgd_numbers(lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)};
+                          inq::sgd_numbers(lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)};
         return static_cast<int>(masked_sgd(p, {static_cast<DType>(dtype), has_momentum}, nullptr));
       },
       py::kw_only(), py::arg("tensors"), py::arg("tensor_count"), py::arg("chunks"), py::arg("dtype"),
@@ -28,7 +28,7 @@ PYBIND11_MODULE(emulated_masked_step, m) {
       [](uintptr_t tensors, int tensor_count, int64_t chunks, int dtype, double lr, double beta1, double beta2,
          double weight_decay, double eps, int64_t step, bool maximize) {
         const AdamwParams p{pointer<const StepTensor>(tensors), tensor_count, chunks,
-                            adamw_numbers(lr, beta1, beta2, weight_decay, eps, step, maximize)};
+                            inq::adamw_numbers(lr, beta1, beta2, weight_decay, eps, step, maximize)};
         return static_cast<int>(masked_adamw(p, {static_cast<DType>(dtype)}, nullptr));
       },
       py::kw_only(), py::arg("tensors"), py::arg("tensor_count"), py::arg("chunks"), py::arg("dtype"), py::arg("lr"),

@@ -1,6 +1,7 @@
 """Compiles csrc/cuda/<family>.cu for the CPU, with the emulator and tests/emulator/bind_<family>.cpp, into a module.
 
-Objects and modules are kept by a hash of all that they are made of, in build/emulator (git ignores it).
+Objects and modules are kept by a hash of all that they are made of, in build/emulator (git ignores it), or in the folder
+INQ_EMULATOR_CACHE, which copies of the repository may share.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-CACHE = ROOT / "build" / "emulator"
+CACHE = Path(os.environ.get("INQ_EMULATOR_CACHE") or ROOT / "build" / "emulator")
 ENGINE = sorted(p.name for p in HERE.glob("*.cpp") if not p.name.startswith("bind_"))
 # No contraction, as in kernels; no slots on the stack that two arrays share, since wgmma's registers are
 # compared later; variables begin as 0xFE bytes, which mma knows for unwritten.
@@ -45,9 +46,9 @@ def compiler() -> str:
 
 def _flags(source: Path) -> list[str]:
     # Kernels spend their time in the engine; half the time to compile them is worth more.
-    flags = f"{FLAGS} {'-O1' if source.suffix == '.cu' else '-O2'} -I{HERE} -I{CUDA} -I{ROOT / 'csrc'}".split()
+    flags = f"{FLAGS} {'-O1' if source.suffix == '.cu' else '-O2'}".split()
     if _knows_torch(source):
-        flags += f"-isystem {_torch() / 'include'} -I{HERE / 'cuda'} {TORCH_FLAGS}".split()
+        flags += TORCH_FLAGS.split()
     if platform.machine() in ("x86_64", "AMD64") and " avx2 " in _cpu_flags() and " fma " in _cpu_flags():
         flags += ["-mavx2", "-mfma"]
     return flags
@@ -98,7 +99,11 @@ def _object(source: Path, extra: tuple[str, ...]) -> Path:
     files = _closure(source.resolve(), {})
     if _knows_torch(source):
         files[_torch() / "version.py"] = (_torch() / "version.py").read_bytes()
+    # By what is in the files, wherever they are.
     key = _hash(compiler(), " ".join(flags), *(data for path, data in sorted(files.items())))
+    flags += [f"-I{folder}" for folder in (HERE, CUDA, ROOT / "csrc")]
+    if _knows_torch(source):
+        flags += ["-isystem", str(_torch() / "include"), f"-I{HERE / 'cuda'}"]
     out = CACHE / f"{source.stem}-{key}.o"
     if not out.exists():
         _run([compiler(), *flags, "-x", "c++", "-c", str(source), "-o", f"{out}.{os.getpid()}"])

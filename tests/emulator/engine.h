@@ -183,6 +183,7 @@ struct Buffer {
     uint8_t flags;
   };
   Word* words = nullptr;
+  int64_t read = 0, written = 0;  // bytes, by kernels; an atomic does both
 };
 
 void begin_block_memory(Block& block);

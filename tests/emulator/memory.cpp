@@ -7,9 +7,10 @@
 
 namespace inq::cuda::emulator {
 
+std::vector<Buffer> buffers;
+
 namespace {
 
-std::vector<Buffer> buffers;
 size_t latest = 0;
 
 constexpr uint64_t kBefore = uint64_t{0xFFF} << 52;  // an epoch of a launch that never was, before all others
@@ -332,7 +333,9 @@ bool touch_global(Thread& thread, const void* p, int64_t bytes, Do what, Place p
       return false;
     }
     ++progress;
+    buffer->written += bytes;
   }
+  if (what != Do::write) buffer->read += bytes;
   if (buffer->words == nullptr) return true;
   const int64_t first = (static_cast<const char*>(p) - buffer->begin) / buffer->granule;
   if (bytes < buffer->granule) {  // not watched for races: others may own the rest of the word
