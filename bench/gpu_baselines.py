@@ -70,14 +70,22 @@ def triton(context: Context, packed: PackedWeight, x: Tensor, op: str, between: 
 
 
 def _triton(context: Context, packed: PackedWeight, x: Tensor, op: str, between: tuple) -> Runner:
-    """``torch.ops.inq.<op>`` by Triton's kernels, from their layout. ``between``: its arguments behind the weight's, the
-    bias or K."""
+    """``torch.ops.inq.<op>`` by Triton's kernels, from their layout. ``between``: its arguments behind the weight's,
+    the bias or K."""
     layout = slices.E4M3 if op == "linear_fp8" else slices.best(x.dtype, packed.format)
     if not slices.has(layout, packed.format):
         layout = slices.best(x.dtype, packed.format)
     made = ops.prepack(packed, layout)
     weights = context.copies(("Triton", layout, packed.format), made.weight.clone)
-    tail = (packed.weight_exp, packed.weight_scale, *between, packed.format.bits, packed.format.levels, layout, "triton")
+    tail = (
+        packed.weight_exp,
+        packed.weight_scale,
+        *between,
+        packed.format.bits,
+        packed.format.levels,
+        layout,
+        "triton",
+    )
     return runner(
         getattr(torch.ops.inq, op),
         [(x, each, *tail) for each in weights],

@@ -57,8 +57,8 @@ DESIGN = (
     (r"finish_kernel|upload_kernel|clear", 256, 8),
 )
 REGISTERS = 1 << 16  # of an SM, on every architecture here; a warp gets them by 256
-# Kernels without tensor cores that go through weights or codes: 16 bytes a lane where addresses allow it. Steps do so with
-# float32; beside that state, 16-bit weights move by 8 bytes.
+# Kernels without tensor cores that go through weights or codes: 16 bytes a lane where addresses allow it. Steps do so
+# with float32; beside that state, 16-bit weights move by 8 bytes.
 _VECTORS = re.compile(
     r"decode_dense_kernel|(un)?pack_kernel|unprepack_kernel|freeze|row_exponents|quantize_rows_kernel"
     r"|masked_step<\(DType\)0|masked_step<\(DType\)\d, true"
@@ -281,7 +281,9 @@ def problems(row: dict) -> list[str]:
     if fits is None:
         found.append("registers: expected a line in DESIGN, found none")
     elif fits[0] < fits[1]:
-        found.append(f"registers: expected room for {fits[1]} blocks on an SM, {row['registers']} leave it for {fits[0]}")
+        found.append(
+            f"registers: expected room for {fits[1]} blocks on an SM, {row['registers']} leave it for {fits[0]}"
+        )
     return found + _narrow(row)
 
 
@@ -330,10 +332,11 @@ def markdown(rows: Sequence[dict]) -> str:
         "# Machine code of the CUDA library",
         "",
         "By `inq bench static --library`, from the file that ships; no GPU. Decoding: instructions of the main loop "
-        "between the loads of weights and the products, for two weights. Blocks of an SM: what registers leave room for. "
-        "Nothing here is a measurement of time.",
+        "between the loads of weights and the products, for two weights. Blocks of an SM: what registers leave room "
+        "for. Nothing here is a measurement of time.",
         "",
-        "| kernel | sm | registers | blocks / SM | spills | decoding / 2 weights | weights from | copies | tensor cores |",
+        "| kernel | sm | registers | blocks / SM | spills | decoding / 2 weights | weights from | copies | "
+        "tensor cores |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 

@@ -101,7 +101,7 @@ class Table:
 def partition(
     library, some, seed, *, fmt=None, thresholds=True, random=False, chunk=CHUNK, offset=0, capacity=None, traffic=None
 ):
-    """(thresholds or None, n1 or None) of the kernels; ``traffic``: a list to which what they read and wrote is added."""
+    """(thresholds or None, n1 or None) of the kernels; ``traffic``: a list that gets what they read and wrote."""
     with emulated(library, seed) as device:
         table = Table(device, some, chunk, library.chunks, capacity or library.list_capacity, offset)
         states = device.output((table.count * library.STATE_BYTES,), torch.uint8, "states")
@@ -339,7 +339,7 @@ def test_any_exponent_of_rows(quantize_library, dtype):
             assert same_bits(got, reference.quantize(case.w, n1, fmt)), fmt
 
 
-# --- what it costs -----------------------------------------------------------------------------------------------------
+# --- what it costs ----------------------------------------------------------------------------------------------------
 
 
 def readings(partition_library, quantize_library, case, fmt, derive, random):
@@ -370,7 +370,7 @@ def test_four_readings_and_one_write(
     shape, g = (4, 1 << 12), generator(5)
     w = torch.randn(shape, generator=g)
     w = {"normal": w, "alike": 0.5 + w.abs().clamp(max=4) / 80, "equal": torch.full(shape, -0.3)}[values].to(dtype)
-    mask = masks(w.numel(), "half" if held else "none")[0]
+    mask = random_masks(w.numel(), "half" if held else "none")[0]
     count = candidates(mask, None, w.numel()) // 2
     fmt = inq.Format(4, granularity=granularity)
     read, freezing, written = readings(

@@ -108,7 +108,10 @@ def test_weights_move_by_128_bits():
     plain = {"decoding": None, "tensor": {}, "copies": {}}
     assert static_cuda.problems(row(name="freeze<(DType)0, true>(KernelParams)", loads={"LDG.E.128": 4}, **plain)) == []
     for name in ("freeze<(DType)0, true>(KernelParams)", "decode_dense_kernel<CodecOf<(Number)0, (Levels)0> >"):
-        assert "expected loads of 128 bits" in static_cuda.problems(row(name=name, registers=32, loads={"LDG.E": 1}, **plain))[0]
+        assert (
+            "expected loads of 128 bits"
+            in static_cuda.problems(row(name=name, registers=32, loads={"LDG.E": 1}, **plain))[0]
+        )
 
 
 @pytest.mark.parametrize(("registers", "fit"), [(128, 2), (129, 1), (96, 2), (80, 3), (81, 2)])

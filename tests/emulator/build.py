@@ -1,7 +1,7 @@
 """Compiles csrc/cuda/<family>.cu for the CPU, with the emulator and tests/emulator/bind_<family>.cpp, into a module.
 
-Objects and modules are kept by a hash of all that they are made of, in build/emulator (git ignores it), or in the folder
-INQ_EMULATOR_CACHE, which copies of the repository may share.
+Objects and modules are kept by a hash of all that they are made of, in build/emulator (git ignores it), or in the
+folder INQ_EMULATOR_CACHE, which copies of the repository may share.
 """
 
 from __future__ import annotations
