@@ -424,7 +424,14 @@ def test_cases_of_a_gpu_find_wrong_results(op):
     assert work.check()
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_fp8", "linear_dx"])
+def test_tritons_linear_stands_beside_the_librarys():
+    """As below; what ``linear`` is beside is chosen by the device of its data."""
+    w, x = RandomWeights(40, 64, Format(4)), torch.ones(3, 64, dtype=torch.bfloat16)
+    found = gpu_baselines.linear_baselines(case.Context("cuda"), w, 3, "bfloat16", x, w.packed())
+    assert isinstance(found["Triton"], Runner), found["Triton"]
+
+
+@pytest.mark.parametrize("op", ["linear_fp8", "linear_dx"])
 def test_tritons_kernels_stand_beside_the_librarys(op):
     """Which needs a GPU: its own calls are never made here, and Triton's are interpreted."""
     request = case.Request(shapes=((64, 40),), ms=(3,), bits=(4,), dtypes=("bfloat16",), device="cuda")
