@@ -160,6 +160,22 @@ def test_keys_that_the_list_has_no_room_for(partition_library, seed, room):
 
 
 @all_seeds
+@pytest.mark.parametrize("rule", ["mse", "max"])
+def test_no_room_and_weights_that_are_held(partition_library, seed, rule):
+    """The reading that counts third digits counts, for n1, what the mask holds as well: here what is largest."""
+    w = torch.randn(5, 600, generator=generator(seed))
+    mask, _ = random_masks(w.numel(), "half", seed)
+    w[unpack_bits(mask, w.shape)] *= 8
+    none = torch.zeros_like(mask)
+    some = [Case(w, mask, None, 700), Case(w, none, None, 900), Case(w[:1].clone(), mask[:75].clone(), None, 1)]
+    for room in (0, 1 << 12):
+        fmt = inq.Format(4, exponent=rule)
+        out, n1 = partition(partition_library, some, seed, fmt=fmt, capacity=lambda numel, room=room: room)
+        check_thresholds(out, some)
+        check_exponents(n1, some, fmt)
+
+
+@all_seeds
 def test_a_long_list(partition_library, seed):
     # Tiles full of weights with the boundary's first digit: warps write their parts of the list more than once.
     g = generator(seed)
