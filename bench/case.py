@@ -40,6 +40,7 @@ class Work:
         flops: of one call (2 a multiply-add); 0 where the operator only moves data.
         product: the dtype whose product ceiling the flops are held against.
         facts: numbers that are not times, for example bits a weight.
+        longer: how many times the seconds of other cases it gets, where a bar is within a few percent of the ratio.
     """
 
     candidate: Runner
@@ -48,6 +49,7 @@ class Work:
     flops: int = 0
     product: str = "float32"
     facts: dict[str, object] = field(default_factory=dict)
+    longer: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def run_case(case: Case, context: Context, clock: Clock, seconds: float, limits:
         row["facts"] = work.facts | ({"rotation": "inside the cache"} if context.inside_cache else {})
         row["error"] = work.check()
         if row["error"] is None:
-            row |= _measure(work, clock, seconds)
+            row |= _measure(work, clock, seconds * work.longer)
             if isinstance(clock, CudaClock) and case.params.get("m", EAGER_M + 1) <= EAGER_M:
                 row["eager"] = _measure(work, clock.eager(), seconds / 4)
             _shares(row, limits)

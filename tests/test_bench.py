@@ -154,6 +154,21 @@ def test_whatever_a_case_raises_makes_it_red_and_no_other():
     assert "time" not in row
 
 
+def test_a_case_beside_its_bar_is_timed_for_longer(monkeypatch):
+    """The masked steps' bar is 5 % from torch's step: with the pairs of other cases, noise decides."""
+    seconds = []
+    original = measure.time_pairs
+    monkeypatch.setattr(measure, "time_pairs", lambda c, a, b, s: seconds.append(s) or original(c, a, b, 0.0))
+    for longer in (1.0, 8.0):
+        call = Runner([lambda: None], 0)
+        work = case.Work(call, {"same": Runner(call.calls, 0)}, lambda: None, longer=longer)
+        one = case.Case("linear", {"dtype": "float32"}, lambda context, work=work: work)
+        assert measure.run_case(one, case.Context("reference"), CpuClock(), 0.5, machine.ceilings(0))["error"] is None
+    assert seconds == [0.5, 4.0]
+    for op in ("masked_adamw", "masked_sgd"):
+        assert work_of(op, shapes=((256, 64),)).longer > 1
+
+
 def test_held_down_grids():
     for isa, dtype in (("avx512", "bfloat16"), ("avx2", "float32")):
         found = [c.params for c in OPS["linear"].cases(case.Request(isa=isa))]
