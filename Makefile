@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the commands, e.g. make demo DEMO="--seeds 3", make test PYTEST="-k nn", make bench BENCH=--quick.
 DEMO ?=
+LM ?=
 BENCH ?= --isa native,avx512,avx2
 PYTEST ?= -n 2
 # torch's CUDA builds bring their own. Beside a CPU build: what GPU machines with torch 2.11 have, and the table of machine
@@ -28,11 +29,12 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars bench static static-cuda gpu gpu-sanitize test emulate mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars language-model bench static static-cuda gpu gpu-sanitize test emulate mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
+	@echo "make language-model   a language model in float32, INQ, plain and calibrated rounding (LM=--quick: seconds)"
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
 	@echo "make static-cuda   the same for the compiled CUDA library, as it is in the file"
@@ -51,6 +53,10 @@ demo: $(READY)
 
 bars: demo
 	$(PY) tests/demo_bars.py demo/results.json
+
+# Real numbers for docs/language_model: 40 processor-minutes; LM=--quick takes seconds. Stopped, it goes on where it was.
+language-model: $(READY)
+	$(PY) examples/language_model.py $(LM)
 
 bench: $(READY)
 	$(PY) -m inq_kernels.cli bench --bars $(BENCH)

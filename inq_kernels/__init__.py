@@ -1,6 +1,7 @@
 """Incremental Network Quantization: lossless power-of-two weights at 2 to 5 bits, packed, as torch operators."""
 
 from . import optim
+from .calibrate import CalibrateReport, calibrate
 from .checkpoint import load, save
 from .files import CheckpointError
 from .format import Format
@@ -14,12 +15,14 @@ __version__ = "0.1.0"
 __all__ = [
     "INQ",
     "PAPER_PORTIONS",
+    "CalibrateReport",
     "CheckpointError",
     "Conv2d",
     "ConvertReport",
     "Format",
     "Linear",
     "PackedWeight",
+    "calibrate",
     "conv2d",
     "convert",
     "exponents",

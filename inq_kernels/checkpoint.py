@@ -31,7 +31,7 @@ from .file_format import (
 )  # fmt: skip
 from .files import CheckpointError
 from .format import N1_MIN, Format
-from .nn import Conv2d, Linear, _conv_arguments, _PackedModule, _why_not, prepack
+from .nn import Conv2d, Linear, _PackedModule, _why_not, prepack, replacement
 from .ops import PackedWeight
 
 
@@ -185,7 +185,7 @@ def _fill_model(model: nn.Module, checkpoint: Checkpoint) -> None:
         if isinstance(module, _PackedModule):
             codes[id(module)] = (module, packed)
         elif id(module) not in replacements:
-            replacements[id(module)] = _replacement(module, packed)
+            replacements[id(module)] = replacement(module, packed)
 
     undo = _Undo()
     try:
@@ -301,19 +301,6 @@ def _check_tied(
     for name, (module, attribute) in slots.items():
         if name in checkpoint.manifest and name not in targets:
             compare((id(getattr(module, attribute)), ""), name)
-
-
-def _replacement(module: nn.Module, packed: PackedWeight) -> nn.Module:
-    """The packed module in the place of a float one, with its bias (the same Parameter), hooks and mode."""
-    has_bias = module.bias is not None
-    if isinstance(module, nn.Linear):
-        new = Linear(module.in_features, module.out_features, has_bias, "meta", fmt=packed.format)
-    else:
-        new = Conv2d(*_conv_arguments(module), has_bias, module.padding_mode, "meta", fmt=packed.format)
-    new._set_codes(packed.weight, packed.weight_exp, packed.weight_scale)
-    new.bias = module.bias
-    new._inherit(module)
-    return new
 
 
 def _assign(module: nn.Module, attribute: str, old: Tensor, values: dict[int, Tensor]) -> None:

@@ -331,6 +331,19 @@ def _conv_arguments(m: nn.Conv2d) -> tuple:
     return (m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
 
 
+def replacement(module: nn.Module, packed: PackedWeight) -> Linear | Conv2d:
+    """The packed module in the place of a float one, with its bias (the same Parameter), hooks and mode."""
+    has_bias = module.bias is not None
+    if isinstance(module, nn.Linear):
+        new = Linear(module.in_features, module.out_features, has_bias, "meta", fmt=packed.format)
+    else:
+        new = Conv2d(*_conv_arguments(module), has_bias, module.padding_mode, "meta", fmt=packed.format)
+    new._set_codes(packed.weight, packed.weight_exp, packed.weight_scale)
+    new.bias = module.bias
+    new._inherit(module)
+    return new
+
+
 def prepack(model: nn.Module) -> nn.Module:
     """Lay out the weights of all packed modules in ``model`` for the kernels of their device, in place.
 
@@ -537,6 +550,98 @@ def _own_bytes(module: nn.Module, counted: set[int]) -> int:
     return sum(p.nbytes for p in own.values())
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One module with parameters before a conversion: its bytes in files, and its format or why it stays float."""
+
+    name: str
+    module: nn.Module
+    bytes_before: int
+    format: Format | None
+    reason: str = ""
+
+    def left_float(self) -> Converted:
+        """Its row of a report, if it stays float."""
+        kind = type(self.module).__name__
+        return Converted(self.name, kind, False, self.bytes_before, self.bytes_before, self.reason)
+
+    def packed_as(self, new: Linear | Conv2d) -> Converted:
+        """Its row of a report, if ``new`` takes its place."""
+        w, w_hat = self.module.weight.detach().double(), ops.unpack(new.packed, torch.float32).double()
+        # Relative to the largest, so that no square underflows.
+        peak = float(w.abs().max()) or 1.0
+        sqnr = sqnr_db(float((w / peak).square().sum()), float(((w - w_hat) / peak).square().sum()))
+        parts = (new.weight, new.weight_exp, new.weight_scale)
+        packed_bytes = sum(part.nbytes for part in parts if part is not None)
+        after = self.bytes_before - self.module.weight.nbytes + packed_bytes
+        return Converted(
+            self.name, type(self.module).__name__, True, self.bytes_before, after, "", self.format, sqnr
+        )
+
+
+def plan(
+    where: str,
+    model: nn.Module,
+    fmt: Format | Mapping[str, Format],
+    skip: str | Iterable[str],
+    only: str | Iterable[str],
+) -> list[Planned]:
+    """What ``convert`` and ``calibrate`` (``where``, for the errors) do with each module that has parameters."""
+    skip, only = as_patterns(skip), as_patterns(only)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model: expected a torch.nn.Module, got {type(model).__name__}")
+    formats = dict(fmt) if isinstance(fmt, Mapping) else {"*": fmt}
+    for pattern, value in formats.items():
+        ops.check_format(f"{where}: fmt: {pattern!r}", value)
+    if type(model) in PACKED_TYPES:
+        kind = PACKED_TYPES[type(model)].__name__
+        raise ValueError(
+            f"{where}: model: cannot replace the model itself: use inq.{kind}.from_float, or put it into an nn.Sequential"
+        )
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    check_patterns(f"{where}: skip", skip, names)
+    check_patterns(f"{where}: only", only, names)
+    check_patterns(f"{where}: fmt", [p for p in formats if p != "*"], names)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{where}: layer {name!r}: expected initialised weights: run one batch through it")
+            owners.setdefault(id(parameter), []).append(name)
+
+    planned = []
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        before = _own_bytes(module, counted)
+        if before == 0 and not isinstance(module, tuple(PACKED_TYPES)):
+            continue
+        pattern = first_match(formats, name)
+        reason = _why_not(model, name, module, owners)
+        if reason is None and (skipped := first_match(skip, name)):
+            reason = f"skipped by {skipped!r}"
+        if reason is None and only and not first_match(only, name):
+            reason = "not among only="
+        if reason is None and pattern is None:
+            reason = "no format for its name"
+        layer_format = formats[pattern] if reason is None else None
+        planned.append(Planned(name, module, before, layer_format, reason or ""))
+    return planned
+
+
+def swap(where: str, model: nn.Module, replacements: Mapping[int, nn.Module], report: ConvertReport) -> None:
+    """Put ``replacements``, by the id of what they replace, into ``model``, under every name that a module has."""
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[child_name] = replacements[id(child)]
+    prepack(model)
+    if report.packed_fraction < 0.5:
+        warnings.warn(
+            f"{where}: only {report.packed_fraction:.0%} of the parameter bytes were packed; print the report",
+            stacklevel=3,
+        )
+
+
 def convert(
     model: nn.Module,
     fmt: Format | Mapping[str, Format],
@@ -568,69 +673,21 @@ def convert(
     Raises:
         ValueError: a pattern that matches no module, NaN or Inf in a weight, or ``model`` itself is a Linear or Conv2d.
     """
-    skip, only = as_patterns(skip), as_patterns(only)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"inq.convert: model: expected a torch.nn.Module, got {type(model).__name__}")
-    formats = dict(fmt) if isinstance(fmt, Mapping) else {"*": fmt}
-    for pattern, value in formats.items():
-        ops.check_format(f"inq.convert: fmt: {pattern!r}", value)
-    if type(model) in PACKED_TYPES:
-        kind = PACKED_TYPES[type(model)].__name__
-        raise ValueError(f"inq.convert: model: cannot replace the model itself: use inq.{kind}.from_float")
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    check_patterns("inq.convert: skip", skip, names)
-    check_patterns("inq.convert: only", only, names)
-    check_patterns("inq.convert: fmt", [p for p in formats if p != "*"], names)
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            if isinstance(parameter, UninitializedParameter):
-                raise ValueError(f"inq.convert: layer {name!r}: expected initialised weights: run one batch through it")
-            owners.setdefault(id(parameter), []).append(name)
-
     report = ConvertReport()
-    counted: set[int] = set()
     replacements: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        before = _own_bytes(module, counted)
-        if before == 0 and not isinstance(module, tuple(PACKED_TYPES)):
+    for each in plan("inq.convert", model, fmt, skip, only):
+        name, module = each.name, each.module
+        if each.format is None:
+            report.modules.append(each.left_float())
             continue
-        kind = type(module).__name__
-        pattern = first_match(formats, name)
-        reason = _why_not(model, name, module, owners)
-        if reason is None and (skipped := first_match(skip, name)):
-            reason = f"skipped by {skipped!r}"
-        if reason is None and only and not first_match(only, name):
-            reason = "not among only="
-        if reason is None and pattern is None:
-            reason = "no format for its name"
-        if reason is not None:
-            report.modules.append(Converted(name, kind, False, before, before, reason))
-            continue
-        layer_format = formats[pattern]
         try:
-            new = PACKED_TYPES[type(module)].from_float(module, layer_format)
+            new = PACKED_TYPES[type(module)].from_float(module, each.format)
         except (TypeError, ValueError) as error:
             raise type(error)(f"inq.convert: layer {name!r}: {error}") from error
         # The same Parameter: an optimizer may hold it, or another module share it.
         new.bias = module.bias
         replacements[id(module)] = new
-        w, w_hat = module.weight.detach().double(), ops.unpack(new.packed, torch.float32).double()
-        # Relative to the largest, so that no square underflows.
-        peak = float(w.abs().max()) or 1.0
-        sqnr = sqnr_db(float((w / peak).square().sum()), float(((w - w_hat) / peak).square().sum()))
-        after = before - module.weight.nbytes + new.weight.nbytes + new.weight_exp.nbytes
-        report.modules.append(Converted(name, kind, True, before, after, "", layer_format, sqnr))
-
-    # Everything that can fail has been done: now swap, under every name that a module has.
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            if id(child) in replacements:
-                parent._modules[child_name] = replacements[id(child)]
-    prepack(model)
-    if report.packed_fraction < 0.5:
-        warnings.warn(
-            f"inq.convert: only {report.packed_fraction:.0%} of the parameter bytes were packed; print the report",
-            stacklevel=2,
-        )
+        report.modules.append(each.packed_as(new))
+    # Everything that can fail has been done.
+    swap("inq.convert", model, replacements, report)
     return report

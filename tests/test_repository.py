@@ -20,6 +20,7 @@ LAYERS = [
         "backends",
         "ops",
         "nn",
+        "calibrate",
         "optim",
         "inq",
         "files",
