@@ -295,10 +295,11 @@ def _energy(d: Tensor, h: Tensor) -> float:
 
 
 def _damped(h: Tensor, damping: float) -> Tensor:
-    """H with ``damping`` times its mean diagonal added; an input that was always 0 stands alone, and rounds plainly."""
+    """H with ``damping`` times its mean diagonal added. An input that was always 0 stands alone, and rounds plainly."""
     diagonal = h.diagonal(dim1=1, dim2=2)
-    diagonal = diagonal + damping * diagonal.mean(dim=1, keepdim=True)
-    diagonal = torch.where(diagonal > 0, diagonal, 1.0)
+    mean = diagonal.mean(dim=1, keepdim=True)
+    diagonal = diagonal + damping * mean
+    diagonal = torch.where(diagonal > 0, diagonal, torch.where(mean > 0, mean, 1.0))
     return h.diagonal_scatter(diagonal, dim1=1, dim2=2)
 
 
@@ -345,7 +346,9 @@ def _compensated(where: str, w: Tensor, h: Tensor, round_rows: Callable[[Tensor]
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
     # Upper times lower is lower times upper, read backwards.
     factor, info = torch.linalg.cholesky_ex(h.flip(1, 2))
-    if bool(info.any()):
+    # What is left of a pivot that should be 0 is rounding errors.
+    least = w.shape[2] * torch.finfo(h.dtype).eps * h.diagonal(dim1=1, dim2=2).amax(dim=1)
+    if bool(info.any()) or bool((factor.diagonal(dim1=1, dim2=2).amin(dim=1).square() <= least).any()):
         raise ValueError(f"{where}: expected a positive definite H, got one that is not: raise damping, or add batches")
     k = w.shape[2]
     identity = torch.eye(k, dtype=w.dtype, device=w.device).expand_as(h)

@@ -79,6 +79,8 @@ MUTANTS = [
     ("test_training.py::test_the_first_hyperparameters", "inq.py", [('        self._initial_groups = copy.deepcopy(state["initial_groups"])\n', "")]),
     ("test_training.py::test_forged", "training.py", [("        _take_over(model, optimizer, run, before)\n", "")]),
     ("test_nn.py::test_a_failed_convert", "nn.py", [("        new.bias = module.bias\n", "        new.bias = module.bias\n        parent = model.get_submodule(name.rpartition('.')[0])\n        parent._modules[name.rpartition('.')[2]] = new\n")]),
+    ("test_calibrate.py::test_the_update", "calibrate.py", [("        w[..., end:] -= errors @ u[:, start:end, end:]\n", "")]),
+    ("test_calibrate.py::test_after_an_error", "calibrate.py", [('                module._parameters["weight"] = weight\n', "                pass\n")]),
     ("test_training.py::test_random_states", "training.py", [('_set_rng_state(state["rng"])', "pass")]),
     ("test_training.py::test_a_flipped_bit", "training.py", [("read_tensors(path, header, checksums)", "read_tensors(path, header)")]),
     ("test_optim.py::test_autograd_notices", "backends.py", [("            _count_as_written(args[i])\n", "            pass\n")]),
