@@ -1,6 +1,6 @@
 """A byte-level transformer language model on Python's own standard library, in float32 and after INQ.
 
-    python examples/language_model.py            # about 40 processor-minutes; --quick shows in seconds that it works
+    python examples/language_model.py           # about half an hour of two cores; --quick takes seconds
 
 Trains a small network in float32 on the .py files of the running Python, then, from its weights: INQ at 5, 4, 3 and 2
 bits, float32 for as many further steps, plain rounding, and ``inq.calibrate``. Every quantized network is measured as
@@ -59,9 +59,9 @@ class Recipe:
     heads: int = 4
     context: int = 128
     batch: int = 16
-    steps: int = 1500
+    steps: int = 1000
     lr: float = 2e-3
-    phase_steps: int = 200
+    phase_steps: int = 150
     retrain_lr: float = 1e-3
     weight_decay: float = 0.01
     validation_windows: int = 1024
@@ -69,9 +69,7 @@ class Recipe:
 
 
 # Enough to see that everything works, too short for the numbers to mean anything.
-QUICK = Recipe(
-    width=32, layers=2, heads=2, context=64, batch=8, steps=60, phase_steps=4, validation_windows=64
-)
+QUICK = Recipe(width=32, layers=2, heads=2, context=64, batch=8, steps=60, phase_steps=4, validation_windows=64)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------

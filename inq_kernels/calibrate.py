@@ -88,7 +88,7 @@ def calibrate(
     Args:
         model: as for ``inq.convert``, which says what stays float.
         batches: what the model shall work on, a few hundred to a few thousand inputs a layer and many more than K. Each
-            is a Tensor, given to the model; a tuple or list, its positional arguments; or a dict, its keyword arguments.
+            is a Tensor, given to the model; a tuple or list, its positional arguments; or a dict, its keyword ones.
         fmt, skip, only: as for ``inq.convert``.
         row_scales: a real ``weight_scale`` a row (output channel), float32 [N, 1], searched and then fitted by least
             squares: 4 bytes a row, and less error where rows do not suit the powers of two.
@@ -380,4 +380,4 @@ def _one_exponent(packed: ops.PackedWeight, scale: Tensor, weight: Tensor) -> tu
     octaves = (packed.weight_exp.int() - n1.int()).clamp(-_SCALE_OCTAVES, _SCALE_OCTAVES)
     # A row of zeros has no exponent of its own.
     octaves = torch.where(weight.detach().reshape(len(n1), -1).abs().amax(dim=1, keepdim=True) == 0, 0, octaves)
-    return dataclasses.replace(packed, weight_exp=n1), (scale.double() * 2.0**octaves.double()).float()
+    return dataclasses.replace(packed, weight_exp=n1), (scale.double() * 2.0 ** octaves.double()).float()

@@ -31,7 +31,7 @@ from .file_format import (
 )  # fmt: skip
 from .files import CheckpointError
 from .format import N1_MIN, Format
-from .nn import Conv2d, Linear, _PackedModule, _why_not, prepack, replacement
+from .nn import _PackedModule, _why_not, prepack, replacement
 from .ops import PackedWeight
 
 

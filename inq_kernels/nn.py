@@ -574,9 +574,7 @@ class Planned:
         parts = (new.weight, new.weight_exp, new.weight_scale)
         packed_bytes = sum(part.nbytes for part in parts if part is not None)
         after = self.bytes_before - self.module.weight.nbytes + packed_bytes
-        return Converted(
-            self.name, type(self.module).__name__, True, self.bytes_before, after, "", self.format, sqnr
-        )
+        return Converted(self.name, type(self.module).__name__, True, self.bytes_before, after, "", self.format, sqnr)
 
 
 def plan(
@@ -596,7 +594,7 @@ def plan(
     if type(model) in PACKED_TYPES:
         kind = PACKED_TYPES[type(model)].__name__
         raise ValueError(
-            f"{where}: model: cannot replace the model itself: use inq.{kind}.from_float, or put it into an nn.Sequential"
+            f"{where}: model: cannot replace the model itself: use inq.{kind}.from_float, or put it into nn.Sequential"
         )
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     check_patterns(f"{where}: skip", skip, names)
