@@ -59,6 +59,10 @@ def test_it_loses_less_than_plain_rounding_and_its_report_says_how_much(granular
     torch.manual_seed(0)
     fmt = inq.Format(4, granularity=granularity, exponent=rule)
     layer = nn.Linear(64, 32)
+    with torch.no_grad():
+        # Near powers of two times a real scale of each row: what row scales are for.
+        near = inq.quantize(torch.randn(32, 64) * 0.1, inq.Format(4)) + 0.004 * torch.randn(32, 64)
+        layer.weight.copy_(near * torch.linspace(1, 2, 32)[:, None])
     w = layer.weight.detach().clone()
     plain = inq.quantize(w, fmt)
     models = [nn.Sequential(copy.deepcopy(layer)) for _ in range(2)]
@@ -76,8 +80,8 @@ def test_it_loses_less_than_plain_rounding_and_its_report_says_how_much(granular
         assert f"{row.output_db:.1f}" in str(report)
         errors.append(output_error(unseen, w, w_hat))
     unseen_plain = output_error(unseen, w, plain)
-    assert errors[0] < 0.7 * unseen_plain
-    assert errors[1] < 0.8 * errors[0]
+    assert errors[0] < 0.5 * unseen_plain
+    assert errors[1] < 0.3 * errors[0]
     if granularity == "tensor":
         assert all(len(m[0].weight_exp.unique()) == 1 for m in models)
 
@@ -203,12 +207,12 @@ def test_dtypes(dtype, scales):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8)).to(dtype)
     x = correlated(64, 16, dtype=dtype)
-    dense = model(x)
+    dense = model(x).detach()
     inq.calibrate(model, [x], inq.Format(5, granularity="channel"), row_scales=scales)
     assert model[0].bias.dtype == dtype
-    y = model(x)
+    y = model(x).detach()
     assert y.dtype == dtype
-    assert (y.double() - dense.double()).square().sum() < 0.01 * dense.double().square().sum()
+    assert (y.double() - dense.double()).square().sum() < 0.03 * dense.double().square().sum()
     # Every value exists in float16 where the weight was of it.
     if dtype == torch.float16 and not scales:
         inq.unpack(model[0].packed, torch.float16)
