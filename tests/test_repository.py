@@ -27,6 +27,7 @@ LAYERS = [
         "checkpoint",
         "transcode",
         "training",
+        "integrations",
         "demo",
         "bench",
         "cli",
