@@ -9,7 +9,7 @@ library, package, inputs, outputs = sys.argv[1:]
 torch.ops.load_library(library)
 model = torch._inductor.aoti_load_package(package)
 save_file({name: model(x) for name, x in load_file(inputs).items()}, outputs)
-if "inq_kernels" in sys.modules or "inq" in torch._C._dispatch_get_all_op_names()[0]:
+if "inq_kernels" in sys.modules:
     sys.exit("the package was loaded")
 if [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("inq::")]:
     sys.exit("the package's operators were registered")

@@ -123,7 +123,7 @@ def test_export_of_a_transformers_directory(tmp_path, to, tied):
     report = EXPORTS[to](source, tmp_path / "out")
     assert sorted(report.quantized) == sorted(LINEAR)
     assert report.bits_a_weight == pytest.approx(4.25 if to == "mxfp4" else 8 + 16 * 4 * H / (2 * H * H + 4 * H * H))
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*SHARDS, *os.listdir(source)[:0], "config.json", "tokenizer.json", "model.safetensors.index.json"])  # noqa: E501
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(source))
     before, after = inq.load(source), tensors_of(tmp_path / "out")
     for name, value in before.items():
         if name in LINEAR:
@@ -286,20 +286,18 @@ def test_other_refusals(tmp_path, capsys, to):
     source = saved(tmp_path, a=random_packed(FMT, 4, 64))
     message = refused(tmp_path, capsys, source, to, "out.safetensors")
     assert "expected the name of a directory, for config.json" in message
-    assert "expected an output outside of the source" in refused(tmp_path, capsys, tmp_path / "m.safetensors", to, "m.safetensors/x")  # noqa: E501
+    message = refused(tmp_path, capsys, source, to, "m.safetensors/x")
+    assert "expected an output outside of the source" in message
     inq.save({"c.weight": random_packed(FMT, 4, 2, 3, 3)}, source)
     assert "expected a packed weight of rank 2" in refused(tmp_path, capsys, source, to)
-    for name in ("a.weight_scale", "a.weight_packed"):
-        if to == "fp8" and name.endswith("packed"):
-            continue
-        entries = {"a.weight": random_packed(FMT, 4, 64)}
-        if name.endswith("scale"):
-            continue  # the format's own name of row scales
-        inq.save({**entries, name: torch.ones(3)}, source)
-        assert f"tensor {name!r}: expected that name to be free" in refused(tmp_path, capsys, source, to)
+    if to == "mxfp4":
+        inq.save({"a.weight": random_packed(FMT, 4, 64), "a.weight_packed": torch.ones(3)}, source)
+        message = refused(tmp_path, capsys, source, to)
+        assert "tensor 'a.weight_packed': expected that name to be free" in message
     write_llama(tmp_path / "float")
     assert "expected" in refused(tmp_path, capsys, tmp_path / "float", to)
-    source = write_packed(tmp_path / "sub", FMT) if (tmp_path / "sub").mkdir() is None else None
+    (tmp_path / "sub").mkdir()
+    source = write_packed(tmp_path / "sub", FMT)
     with (source / SHARDS[1]).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")

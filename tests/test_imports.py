@@ -181,25 +181,13 @@ def test_given_fields_narrow_the_choice(tmp_path):
     assert [row.name for row in report.packed] == ["b.weight"]
 
 
-def test_negative_zeros_are_counted(tmp_path):
+def test_negative_zeros_are_counted(tmp_path, capsys):
     w = torch.tensor([[1.0, -0.0, 0.0, -0.0]])
     report, entries = imported(tmp_path, {"a.weight": w})
     assert report.packed[0].negative_zeros == 2
     assert same_bits(inq.unpack(entries["a.weight"]), torch.tensor([[1.0, 0, 0, 0]]))
-    out = succeeds_import(tmp_path)
+    out = succeeds(capsys, "import", tmp_path / "floats.safetensors", tmp_path / "again.safetensors")
     assert "2 negative zeros became +0." in out
-
-
-def succeeds_import(tmp_path):
-    from inq_kernels.integrations import conversions
-
-    class Arguments:
-        source, target = tmp_path / "floats.safetensors", tmp_path / "again.safetensors"
-        bits = levels = granularity = None
-        skip = only = ()
-        no_default_skip = True
-
-    return "\n".join(conversions.import_(Arguments, None))
 
 
 @pytest.mark.parametrize(
@@ -315,6 +303,7 @@ def _group(content):
     return content["quantization_config"]["config_groups"]["group_0"]
 
 
+FP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel"}
 CONFIGURATIONS = [
     (lambda c: c.update(quantization_config=[1]), "quantization_config: expected an object, got list"),
     (lambda c: c["quantization_config"].update(quant_method="awq"), "quant_method: expected 'compressed-tensors'"),
@@ -334,7 +323,10 @@ CONFIGURATIONS = [
     (lambda c: _group(c)["weights"].update(actorder="group"), "weights: actorder: expected none, got 'group'"),
     (lambda c: _group(c)["weights"].update(group_size=16), "weights: expected groups of 32, got strategy 'group' of 16"),
     (lambda c: _group(c)["weights"].update(group_size=True), "weights: expected groups of 32"),
-    (lambda c: c["quantization_config"]["config_groups"].update(b={"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}), "config_groups: expected one scheme for all, got 2"),  # noqa: E501
+    (
+        lambda c: c["quantization_config"]["config_groups"].update(b={"format": "float-quantized", "weights": FP8_WEIGHTS}),
+        "config_groups: expected one scheme for all, got 2",
+    ),
 ]  # fmt: skip
 
 

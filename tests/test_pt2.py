@@ -45,7 +45,8 @@ def build():
 @pytest.fixture
 def model():
     model = build().eval()
-    inq.convert(model, {"0": inq.Format(5), "2": inq.Format(3, "dense"), "4": inq.Format(4, granularity="channel"), "6": inq.Format(2)})  # noqa: E501
+    formats = {"0": inq.Format(5), "2": inq.Format(3, "dense"), "4": inq.Format(4, granularity="channel")}
+    inq.convert(model, {**formats, "6": inq.Format(2)})
     return model
 
 
@@ -206,5 +207,4 @@ def test_the_command_s_arguments(tmp_path, capsys, monkeypatch):
 def test_example_inputs():
     assert pt2.example_input("2x3").shape == (2, 3)
     assert pt2.example_input("bfloat16:4").dtype == torch.bfloat16
-    assert same_bits(pt2.example_input("int64:2x5"), torch.zeros(2, 5, dtype=torch.int64)) if False else True
     assert pt2.example_input("int64:2x5").tolist() == [[0] * 5] * 2

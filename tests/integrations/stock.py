@@ -13,11 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# torch first, and pinned: a looser requirement would fetch gigabytes of CUDA libraries.
+# torch is linked from the environment that runs this: it is large, and every index has another build of it.
 PINS = [
     ["-c", str(ROOT / "constraints.txt"), "torch==2.13.0", "numpy"],
     ["-c", str(ROOT / "constraints.txt"), "transformers==5.23.0", "loguru", "pydantic"],
@@ -40,12 +41,22 @@ def environment(folder: Path) -> Path:
     pins = "\n".join(" ".join(arguments) for arguments in PINS)
     if not ready.exists() or ready.read_text() != pins:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        link_torch(folder)
         for arguments in PINS:
             subprocess.run(
                 [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], check=True
             )
         ready.write_text(pins)
     return python
+
+
+def link_torch(folder: Path) -> None:
+    """Links to torch's packages and metadata, so that pip finds it installed; its dependencies come from the index."""
+    (there,) = folder.glob("lib/python*/site-packages")
+    here = distribution("torch").locate_file("")
+    tops = {Path(file).parts[0] for file in distribution("torch").files}
+    for name in sorted(tops - {"..", "bin", "__pycache__"}):
+        (there / name).symlink_to(Path(here, name).resolve())
 
 
 def inq(*arguments: str | Path) -> None:
