@@ -386,7 +386,9 @@ DAMAGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("to", "change", "message"), DAMAGE, ids=[f"{to} {message[-40:]}" for to, _, message in DAMAGE])
+@pytest.mark.parametrize(
+    ("to", "change", "message"), DAMAGE, ids=[f"{to} {message[-40:]}" for to, _, message in DAMAGE]
+)
 def test_damaged_weights_are_refused(tmp_path, exported, to, change, message):
     out = exported(to)
     change_tensors(out, change)

@@ -19,6 +19,8 @@ from inq_kernels.integrations import pt2
 SERVER = Path(__file__).with_name("pt2_server.py")
 pytestmark = [
     compiles,
+    # torch.export asks pytrees in a way that torch.utils deprecates.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.skipif(backends.availability()["cpu"] is not None, reason="a .pt2 needs the compiled CPU library"),
 ]
 
@@ -103,7 +105,16 @@ def test_a_process_with_the_compiled_library_alone_runs_it(tmp_path, model, monk
     inq.save(model, tmp_path / "model.safetensors")
     (tmp_path / "some_net.py").write_text(NET)
     out = succeeds(
-        capsys, "export", "--to", "pt2", "model.safetensors", "net.pt2", "--model", "some_net:build", "--input", "2x3x8x8"
+        capsys,
+        "export",
+        "--to",
+        "pt2",
+        "model.safetensors",
+        "net.pt2",
+        "--model",
+        "some_net:build",
+        "--input",
+        "2x3x8x8",
     )
     assert "net.pt2: compiled for any batch; inq_cpu::conv2d 2 times, inq_cpu::linear 2 times" in out
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "net.pt2", "some_net.py"]
@@ -161,7 +172,9 @@ def test_operators_that_a_server_lacks_are_refused():
                 return torch.ops.pt2_test.twice(self.fc(x))
 
         model = Odd().eval()
-        with pytest.raises(RuntimeError, match="alone, got pt2_test::twice, which a server without Python may not have"):
+        with pytest.raises(
+            RuntimeError, match="alone, got pt2_test::twice, which a server without Python may not have"
+        ):
             pt2.export_program(model, [torch.randn(2, 16)])
         program = pt2.export_program(model, [torch.randn(2, 16)], namespaces=["pt2_test"])
         assert pt2.leaf_operators(program) == {"inq_cpu::linear": 1}
@@ -195,7 +208,10 @@ def test_the_command_s_arguments(tmp_path, capsys, monkeypatch):
     for more, message in (
         ([], "expected --model MODULE:FUNCTION and --input"),
         (["--model", "a", "--input", "2x4"], "--model: expected MODULE:FUNCTION, got 'a'"),
-        (["--model", "no_such_module:f", "--input", "2x4"], "--model: expected a module 'no_such_module' here or install"),
+        (
+            ["--model", "no_such_module:f", "--input", "2x4"],
+            "--model: expected a module 'no_such_module' here or install",
+        ),
         (["--model", "json:f", "--input", "2x4"], "--model: expected a function 'f' in 'json', got NoneType"),
         (["--model", "json:loads", "--input", "2x-4"], "--input: expected [DTYPE:]BATCHxSIZE"),
         (["--model", "json:loads", "--input", "half:2x4"], "--input: expected [DTYPE:]BATCHxSIZE"),

@@ -16,7 +16,9 @@ _SHOWN = 12
 def add_export_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SRC", help="a packed .safetensors file or directory")
     command.add_argument(
-        "target", metavar="OUT", help="mxfp4, fp8: a new directory; dense: that or a .safetensors file; pt2: a .pt2 file"
+        "target",
+        metavar="OUT",
+        help="mxfp4, fp8: a new directory; dense: that or a .safetensors file; pt2: a .pt2 file",
     )
     command.add_argument(
         "--to", choices=_TARGETS, required=True,

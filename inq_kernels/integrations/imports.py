@@ -322,7 +322,9 @@ def import_packed(
             needs[name] = _need(w)
     possible = {name: need for name, need in needs.items() if not need.reason}
     if not possible:
-        some = "; ".join(f"{n}: {r}" for n, r in [*((n, need.reason) for n, need in needs.items()), *reasons.items()][:4])
+        some = "; ".join(
+            f"{n}: {r}" for n, r in [*((n, need.reason) for n, need in needs.items()), *reasons.items()][:4]
+        )
         raise ValueError(f"{source}: expected a weight of powers of two, got none ({some})")
     fmt = _pick(possible, formats)
     for name, need in needs.items():

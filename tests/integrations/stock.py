@@ -21,7 +21,7 @@ ROOT = HERE.parent.parent
 # torch is linked from the environment that runs this: it is large, and every index has another build of it.
 PINS = [
     ["-c", str(ROOT / "constraints.txt"), "torch==2.13.0", "numpy"],
-    ["-c", str(ROOT / "constraints.txt"), "transformers==5.23.0", "loguru", "pydantic"],
+    ["-c", str(ROOT / "constraints.txt"), "transformers==5.23.0", "loguru", "psutil", "pydantic"],
     ["--no-deps", "compressed-tensors==0.20.0"],
 ]
 # dtype, tied, arguments of `inq quantize`, and the forms to export to.
@@ -85,9 +85,7 @@ def main() -> int:
                 subprocess.run([*there, "load", folder / form, folder / "dense"], check=True, env=variables)
                 inq("import", folder / form, folder / f"{form}-back")
                 inq("export", "--to", "dense", folder / f"{form}-back", folder / f"{form}-dense")
-                subprocess.run(
-                    [*there, "same", folder / f"{form}-dense", folder / "dense"], check=True, env=variables
-                )
+                subprocess.run([*there, "same", folder / f"{form}-dense", folder / "dense"], check=True, env=variables)
     print("stock environment: all exports loaded, bit for bit")
     return 0
 
