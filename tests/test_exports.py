@@ -1,4 +1,4 @@
-"""Exports to MXFP4 and FP8: exact for every format that fits, refused with the reason for all else, whole or not at all."""
+"""Exports to MXFP4 and FP8: exact for every format that fits, refused with the reason for all else."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import DTYPES, FORMATS, random_packed, same_bits
-from support_exports import H, LINEAR, SHARDS, change_settings, settings, write_llama, write_packed
+from support_exports import LINEAR, SHARDS, H, change_settings, settings, write_llama, write_packed
 from test_cli import fails, succeeds
 
 import inq_kernels as inq

@@ -1,4 +1,4 @@
-"""A packed model as a .pt2: leaf operators alone, any batch, and a process that has the compiled library and no package."""
+"""A packed model as a .pt2: leaf operators alone, any batch, run by a process with the compiled library alone."""
 
 import os
 import subprocess
@@ -80,7 +80,8 @@ class TwoInputs(nn.Module):
 
 def test_several_inputs_share_the_batch():
     model = TwoInputs().eval()
-    inq.convert(model, inq.Format(4), only="fc")
+    with pytest.warns(UserWarning, match="only 46% of the parameter bytes"):
+        inq.convert(model, inq.Format(4), only="fc")
     index, x = torch.tensor([1, 2, 3]), torch.randn(3, 16)
     program = pt2.export_program(model, (index, x, True))
     assert pt2.leaf_operators(program) == {"inq_cpu::linear": 1}
@@ -172,9 +173,7 @@ def test_operators_that_a_server_lacks_are_refused():
                 return torch.ops.pt2_test.twice(self.fc(x))
 
         model = Odd().eval()
-        with pytest.raises(
-            RuntimeError, match="alone, got pt2_test::twice, which a server without Python may not have"
-        ):
+        with pytest.raises(RuntimeError, match="alone, got pt2_test::twice, which a server without Python"):
             pt2.export_program(model, [torch.randn(2, 16)])
         program = pt2.export_program(model, [torch.randn(2, 16)], namespaces=["pt2_test"])
         assert pt2.leaf_operators(program) == {"inq_cpu::linear": 1}

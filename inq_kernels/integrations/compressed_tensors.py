@@ -1,7 +1,7 @@
-"""``quantization_config`` as the compressed-tensors library reads and writes it: just the two layouts that are used here.
+"""``quantization_config`` as the compressed-tensors library reads and writes it: the two layouts that are used here.
 
 mxfp4-pack-quantized: NAME.weight_packed uint8 [N, K/2] and NAME.weight_scale uint8 [N, K/32] (mxfp4.py).
-float-quantized: NAME.weight float8_e4m3fn [N, K] and NAME.weight_scale, float [N, 1], [N, K/G] or of one element (fp8.py).
+float-quantized: NAME.weight float8_e4m3fn [N, K] and NAME.weight_scale, float [N, 1], [N, K/G] or one for all (fp8.py).
 Nothing of that library is imported.
 """
 

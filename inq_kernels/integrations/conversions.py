@@ -18,7 +18,7 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "target",
         metavar="OUT",
-        help="mxfp4, fp8: a new directory; dense: that or a .safetensors file; pt2: a .pt2 file",
+        help="mxfp4, fp8: a new directory; dense: or a .safetensors file; pt2: a .pt2 file",
     )
     command.add_argument(
         "--to", choices=_TARGETS, required=True,

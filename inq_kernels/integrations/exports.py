@@ -1,4 +1,4 @@
-"""Packed checkpoints as other libraries' quantized checkpoints, exactly or not at all: ``export_mxfp4``, ``export_fp8``.
+"""Packed checkpoints as other libraries' quantized ones, exactly or not at all: ``export_mxfp4``, ``export_fp8``.
 
 A model in float weights is ``transcode.export_dense``'s, a compiled one ``pt2.save_pt2``'s.
 """

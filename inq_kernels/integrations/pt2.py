@@ -47,7 +47,7 @@ def export_program(
     dynamic_shapes: object = None,
     namespaces: Iterable[str] = (),
 ) -> ExportedProgram:
-    """``model`` as a graph of aten operators and leaf operators ``inq_cpu::*``, by torch.export; ``model`` is unchanged.
+    """``model`` as a graph of aten operators and leaf operators ``inq_cpu::*``, by torch.export. ``model`` is kept.
 
     Args:
         model: with packed modules, on the CPU, in evaluation mode. They are laid out for the kernels (``inq.prepack``)
