@@ -9,12 +9,17 @@ AutoModelForCausalLM: every weight must have just the bits of the packed model's
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import distribution
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -59,8 +64,30 @@ def link_torch(folder: Path) -> None:
         (there / name).symlink_to(Path(here, name).resolve())
 
 
-def inq(*arguments: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "inq_kernels.cli", *arguments], check=True, cwd=ROOT)
+def inq(*arguments: object) -> None:
+    from inq_kernels.cli import main as command
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        status = command([str(argument) for argument in arguments])
+    if status:
+        raise SystemExit(f"inq {' '.join(map(str, arguments))}: status {status}: {out.getvalue()}")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def check_same(one: Path, other: Path) -> None:
+    """That two models of floats have the same names, and under each the same bytes."""
+    a, b = tensors(one), tensors(other)
+    if a.keys() != b.keys():
+        raise SystemExit(f"{one}: expected the names of {other}, got others: {sorted(a.keys() ^ b.keys())}")
+    for name in a:
+        if a[name].dtype != b[name].dtype or not torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)):
+            raise SystemExit(f"{one}: {name}: expected the values of {other}, got others")
 
 
 def main() -> int:
@@ -74,19 +101,25 @@ def main() -> int:
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as temporary:
         work = args.keep or Path(temporary)
-        for number, (dtype, tied, quantize, forms) in enumerate(CASES):
-            folder = work / f"{number}-{dtype}"
+        folders = [work / f"{number}-{case[0]}" for number, case in enumerate(CASES)]
+        for folder in folders:
             folder.mkdir(parents=True)
-            subprocess.run([*there, "make", folder / "float", dtype, str(int(tied))], check=True, env=variables)
+        models = [
+            f"{folder / 'float'}:{dtype}:{int(tied)}" for folder, (dtype, tied, *_) in zip(folders, CASES, strict=True)
+        ]
+        subprocess.run([*there, "make", *models], check=True, env=variables)
+        pairs = []
+        for folder, (_, _, quantize, forms) in zip(folders, CASES, strict=True):
             inq("quantize", folder / "float", folder / "packed", *quantize)
             inq("export", "--to", "dense", folder / "packed", folder / "dense")
             for form in forms:
                 inq("export", "--to", form, folder / "packed", folder / form)
-                subprocess.run([*there, "load", folder / form, folder / "dense"], check=True, env=variables)
+                pairs += [folder / form, folder / "dense"]
                 inq("import", folder / form, folder / f"{form}-back")
                 inq("export", "--to", "dense", folder / f"{form}-back", folder / f"{form}-dense")
-                subprocess.run([*there, "same", folder / f"{form}-dense", folder / "dense"], check=True, env=variables)
-    print("stock environment: all exports loaded, bit for bit")
+                check_same(folder / f"{form}-dense", folder / "dense")
+        subprocess.run([*there, "load", *pairs], check=True, env=variables)
+    print(f"stock environment: {len(pairs) // 2} exports loaded, bit for bit, and imported again")
     return 0
 
 

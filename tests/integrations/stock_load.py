@@ -1,4 +1,4 @@
-"""What stock.py runs in the environment without this package: make DIR DTYPE TIED | load EXPORT DENSE | same A B"""
+"""What stock.py runs in the environment without this package: make DIR:DTYPE:TIED… | load EXPORT DENSE …"""
 
 import importlib.util
 import sys
@@ -59,11 +59,11 @@ def load(export: str, dense: str) -> None:
     print(f"{export}: {compared} weights and the logits bit-equal")
 
 
-def same(one: str, other: str) -> None:
-    a, b = tensors(one), tensors(other)
-    if a.keys() != b.keys() or not all(same_bits(a[name], b[name]) for name in a):
-        sys.exit(f"{one}: expected the tensors of {other}")
-
-
 if __name__ == "__main__":
-    {"make": make, "load": load, "same": same}[sys.argv[1]](*sys.argv[2:])
+    command, *rest = sys.argv[1:]
+    if command == "make":
+        for model in rest:
+            make(*model.split(":"))
+    else:
+        for pair in zip(rest[::2], rest[1::2], strict=True):
+            load(*pair)
