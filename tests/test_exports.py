@@ -328,6 +328,10 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     out = succeeds(capsys, "export", "--to", "mxfp4", source, tmp_path / "out")
     assert "vision.patch.weight: written as floats: rank 4" in out
     assert "4 weights in mxfp4, 4.25 bits a weight, bit-exact" in out
+    assert "CompressedTensorsConfig" not in out
+    inq.save({"a.weight": random_packed(FMT, 4, 64)}, tmp_path / "m.safetensors")
+    out = succeeds(capsys, "export", "--to", "mxfp4", tmp_path / "m.safetensors", tmp_path / "float32")
+    assert "quantization_config=CompressedTensorsConfig(dequantize=True)" in out
     for option, value, needs in (("--dtype", "float32", "dense"), ("--model", "a:b", "pt2"), ("--input", "2x3", "pt2")):
         message = fails(capsys, "export", "--to", "mxfp4", source, tmp_path / "other", option, value)
         assert message == f"{option}: expected with --to {needs} alone, got --to mxfp4"

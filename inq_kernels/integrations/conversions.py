@@ -52,6 +52,11 @@ def export(args: argparse.Namespace, progress: Callable[[str, int, int], None] |
             yield f"{name}: written as floats: {reason}"
         if report.not_copied:
             yield "Not copied: " + ", ".join(f"{name} ({reason})" for name, reason in report.not_copied)
+        if args.to == "mxfp4" and {str(dtype) for dtype in report.dtypes} != {"torch.bfloat16"}:
+            yield (
+                "compressed-tensors computes MXFP4 with bfloat16 weights: in transformers load a model of another dtype "
+                "with quantization_config=CompressedTensorsConfig(dequantize=True)"
+            )
         yield (
             f"{args.target}: {len(report.quantized)} weights in {args.to}, {report.bits_a_weight:.2f} bits a weight, "
             "bit-exact"

@@ -46,12 +46,14 @@ _CODECS: dict[str, ModuleType] = {compressed_tensors.MXFP4: mxfp4, compressed_te
 @dataclass(frozen=True)
 class ExportReport:
     """What an export wrote: ``quantized`` weights by name with their shapes, packed weights written as floats and why,
-    names of files that were not copied and why, and the quantized weights' bytes with their scales."""
+    names of files that were not copied and why, the quantized weights' bits with their scales, and their dtypes before
+    packing."""
 
     quantized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     as_float: list[tuple[str, str]] = field(default_factory=list)
     not_copied: list[tuple[str, str]] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
 
     @property
     def bits_a_weight(self) -> float:
@@ -65,7 +67,9 @@ def export_mxfp4(
     """Write a packed checkpoint in MXFP4, in compressed-tensors' layout ``mxfp4-pack-quantized``: 4.25 bits a weight.
 
     The weights' values are the same, bit for bit: transformers with compressed-tensors loads it without this package.
-    Formats of at most four magnitudes fit: 2, 3 and 4 bits with paper levels, 2 and 3 with dense ones.
+    Formats of at most four magnitudes fit: 2, 3 and 4 bits with paper levels, 2 and 3 with dense ones. As
+    compressed-tensors computes MXFP4 with bfloat16 weights, a model of another dtype is for
+    ``from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True))``.
 
     Args:
         source: what ``inq.load`` reads, best a directory of a transformers model.
@@ -118,6 +122,7 @@ def _export(source: Path, target: Path, layout: str, progress: Progress | None) 
             if name in chosen:
                 new = _encode(where, name, value, layout, own, dtype)
                 report.quantized[name] = value.shape
+                report.dtypes.add(own)
                 report.bits.append(8 * sum(tensor.nbytes for tensor in new.values()))
             else:
                 new = {name: unpack_exactly(where, value, own) if isinstance(value, PackedWeight) else value}

@@ -2,11 +2,12 @@
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
 
 if importlib.util.find_spec("inq_kernels") is not None:
     sys.exit("inq_kernels is here: not a stock environment")
@@ -40,23 +41,39 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def load(export: str, dense: str) -> None:
+    """Unpacked at loading, which every dtype can; and as transformers does unasked, MXFP4 in bfloat16."""
     expected = tensors(dense)
-    model = AutoModelForCausalLM.from_pretrained(export)
     reference = AutoModelForCausalLM.from_pretrained(dense)
+    mxfp4 = (Path(export) / "config.json").read_text().count("mxfp4-pack-quantized") > 0
+    ways = {"dequantize=True": {"quantization_config": CompressedTensorsConfig(dequantize=True)}}
+    if reference.dtype == torch.bfloat16 or not mxfp4:
+        ways["as it is"] = {}
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
-        logits, wanted = model(tokens).logits, reference(tokens).logits
-    compared = 0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and f"{name}.weight" in expected:
-            if not same_bits(module.weight.detach(), expected[f"{name}.weight"]):
-                sys.exit(f"{export}: {name}.weight: other bits ({module.weight.dtype})")
-            compared += 1
-    if compared < 14:
-        sys.exit(f"{export}: only {compared} weights compared")
-    if not same_bits(logits, wanted):
-        sys.exit(f"{export}: other logits, by {float((logits - wanted).abs().max())}")
-    print(f"{export}: {compared} weights and the logits bit-equal")
+        wanted = reference(tokens).logits
+    for way, options in ways.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
+            model = AutoModelForCausalLM.from_pretrained(export, **options)
+        with torch.no_grad():
+            logits = model(tokens).logits
+        compared = 0
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and f"{name}.weight" in expected:
+                # Only now: as it is, the first call unpacks.
+                if not same_bits(weight_of(module), expected[f"{name}.weight"]):
+                    sys.exit(f"{export}: {way}: {name}.weight: other bits ({module.weight.dtype})")
+                compared += 1
+        if compared < 14:
+            sys.exit(f"{export}: {way}: only {compared} weights compared")
+        if not same_bits(logits, wanted):
+            sys.exit(f"{export}: {way}: other logits, by {float((logits - wanted).abs().max())}")
+        print(f"{Path(export).parent.name} {Path(export).name} {way}: {compared} weights and the logits bit-equal")
+
+
+def weight_of(module: torch.nn.Linear) -> torch.Tensor:
+    weight = module.weight.detach()
+    return weight if weight.dtype.itemsize > 1 else weight.to(module.weight_scale.dtype) * module.weight_scale
 
 
 if __name__ == "__main__":
