@@ -1,4 +1,4 @@
-"""The command line: ``inq demo | quantize | inspect | verify | bench | export | doctor``.
+"""The command line: ``inq demo | quantize | inspect | verify | bench | export | import | doctor``.
 
 Heavy imports happen when used.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from .format import BITS, EXPONENT_RULES, GRANULARITIES, LEVELS, Format
+from .integrations import conversions
 from .table import bytes_text, render
 
 _ERROR, _INTERRUPTED, _BROKEN_PIPE = 1, 130, 141
@@ -95,11 +96,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     inspect.add_argument("file", metavar="FILE", help="a .safetensors file or a directory")
     verify = add("verify", _verify, "check a packed checkpoint: structure, checksums, codes, exponents")
     verify.add_argument("file", metavar="FILE", help="a .safetensors file or a directory")
-    export = add("export", _export, "write a packed checkpoint in another form")
-    export.add_argument("source", metavar="SRC", help="a packed .safetensors file or directory")
-    export.add_argument("target", metavar="OUT", help="a new .safetensors file or directory")
-    export.add_argument("--to", choices=("dense",), required=True, help="dense: ordinary safetensors, float weights")
-    export.add_argument("--dtype", choices=_DTYPES, help="of the unpacked weights (default: as before packing)")
+    conversions.add_export_arguments(add("export", _export, "write a packed checkpoint in another form, exactly"))
+    conversions.add_import_arguments(add("import", _import, "pack weights that are powers of two already, exactly"))
     doctor = add("doctor", _doctor, "show versions, devices and backends, and why a backend cannot run")
     doctor.add_argument("--plan", action="store_true", help="show which kernel each product would run, and stop")
     doctor.add_argument("--op", nargs="+", choices=_PLANNED["cuda"], help="with --plan; default: all that --device has")
@@ -229,14 +227,16 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    import torch
-
-    from .transcode import export_dense
-
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
     with _progress("exporting") as progress:
-        count = export_dense(args.source, args.target, dtype, progress)
-    print(f"{args.target}: {count} weights unpacked, bit-exact")
+        lines = list(conversions.export(args, progress))
+    print(*lines, sep="\n")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    with _progress("importing") as progress:
+        lines = list(conversions.import_(args, progress))
+    print(*lines, sep="\n")
     return 0
 
 

@@ -524,6 +524,27 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     _fsync(target.parent)
 
 
+def write_file_by(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
+    """Write one file that another library makes, whole or not at all, and durably: ``fill`` gets its name in a fresh
+    directory, from which it is moved to ``path``.
+
+    Raises:
+        OSError: as ``write_safetensors``. And what ``fill`` raises.
+    """
+    target = _target(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file, got that of a directory", str(target))
+    temporary = _beside(target)
+    try:
+        temporary.mkdir()
+        fill(temporary / target.name)
+        _settle(temporary)
+        os.replace(temporary / target.name, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _fsync(target.parent)
+
+
 def write_directory(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
     """Write a directory whole or not at all, and durably: ``fill`` gets a fresh directory, which then becomes ``path``.
 

@@ -28,6 +28,7 @@ LAYERS = [
         "checkpoint",
         "transcode",
         "training",
+        "integrations",
         "demo",
         "bench",
         "cli",
