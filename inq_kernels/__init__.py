@@ -2,11 +2,13 @@
 
 from . import optim
 from .checkpoint import load, save
+from .distributed import PeerError
 from .files import CheckpointError
 from .format import Format
 from .inq import INQ, PAPER_PORTIONS
 from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm, prepack
 from .ops import PackedWeight, conv2d, exponents, linear, pack, quantize, quantize_with_mask, unpack
+from .sharded import load_sharded, save_sharded
 from .training import load_training, save_training
 
 __version__ = "0.1.0"
@@ -20,12 +22,14 @@ __all__ = [
     "Format",
     "Linear",
     "PackedWeight",
+    "PeerError",
     "conv2d",
     "convert",
     "exponents",
     "fold_batchnorm",
     "linear",
     "load",
+    "load_sharded",
     "load_training",
     "optim",
     "pack",
@@ -33,6 +37,7 @@ __all__ = [
     "quantize",
     "quantize_with_mask",
     "save",
+    "save_sharded",
     "save_training",
     "unpack",
 ]

@@ -553,6 +553,11 @@ class INQ:
         return self.portions[self._index] if self._index >= 0 else 0.0
 
     @property
+    def rows(self) -> dict[str, Rows | None]:
+        """Which rows of each quantized module's weight this process holds, by its name; None for all of them."""
+        return {name: layer.rows for name, layer in self._layers.items()}
+
+    @property
     def formats(self) -> dict[str, Format]:
         """The format of each quantized module by its name, as ``inq.convert`` takes it."""
         self._check_attached()
