@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import PARTS, accuracy, data, network, parts, weight_hash
+from digits import PARTS, accuracy, data, network, pack, parts, weight_hash
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -77,8 +77,8 @@ def train(args: argparse.Namespace) -> None:
     if rank == 0:
         plain = network()
         plain.load_state_dict(state)
-        report = inq.convert(plain, run.formats)
-        print(f"accuracy {accuracy(plain, test_images, test_labels):.1f} %, {report.bytes_after} bytes packed")
+        size = pack(plain, run)
+        print(f"accuracy {accuracy(plain, test_images, test_labels):.1f} %, {size} bytes packed")
         print(f"hash {weight_hash({n: state[n] for n, _ in network().named_parameters()})}")
         if args.out:
             inq.save(plain, args.out)

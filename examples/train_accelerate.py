@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from digits import BATCH, PARTS, accuracy, all_parts, data, network, weight_hash
+from digits import BATCH, PARTS, accuracy, all_parts, data, network, pack, weight_hash
 from torch.utils.data import DataLoader, TensorDataset
 
 import inq_kernels as inq
@@ -71,8 +71,8 @@ def main() -> None:
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model)
         digest = weight_hash(dict(plain.named_parameters()))
-        report = inq.convert(plain, run.formats)
-        print(f"accuracy {accuracy(plain, test_images, test_labels):.1f} %, {report.bytes_after} bytes packed")
+        size = pack(plain, run)
+        print(f"accuracy {accuracy(plain, test_images, test_labels):.1f} %, {size} bytes packed")
         print(f"hash {digest}")
     accelerator.end_training()
     if dist.is_initialized():

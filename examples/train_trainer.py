@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import BATCH, accuracy, data, network, weight_hash
+from digits import BATCH, accuracy, data, network, pack, weight_hash
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -106,8 +106,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=str(args.resume) if args.resume else None)
     if trainer.is_world_process_zero():
         digest = weight_hash(dict(model.named_parameters()))
-        report = inq.convert(model, run.formats)
-        print(f"accuracy {accuracy(model.network, test_images, test_labels):.1f} %, {report.bytes_after} bytes packed")
+        size = pack(model, run)
+        print(f"accuracy {accuracy(model.network, test_images, test_labels):.1f} %, {size} bytes packed")
         print(f"hash {digest}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -181,11 +181,13 @@ def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> d
 
 def _flatten_masks(layer: dict, whole: bool) -> None:
     for key in ("mask", "keep"):
-        if whole and layer[key] is not None:
-            n, width = layer[key].shape
-            if n != layer["shape"][0] or width != -(-math.prod(layer["shape"][1:]) // 8):
-                raise ValueError(f"{_LOAD}: {key}: expected one for a weight of {layer['shape']}, got {[n, width]}")
-            layer[key] = flat_bits(layer[key], layer["shape"])
+        if whole and (mask := layer[key]) is not None:
+            n, *others = layer["shape"]
+            if mask.dtype != torch.uint8 or list(mask.shape) != [n, -(-math.prod(others) // 8)]:
+                raise ValueError(
+                    f"{_LOAD}: {key}: expected one for a weight of {layer['shape']}, got {mask.dtype} {list(mask.shape)}"
+                )
+            layer[key] = flat_bits(mask, layer["shape"])
 
 
 def _decoded(encoded: Any, where: str, tensors: Mapping[str, Tensor]) -> dict:

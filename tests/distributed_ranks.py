@@ -302,6 +302,8 @@ def checkpoints(folder):
             extra = {"step": first.step, "rank": rank, "own": torch.full((rank + 1,), 7.0)}
             inq.save_sharded(path, first.model, first.optimizer, first.run, extra)
             first.drawn = (float(torch.rand(())), random.random())
+            first.mean = first.plain.bn.running_mean.clone()
+            dist.broadcast(first.mean, 0)
 
         end = first.finish(at=4, then=save)
         assert_same(Training("none", **arguments).finish(), end)
@@ -311,6 +313,7 @@ def checkpoints(folder):
                 distributed.local_part(p).data.fill_(0.5)
             extra = inq.load_sharded(path, other.model, other.optimizer, other.run)
             assert (float(torch.rand(())), random.random()) == first.drawn
+            assert torch.equal(other.plain.bn.running_mean, first.mean), "expected rank 0's"
             assert extra["rank"] == rank
             assert torch.equal(extra["own"], torch.full((rank + 1,), 7.0))
             other.step = extra["step"]
