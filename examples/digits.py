@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+import inq_kernels as inq
 
 BATCH = 64
 # The halves of a batch, each with a batch norm of its own: what two devices take, one process takes one after the other.
@@ -49,6 +52,14 @@ def all_parts(steps: int, examples: int) -> Iterator[list[int]]:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Percent."""
     return 100 * float((model.eval()(images).argmax(1) == labels).float().mean())
+
+
+def pack(model: nn.Module, run: inq.INQ) -> int:
+    """Convert what the run has retrained, in place; the bytes that it takes then. After a whole schedule it is exact."""
+    report = inq.convert(model, run.formats)
+    if rounded := [m.name for m in report.modules if m.packed and m.sqnr_db != math.inf]:
+        raise RuntimeError(f"expected weights on the grid, got others in {rounded}")
+    return report.bytes_after
 
 
 def weight_hash(parameters: Mapping[str, Tensor]) -> str:
