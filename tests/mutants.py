@@ -89,7 +89,7 @@ MUTANTS = [
     ("test_distributed.py::test_two", "inq.py", [("            numbers = rows.sum(numbers)\n", "            pass\n")]),
     ("test_distributed.py::test_two", "sharded.py", [("dedup_save_to_lowest_rank=True", "dedup_save_to_lowest_rank=False")]),
     ("test_distributed.py::test_two", "sharded.py", [("if saved.world_size == ranks.size else", "if False else")]),
-    ("test_distributed.py::test_damaged", "sharded.py", [("if (found := sorted(file.name for file in path.glob(\"*.safetensors\"))) != shards:", "if False:")]),
+    ("test_distributed.py::test_damaged", "sharded_files.py", [("if (found := sorted(file.name for file in path.glob(\"*.safetensors\"))) != shards:", "if False:")]),
     ("test_optim.py::test_autograd_notices", "backends.py", [("            _count_as_written(args[i])\n", "            pass\n")]),
     ("test_module_layout.py::test_a_state_dict", "nn.py", [("        if layout_of(self.weight) != STORAGE:\n            stored", "        if False:\n            stored")]),
     ("test_module_layout.py::test_a_fake_tensor", "nn.py", [("            if type(new) is Tensor:\n", "            if True:\n")]),

@@ -28,6 +28,7 @@ LAYERS = [
         "checkpoint",
         "transcode",
         "training",
+        "sharded_files",
         "sharded",
         "demo",
         "bench",
