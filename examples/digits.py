@@ -1,4 +1,4 @@
-"""What the examples train: a small network on the handwritten digits that scikit-learn carries; nothing is downloaded."""
+"""What the examples train: a small network on the handwritten digits that scikit-learn carries, without a download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import inq_kernels as inq
 
 BATCH = 64
-# The halves of a batch, each with a batch norm of its own: what two devices take, one process takes one after the other.
+# Halves of a batch, each with a batch norm of its own: two devices take one each, one process takes one after the other.
 PARTS = 2
 
 
@@ -55,7 +55,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def pack(model: nn.Module, run: inq.INQ) -> int:
-    """Convert what the run has retrained, in place; the bytes that it takes then. After a whole schedule it is exact."""
+    """Convert what the run has retrained, in place, which is exact after a whole schedule; the bytes that it takes."""
     report = inq.convert(model, run.formats)
     if rounded := [m.name for m in report.modules if m.packed and m.sqnr_db != math.inf]:
         raise RuntimeError(f"expected weights on the grid, got others in {rounded}")

@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> None:
         while step < end:
             model.train()
             optimizer.zero_grad()
-            # Each rank takes its parts of the batch. Gradients are averaged over ranks, so this rank's are over its own.
+            # Each rank takes its parts of the batch. Gradients are averaged over ranks: here, over this rank's own.
             own = parts(step, len(images))[rank::size]
             for part in own:
                 (F.cross_entropy(model(images[part]), labels[part]) / len(own)).backward()

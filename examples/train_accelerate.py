@@ -1,7 +1,7 @@
 """INQ in a loop of Hugging Face's Accelerate: the same weights as examples/train.py, bit for bit.
 
-    python examples/train_accelerate.py
-    torchrun --standalone --nproc-per-node 2 examples/train_accelerate.py
+python examples/train_accelerate.py
+torchrun --standalone --nproc-per-node 2 examples/train_accelerate.py
 """
 
 from __future__ import annotations

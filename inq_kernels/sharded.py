@@ -180,7 +180,8 @@ def _flatten_masks(layer: dict, whole: bool) -> None:
             n, *others = layer["shape"]
             if mask.dtype != torch.uint8 or list(mask.shape) != [n, -(-math.prod(others) // 8)]:
                 raise ValueError(
-                    f"{_LOAD}: {key}: expected one for a weight of {layer['shape']}, got {mask.dtype} {list(mask.shape)}"
+                    f"{_LOAD}: {key}: expected one for a weight of {layer['shape']}, "
+                    f"got {mask.dtype} {list(mask.shape)}"
                 )
             layer[key] = flat_bits(mask, layer["shape"])
 

@@ -13,7 +13,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+TWO = (
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--rdzv-backend",
+    "c10d",
+    "--rdzv-endpoint",
+    "localhost:0",
+)
 ARGUMENTS = ("--steps", "4", "--bits", "5")
 
 
