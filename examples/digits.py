@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import inq_kernels as inq
 
 BATCH = 64
-# Halves of a batch, each with a batch norm of its own: two devices take one each, one process takes one after the other.
+# Halves of a batch, each with a batch norm of its own: two devices take one each, one process takes both in turn.
 PARTS = 2
 
 

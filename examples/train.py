@@ -2,10 +2,11 @@
 
     python examples/train.py
     torchrun --standalone --nproc-per-node 2 examples/train.py --wrap ddp
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/train.py --wrap fsdp2 --checkpoint run
 
 With --checkpoint a run that is started again goes on from the last checkpoint; torchrun does that itself when a
-process dies.
+process dies. (The variable: docs/distributed.md.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from digits import PARTS, accuracy, data, network, pack, parts, weight_hash
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import inq_kernels as inq
 
@@ -71,9 +71,8 @@ def train(args: argparse.Namespace) -> None:
     for portion in run:
         train_until(args.steps * (portions.index(portion) + 2))
 
-    # All of the weights, on rank 0, in a plain network: that is what is packed.
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+    # All of the weights, whole, in a plain network: that is what is packed. (docs/distributed.md: for large models.)
+    state = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in run.model.state_dict().items()}
     if rank == 0:
         plain = network()
         plain.load_state_dict(state)

@@ -1,5 +1,5 @@
-"""What test_distributed.py runs on several ranks: ``python tests/distributed_ranks.py DIR GROUP`` prints, as JSON, the
-traceback of each scenario that failed, by rank and scenario.
+"""What test_distributed.py runs on several ranks: ``python tests/distributed_ranks.py DIR GROUPS`` prints, as JSON, the
+traceback of each scenario that failed, by group, rank and scenario.
 
 Ranks are forked from this process, which imports torch but computes nothing, so that a rank costs no second import.
 They speak gloo, over a file. A scenario asserts; on all ranks at the same place, or the others time out.
@@ -33,8 +33,7 @@ from inq_kernels import distributed, files, reference, sharded
 
 PARTS = 2
 PORTIONS = (0.3, 0.7, 1.0)
-STEPS = 3  # after each portion
-SECONDS = 120
+STEPS = 2  # after each portion
 
 
 # --- a small training -------------------------------------------------------------------------------------------------
@@ -304,7 +303,7 @@ def checkpoints(folder):
             first.mean = first.plain.bn.running_mean.clone()
             dist.broadcast(first.mean, 0)
 
-        end = first.finish(at=4, then=save)
+        end = first.finish(at=3, then=save)
         assert_same(Training("none", **arguments).finish(), end)
         for loaded_by in ("fsdp2", "ddp"):
             other = Training(loaded_by, **arguments)
@@ -316,7 +315,7 @@ def checkpoints(folder):
             assert extra["rank"] == rank
             assert torch.equal(extra["own"], torch.full((rank + 1,), 7.0))
             other.step = extra["step"]
-            assert other.step == 4
+            assert other.step == 3
             assert other.run.portion == PORTIONS[1]
             assert_same(end, other.finish())
         # As the next one is saved, the old one is replaced, whole.
@@ -479,13 +478,13 @@ def decisions(folder):
     """Rows on four ranks, some of which hold none, and on two of two by two, which hold the same."""
     flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     seed = 0
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for fmt in FORMATS:
-            for partition in ("magnitude", "random"):
-                seed += 1
-                which = ("none", "half", "keep", "both")[seed % 4]
-                mesh, placements = ((flat, [Shard(0)]), (square, [Replicate(), Shard(0)]))[seed % 3 == 0]
-                decided(mesh, placements, dtype, fmt, partition, which, seed)
+    for i, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16)):
+        for j, fmt in enumerate(FORMATS):
+            seed += 1
+            partition = ("magnitude", "random")[(i + j) % 2]
+            which = ("none", "half", "keep", "both")[seed % 4]
+            mesh, placements = ((flat, [Shard(0)]), (square, [Replicate(), Shard(0)]))[seed % 3 == 0]
+            decided(mesh, placements, dtype, fmt, partition, which, seed)
 
 
 def chunks_of_one_rank(folder):
@@ -526,79 +525,148 @@ def hybrid_sharding(folder):
 FOUR = (decisions, chunks_of_one_rank, hybrid_sharding)
 
 
-# --- a rank that dies while it saves ----------------------------------------------------------------------------------
+# --- ranks that are killed --------------------------------------------------------------------------------------------
+
+# (rank, step, place): who is killed with SIGKILL in each life, between its gradients and its step, or while saving:
+# when its tensors are written, before the index is, or when the new directory is there and the old one not yet deleted.
+LIVES = {
+    "ddp": ((1, 2, "step"), (0, 4, "exchange"), None),
+    "fsdp2": ((0, 2, "step"), (1, 3, "save"), (0, 5, "index"), None),
+}
 
 
-def dies_while_saving(folder):
-    """Rank 1 is gone between its tensors and its JSON: the others stop, and the old checkpoint is still there."""
-    t = Training("fsdp2")
-    inq.save_sharded(folder / "run", t.model, t.optimizer, t.run, {"step": 1})
-    if dist.get_rank() == 1:
-        sharded.file_sha256 = lambda path: os.kill(os.getpid(), signal.SIGKILL)
-    with raises(Exception, ""):
-        inq.save_sharded(folder / "run", t.model, t.optimizer, t.run, {"step": 2})
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-GROUPS = {"pair": (2, PAIR), "four": (4, FOUR), "dying": (2, (dies_while_saving,))}
+def arm(t, place):
+    """The next time that this rank comes to ``place``, it is killed."""
+    if place == "step":
+        t.optimizer.register_step_pre_hook(die)
+    elif place == "save":
+        sharded.file_sha256 = die
+    elif place == "index":
+        write_text = files.write_text
+        files.write_text = lambda path, text: (die if path.name == files.TRAINING_INDEX else write_text)(path, text)
+    else:
+        exchange = files._exchange
+        files._exchange = lambda *paths: die(exchange(*paths))
+
+
+def life(folder, wrap, number, kill):
+    """Train from the last checkpoint, saving after each step; the end is written to ``folder``."""
+    t = Training(wrap, **SCHEDULES[1])
+    path = folder / f"{wrap}-run"
+    if path.exists():
+        t.step = inq.load_sharded(path, t.model, t.optimizer, t.run)["step"]
+    for portion in t.run:
+        while t.step < STEPS * (PORTIONS.index(portion) + 1):
+            if kill is not None and kill[:2] == (dist.get_rank(), t.step):
+                arm(t, kill[2])
+            t.one_step()
+            inq.save_sharded(path, t.model, t.optimizer, t.run, {"step": t.step})
+    assert t.moved == 0
+    files.write_safetensors(folder / f"{wrap}-{dist.get_rank()}.safetensors", t.weights(), {})
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def live(folder, rank, size, scenarios):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=40)
-    )
+def start(folder, name, size, scenarios):
+    """Fork ``size`` ranks that go through the scenarios; their process ids."""
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            store = f"file://{folder}/{name}-store"
+            dist.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            )
+            (folder / f"{name}-failed-{rank}.json").write_text(json.dumps(failures(folder, rank, scenarios)))
+            code = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            # Not sys.exit: the parent's buffers and handlers are not the child's.
+            os._exit(code)
+    return children
+
+
+def failures(folder, rank, scenarios):
     failed = {}
-    for scenario in scenarios:
+    for name, scenario in scenarios.items():
         began = time.process_time()
         try:
             scenario(folder)
         except Exception:
-            failed[scenario.__name__] = traceback.format_exc()
-            break  # the other ranks are somewhere else now
+            failed[name] = traceback.format_exc()
+            return failed  # the other ranks are somewhere else now
         if "INQ_TIMES" in os.environ:
-            print(rank, scenario.__name__, f"{time.process_time() - began:.2f} s", file=sys.stderr)
-    (folder / f"failed-{rank}.json").write_text(json.dumps(failed))
-    if not failed and scenarios is not GROUPS["dying"][1]:
-        dist.destroy_process_group()
+            print(f"rank {rank}: {name}: {time.process_time() - began:.2f} s", file=sys.stderr)
+    dist.destroy_process_group()
+    return failed
 
 
-def main(folder: Path, group: str, wanted: str = "") -> None:
-    size, scenarios = GROUPS[group]
-    scenarios = tuple(s for s in scenarios if wanted in s.__name__) if wanted else scenarios
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                live(folder, rank, size, scenarios)
-                code = 0
-            except Exception:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                # Not sys.exit: the parent's buffers and handlers are not the child's.
-                os._exit(code)
-        children.append(child)
-    end, codes = time.monotonic() + SECONDS, {}
-    while len(codes) < size:
-        for child in children:
-            if child not in codes:
+def wait(children, seconds):
+    """Their exit codes, by rank; who is not done after so many seconds is killed."""
+    end, codes = time.monotonic() + seconds, {}
+    while len(codes) < len(children):
+        for rank, child in enumerate(children):
+            if rank not in codes:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
-                    codes[child] = os.waitstatus_to_exitcode(status)
+                    codes[rank] = os.waitstatus_to_exitcode(status)
                 elif time.monotonic() > end:
                     os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
-    failed = {}
-    for rank in range(size):
-        path = folder / f"failed-{rank}.json"
-        failed[rank] = json.loads(path.read_text()) if path.exists() else {"died": codes[children[rank]]}
-    print(json.dumps({rank: what for rank, what in failed.items() if what}))
+        time.sleep(0.02)
+    return codes
+
+
+def reported(folder, name, codes):
+    found = {}
+    for rank, code in codes.items():
+        path = folder / f"{name}-failed-{rank}.json"
+        found[rank] = json.loads(path.read_text()) if path.exists() else {"exit": f"code {code}"}
+    return {rank: what for rank, what in found.items() if what}
+
+
+def lives(folder):
+    """Ranks are started until a whole life was lived; what went otherwise than it should."""
+    wrong = {}
+    for wrap, kills in LIVES.items():
+        for number, kill in enumerate(kills):
+            name = f"{wrap}-life-{number}"
+            children = start(folder, name, 2, {name: lambda f, w=wrap, n=number, k=kill: life(f, w, n, k)})
+            codes = wait(children, 60)
+            if kill is None:
+                if what := reported(folder, name, codes):
+                    wrong[name] = what
+            elif codes[kill[0]] != -signal.SIGKILL:
+                wrong[name] = {kill[0]: {"was not killed": f"{kill}, {reported(folder, name, codes)}"}}
+    return wrong
+
+
+GROUPS = {"pair": (2, PAIR), "four": (4, FOUR)}
+
+
+def main(folder: Path, groups: str) -> None:
+    report = {}
+    for group in groups.split(","):
+        if group == "lives":
+            report |= lives(folder)
+            continue
+        size, scenarios = GROUPS[group]
+        codes = wait(start(folder, group, size, {s.__name__: s for s in scenarios}), 300)
+        if what := reported(folder, group, codes):
+            report[group] = what
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -37,13 +37,14 @@ def test_one_hash_and_kill_9(tmp_path):
     assert inq.load(tmp_path / "packed.safetensors")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # fmt: skip
-    for wrap in ("ddp", "fsdp2"):
-        note, checkpoint = tmp_path / f"{wrap}-killed", tmp_path / wrap
-        # Steps 1 to 4 in float, 5 to 20 in four portions; saved after 3, 6, …; killed in step 14.
-        kill = (str(ROOT / "tests" / "kill_rank.py"), "14", str(note), str(EXAMPLE))
-        output = run(*torchrun, *kill, *ARGUMENTS, "--wrap", wrap, "--checkpoint", str(checkpoint), "--save-every", "3")
-        assert note.read_text() == "1", "no rank was killed"
-        assert found(output) == alone, wrap
+    assert found(run(*torchrun, str(EXAMPLE), *ARGUMENTS, "--wrap", "ddp")) == alone
+    # Steps 1 to 4 in float, 5 to 20 in four portions; saved after 3, 6, …; killed in step 14.
+    kill = (str(ROOT / "tests" / "kill_rank.py"), "14", str(tmp_path / "killed"), str(EXAMPLE))
+    checkpoints = ("--checkpoint", str(tmp_path / "run"), "--save-every", "3")
+    # The workers' second life needs a store of its own: docs/distributed.md.
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert found(run(*torchrun, *kill, *ARGUMENTS, "--wrap", "fsdp2", *checkpoints, **store)) == alone
+    assert (tmp_path / "killed").read_text() == "1", "no rank was killed"
 
 
 def snippets(language):
@@ -77,6 +78,8 @@ def test_python_snippets_of_the_page(tmp_path, monkeypatch):
 def test_commands_of_the_page(line):
     """They name files that are there, with arguments that those have."""
     words = shlex.split(line, comments=True)
+    if words[0] == "export":
+        return
     assert words[0] in ("python", "torchrun")
     script = next(word for word in words if word.endswith(".py"))
     known = (ROOT / script).read_text()
