@@ -34,9 +34,10 @@ def run(*words, script, arguments=ARGUMENTS, folder=None):
     return re.search(r"^hash ([0-9a-f]{64})$", result.stdout, re.MULTILINE)[1]
 
 
-def test_accelerate_ends_in_the_hash_of_the_plain_loop():
-    """In one process and on two ranks. That the weights are all on the grid, ``inq.convert`` checks in the example."""
+def test_accelerate_and_ddp_end_in_the_hash_of_the_plain_loop():
+    """In one process and on two ranks. That all weights are on the grid, the examples check."""
     expected = run(script="train.py")
+    assert run(*TWO, script="train.py", arguments=(*ARGUMENTS, "--wrap", "ddp")) == expected
     assert run(script="train_accelerate.py") == expected
     assert run(*TWO, script="train_accelerate.py") == expected
 
