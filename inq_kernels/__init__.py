@@ -3,11 +3,13 @@
 from . import optim
 from .calibrate import CalibrateReport, calibrate
 from .checkpoint import load, save
+from .distributed import PeerError
 from .files import CheckpointError
 from .format import Format
 from .inq import INQ, PAPER_PORTIONS
 from .nn import Conv2d, ConvertReport, Linear, convert, fold_batchnorm, prepack
 from .ops import PackedWeight, conv2d, exponents, linear, pack, quantize, quantize_with_mask, unpack
+from .sharded import load_sharded, save_sharded
 from .training import load_training, save_training
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "Format",
     "Linear",
     "PackedWeight",
+    "PeerError",
     "calibrate",
     "conv2d",
     "convert",
@@ -29,6 +32,7 @@ __all__ = [
     "fold_batchnorm",
     "linear",
     "load",
+    "load_sharded",
     "load_training",
     "optim",
     "pack",
@@ -36,6 +40,7 @@ __all__ = [
     "quantize",
     "quantize_with_mask",
     "save",
+    "save_sharded",
     "save_training",
     "unpack",
 ]

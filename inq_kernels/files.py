@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_JSON = 16 << 20  # bytes of a header or of a JSON file
+# The file that makes a directory a training checkpoint of several processes.
+TRAINING_INDEX = "inq_training.json"
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 48  # of a shape without its zeros, so that strides never overflow
 
@@ -384,7 +386,10 @@ def plain(where: str, tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if type(tensor) is not Tensor or tensor.layout != torch.strided:
         kind = f"{type(tensor).__name__} of layout {tensor.layout}"
-        raise TypeError(f"{where}: expected a plain dense tensor, got a {kind} (gather sharded tensors first)")
+        raise TypeError(
+            f"{where}: expected a plain dense tensor, got a {kind} "
+            "(gather sharded tensors first; for training, inq.save_sharded writes them in parts)"
+        )
     if tensor.dtype not in DTYPES.values():
         raise TypeError(f"{where}: expected a dtype that files hold ({', '.join(DTYPES)}), got {tensor.dtype}")
     if tensor.device.type == "meta":
@@ -557,7 +562,8 @@ def write_directory(path: str | os.PathLike, fill: Callable[[Path], None]) -> No
 
     Raises:
         CheckpointError: ``path`` exists and is not an empty directory or a checkpoint: a directory of files only, with
-            inq.json, or config.json beside .safetensors files. OSError: as in ``write_safetensors``. And ``fill``'s.
+            inq.json, inq_training.json, or config.json beside .safetensors files. OSError: as in ``write_safetensors``.
+            And ``fill``'s.
     """
     target = _target(path)
     _check_replaceable(target)
@@ -595,7 +601,7 @@ def _check_replaceable(target: Path) -> None:
         raise CheckpointError(f"{target}: expected a directory or nothing, got a file")
     entries = list(os.scandir(target))
     names = {entry.name for entry in entries}
-    checkpoint = "inq.json" in names or (
+    checkpoint = not names.isdisjoint({"inq.json", TRAINING_INDEX}) or (
         "config.json" in names and any(name.endswith(".safetensors") for name in names)
     )
     if entries and not (checkpoint and all(entry.is_file(follow_symlinks=False) for entry in entries)):

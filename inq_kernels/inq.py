@@ -4,6 +4,9 @@ The algorithm is Algorithm 1 of the paper (arXiv 1702.03044). It works beside an
 gradients of frozen weights as they are accumulated, and another writes the frozen values back after every step, so
 that neither weight decay nor momentum moves them by a bit. ``inq.optim``'s optimizers take the masks into their step
 instead, and nothing is written back.
+
+Under DistributedDataParallel every rank holds all weights and decides alike. Under FSDP2 each rank holds some rows of
+a weight (``distributed.Rows``), and of its mask, codes and n1; portions are decided together.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import ops, reference
+from . import distributed, ops, reference
+from .distributed import Rows, is_sharded, local_part
 from .format import Format, frozen_count
 from .nn import PACKED_TYPES, as_patterns, check_patterns, first_match, sqnr_db
 from .optim import MaskedOptimizer
@@ -84,23 +88,33 @@ class Report(list[LayerReport]):
 
 
 class _Layer:
-    """One weight under INQ: one bit a weight for the mask, the frozen values as packed codes."""
+    """One weight under INQ: one bit a weight for the mask, the frozen values as packed codes.
+
+    Where ``rows`` is not None, the weight is a DTensor and everything here is of the rows that this rank holds, but for
+    ``total`` and ``frozen``, which count the whole weight.
+    """
 
     def __init__(self, name: str, weight: nn.Parameter, fmt: Format, prune_mask: Tensor | None, seed: int):
         self.name, self.weight, self.format = name, weight, fmt
-        numel = weight.numel()
-        self.mask = torch.zeros((numel + 7) // 8, dtype=torch.uint8, device=weight.device)
-        self.keep = None if prune_mask is None else reference.pack_bits(prune_mask.to(weight.device))
+        self.rows = Rows.of(self.where, weight)
+        numel, device, local = weight.numel(), weight.device, self.local
+        self.k = numel // weight.shape[0]
+        self.mask = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8, device=device)
+        mine = prune_mask if prune_mask is None or self.rows is None else self.rows.take(prune_mask)
+        self.keep = None if mine is None else reference.pack_bits(mine.to(device))
         self.total = numel if prune_mask is None else int(prune_mask.sum())
-        self.codes = torch.zeros(
-            weight.shape[0], fmt.row_bytes(numel // weight.shape[0]), dtype=torch.uint8, device=weight.device
-        )
+        self.codes = torch.zeros(local.shape[0], fmt.row_bytes(self.k), dtype=torch.uint8, device=device)
         self.n1: Tensor | None = None
         self.frozen = 0
         # Σw² and Σ(w − ŵ)² of the frozen weights, each taken when it was frozen.
         self.signal = self.noise = 0.0
         # By name, so that skipping another layer does not change the order in which this one is frozen.
         self.seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+    @property
+    def local(self) -> Tensor:
+        """The values that this process holds, in the weight's memory: all of them, or some rows, perhaps none."""
+        return local_part(self.weight)
 
     def follow_device(self) -> None:
         """``model.to(device)`` moves parameters in place, under us."""
@@ -111,10 +125,10 @@ class _Layer:
             self.n1 = None if self.n1 is None else self.n1.to(device)
 
     def frozen_mask(self) -> Tensor:
-        return reference.unpack_bits(self.mask, self.weight.shape)
+        return reference.unpack_bits(self.mask, self.local.shape)
 
     def kept_mask(self) -> Tensor | None:
-        return None if self.keep is None else reference.unpack_bits(self.keep, self.weight.shape)
+        return None if self.keep is None else reference.unpack_bits(self.keep, self.local.shape)
 
     def held_mask(self) -> Tensor:
         """T = 0: the frozen weights, and the pruned ones, which stay zero."""
@@ -130,30 +144,31 @@ class _Layer:
         return self.mask if self.keep is None else self.mask | ~self.keep
 
     def frozen_values(self) -> Tensor:
-        """The frozen weights' values, and 0 elsewhere, in the weight's shape and dtype."""
-        w, fmt = self.weight, self.format
-        flat = _op.unpack(self.codes, self.n1, None, w.numel() // w.shape[0], fmt.bits, fmt.levels, w.dtype)
-        return flat.reshape(w.shape)
+        """The frozen weights' values, and 0 elsewhere, in the weight's (local) shape and dtype."""
+        w, fmt = self.local, self.format
+        if not w.numel():
+            return torch.zeros_like(w)
+        return _op.unpack(self.codes, self.n1, None, self.k, fmt.bits, fmt.levels, w.dtype).reshape(w.shape)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the held weights back, whatever a step did to them."""
         if self.n1 is not None:
-            held = self.held_mask()
-            self.weight.copy_(torch.where(held, self.frozen_values(), self.weight))
+            held, local = self.held_mask(), self.local
+            local.copy_(torch.where(held, self.frozen_values(), local))
 
     @torch.no_grad()
     def mask_gradient(self, weight: Tensor) -> None:
         # masked_fill, not a product: an Inf or NaN gradient of a frozen weight must not survive as NaN.
         if weight.grad is not None and self.n1 is not None:
-            weight.grad.masked_fill_(self.held_mask(), 0.0)
+            local_part(weight.grad).masked_fill_(self.held_mask(), 0.0)
 
     @torch.no_grad()
     def begin(self, portion: float) -> _Portion:
         """What the next portion works on. Values that are not finite are 0 there, and an error in the end."""
         self.follow_device()
         ops.check_kind(self.where, self.weight)
-        weight, count = self.weight.detach(), frozen_count(portion, self.total)
+        weight, count = self.local.detach(), frozen_count(portion, self.total)
         finite = torch.isfinite(weight)
         w = torch.where(finite, weight, 0.0).contiguous()
         nonzero = weight != 0
@@ -173,7 +188,7 @@ class _Layer:
     @torch.no_grad()
     def take(self, new: _Portion, signal: float, noise: float) -> None:
         """The end of a portion."""
-        self.weight.copy_(new.w)
+        self.local.copy_(new.w)
         self.mask, self.codes, self.n1, self.frozen = new.mask, new.codes, new.n1, new.count
         self.signal, self.noise = self.signal + signal, self.noise + noise
 
@@ -182,12 +197,14 @@ class _Layer:
         zeros, n1 = 0, None
         if self.n1 is not None:
             self.follow_device()
-            n1 = (int(self.n1.min()), int(self.n1.max()))
+            n1 = self._n1_range()
             _, e = torch.frexp(self.frozen_values().double()[self.frozen_mask()].abs())
             values, counts = torch.unique(e, return_counts=True)
             # frexp writes 2^k as 0.5·2^(k+1), and 0 with exponent 0, which 2^-1 has too: count zeros apart.
-            zeros = self.frozen - int((self.frozen_values() != 0).sum())
+            zeros = self.frozen - self._sum((self.frozen_values() != 0).sum())
             histogram = {int(v) - 1: int(c) for v, c in zip(values, counts, strict=True)}
+            if self.rows is not None:
+                histogram = self.rows.sum_histogram(histogram)
             if zeros:
                 histogram[-1] -= zeros
             histogram = {k: c for k, c in histogram.items() if c}
@@ -196,14 +213,29 @@ class _Layer:
             sqnr_db(self.signal, self.noise), zeros, histogram,
         )  # fmt: skip
 
+    def _sum(self, count: Tensor) -> int:
+        """An integer of this process's part, summed over the ranks that hold the weight together."""
+        return int(count if self.rows is None else self.rows.sum(count))
+
+    def _n1_range(self) -> tuple[int, int]:
+        if self.rows is None:
+            return int(self.n1.min()), int(self.n1.max())
+        ends = [-int(self.n1.min()), int(self.n1.max())] if self.n1.numel() else [-128, -128]
+        low, high = self.rows.max(torch.tensor(ends)).tolist()
+        return -low, high
+
     def state_dict(self) -> dict:
+        tensors = {"mask": self.mask, "keep": self.keep, "codes": self.codes, "n1": self.n1}
+        for key, value in tensors.items():
+            if value is None:
+                continue
+            if self.rows is not None and key in ("mask", "keep"):
+                value = distributed.row_bits(value, self.local.shape)
+            tensors[key] = value.clone() if self.rows is None else self.rows.wrap(value.clone())
         return {
             "format": dataclasses.asdict(self.format),
             "shape": list(self.weight.shape),
-            "mask": self.mask.clone(),
-            "keep": None if self.keep is None else self.keep.clone(),
-            "codes": self.codes.clone(),
-            "n1": None if self.n1 is None else self.n1.clone(),
+            **tensors,
             "signal": self.signal,
             "noise": self.noise,
         }
@@ -214,7 +246,9 @@ class _Layer:
         for key, expected in (("format", dataclasses.asdict(self.format)), ("shape", list(self.weight.shape))):
             if state[key] != expected:
                 raise ValueError(f"{where}: {key}: expected {expected}, got {state[key]}")
-        for key, like in (("mask", self.mask), ("codes", self.codes), ("keep", self.keep)):
+        own = self.state_dict()
+        for key in ("mask", "codes", "keep"):
+            like = own[key]
             if (state[key] is None) != (like is None):
                 raise ValueError(f"{where}: {key}: one of the two runs has it, the other has not")
             if not isinstance(state[key], (Tensor, type(None))):
@@ -226,8 +260,11 @@ class _Layer:
                 )
         if (state["n1"] is not None) != started:
             raise ValueError(f"{where}: n1: expected it once a portion has begun, and only then")
-        if started:
-            ops.check_n1(f"{where}: n1", state["n1"].to(self.weight.device), self.weight)
+        for key in ("mask", "codes", "keep", "n1"):
+            if state[key] is not None and is_sharded(state[key]) != (self.rows is not None):
+                raise ValueError(f"{where}: {key}: expected the state of a run whose weight is sharded as here")
+        if started and self.local.numel():
+            ops.check_n1(f"{where}: n1", local_part(state["n1"]).to(self.weight.device), self.local)
         for key in ("signal", "noise"):
             if not isinstance(state[key], float):
                 raise ValueError(f"{where}: {key}: expected a float, got {state[key]!r}")
@@ -235,12 +272,17 @@ class _Layer:
     def load_state(self, state: Mapping) -> None:
         self.follow_device()
         device = self.weight.device
+        if self.rows is not None:
+            state = {k: local_part(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+            for key in ("mask", "keep"):
+                if state[key] is not None:
+                    state[key] = distributed.flat_bits(state[key], self.local.shape)
         self.mask = state["mask"].to(device, copy=True)
         self.keep = None if state["keep"] is None else state["keep"].to(device, copy=True)
         self.codes = state["codes"].to(device, copy=True)
         self.n1 = None if state["n1"] is None else state["n1"].to(device, copy=True)
-        self.total = self.weight.numel() if self.keep is None else int(self.kept_mask().sum())
-        self.frozen = int(self.frozen_mask().sum())
+        self.total = self.weight.numel() if self.keep is None else self._sum(self.kept_mask().sum())
+        self.frozen = self._sum(self.frozen_mask().sum())
         self.signal, self.noise = state["signal"], state["noise"]
         self.restore()
 
@@ -265,17 +307,19 @@ class _Portion:
         """After freezing: the codes, and Σw² and Σ(w − ŵ)² of what was added, as two more facts."""
         layer, fmt = self.layer, self.layer.format
         added = reference.unpack_bits(self.mask ^ layer.mask, self.w.shape)
-        before = torch.where(added, layer.weight.detach(), 0.0).double()
+        before = torch.where(added, layer.local.detach(), 0.0).double()
         change = before - torch.where(added, self.w, 0.0).double()
         self.facts += [before.square().sum(), change.square().sum()]
         frozen = reference.unpack_bits(self.mask, self.w.shape)
-        self.codes = _op.pack(torch.where(frozen, self.w, 0.0), self.n1, fmt.bits, fmt.levels)
+        self.codes = layer.codes
+        if self.w.numel():
+            self.codes = _op.pack(torch.where(frozen, self.w, 0.0), self.n1, fmt.bits, fmt.levels)
 
     def check(self, bad: float, nan: float, nonzero: float, *_: float) -> None:
         """ValueError unless the weight can be quantized."""
         layer = self.layer
         if bad:
-            raise ops.not_finite(layer.where, int(nan), int(bad), self.w.numel())
+            raise ops.not_finite(layer.where, int(nan), int(bad), layer.weight.numel())
         if layer.n1 is None and not nonzero:
             raise ValueError(f"{layer.where}: expected some nonzero values to choose n1 from, got {layer.total} zeros")
 
@@ -288,10 +332,13 @@ def _freeze(portions: list[_Portion], partition: str) -> list[list[float]]:
     """
     alike: dict[tuple, list[_Portion]] = {}
     for each in portions:
-        alike.setdefault((each.w.device, each.w.dtype, each.layer.format), []).append(each)
-    for (_, _, fmt), group in alike.items():
+        rows = each.layer.rows
+        # Sharded weights go together where the same ranks hold them.
+        ranks = None if rows is None else (rows.mesh_dim, rows.group)
+        alike.setdefault((each.w.device, each.w.dtype, each.layer.format, ranks), []).append(each)
+    for (_, _, fmt, ranks), group in alike.items():
         layers = [each.layer for each in group]
-        _op.freeze_portion_(
+        arguments = (
             [each.w for each in group],
             [each.mask for each in group],
             [each.n1 for each in group],
@@ -299,17 +346,22 @@ def _freeze(portions: list[_Portion], partition: str) -> list[list[float]]:
             [each.count - each.layer.frozen for each in group],
             # Fixed at the first portion, from all weights: what is frozen then stays representable for ever.
             layers[0].n1 is None,
-            *(fmt.bits, fmt.levels, fmt.granularity, fmt.exponent),
-            partition == "random",
-            [layer.seed for layer in layers],
         )
-    of_devices: dict[torch.device, list[_Portion]] = {}
+        how = (partition == "random", [layer.seed for layer in layers])
+        if ranks is None:
+            _op.freeze_portion_(*arguments, fmt.bits, fmt.levels, fmt.granularity, fmt.exponent, *how)
+        else:
+            distributed.freeze_portion_([layer.rows for layer in layers], *arguments, fmt, *how)
+    of_devices: dict[tuple, list[_Portion]] = {}
     for each in portions:
         each.finish()
-        of_devices.setdefault(each.w.device, []).append(each)
+        rows = each.layer.rows
+        of_devices.setdefault((each.w.device, None if rows is None else rows.group), []).append(each)
     facts: dict[int, list[float]] = {}
     for group in of_devices.values():
         numbers = torch.stack([fact.double() for each in group for fact in each.facts])
+        if (rows := group[0].layer.rows) is not None:
+            numbers = rows.sum(numbers)
         facts |= zip(map(id, group), numbers.view(len(group), -1).tolist(), strict=True)
     return [facts[id(each)] for each in portions]
 
@@ -325,9 +377,14 @@ class INQ:
     turn every weight is 0 or ±2^k and ``inq.convert(model, run.formats)`` packs them exactly. Leaving the loop early
     and iterating again goes on with the portion in progress, and so does a run after ``load_state_dict``.
 
+    On several devices: give the model as it is trained, in DistributedDataParallel or after FSDP2's ``fully_shard``
+    (weights are DTensors then, split by rows), and every rank makes the run with the same arguments. With FSDP2 the
+    steps of the loop, ``report`` and ``load_state_dict`` are collective. Which weights freeze, and n1, are the same as
+    on one process with these weights, bit for bit.
+
     Args:
         model: its Conv1d, Conv2d, Conv3d and Linear weights are quantized, first and last layer included; chosen by
-            module type, shared weights once, under their first name.
+            module type, shared weights once, under their first name; in DistributedDataParallel its module's names.
         optimizer: any torch.optim.Optimizer. ``inq.optim.SGD`` and ``inq.optim.AdamW`` hold frozen weights, and their
             momenta too, inside the step, which saves writing them back. torch.optim.LBFGS's history is dropped at
             every portion: it would move weights that are frozen now.
@@ -336,8 +393,9 @@ class INQ:
         partition: which weights freeze next in a layer: ``"magnitude"``, the largest |w|, or ``"random"``.
         overrides: formats by name pattern of modules (fnmatch); the first that matches wins.
         skip: name patterns of modules to leave alone.
-        prune_masks: bool masks by module name, True = kept (as in torch.nn.utils.prune), of the weight's shape. Pruned
-            weights are set to 0 and stay 0, and the portions are of the kept ones.
+        prune_masks: bool masks by module name, True = kept (as in torch.nn.utils.prune), of the weight's shape (plain
+            tensors, also for sharded weights). Pruned weights are set to 0 and stay 0, and the portions are of the kept
+            ones.
         lr_schedulers: at every portion these and their optimizers' parameter groups (learning rate, momentum, …) get
             back the state they have now: the paper's "reset the learning rate and its policy".
         reset_optimizer: drop the optimizer's state (momenta) at every portion.
@@ -376,6 +434,14 @@ class INQ:
         for what, value in (("overrides", overrides), ("prune_masks", prune_masks)):
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"inq.INQ: {what}: expected a mapping from names, got {type(value).__name__}")
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            # accelerate's AcceleratedOptimizer, for one: a subclass that is no optimizer by itself.
+            raise TypeError(
+                f"inq.INQ: optimizer: expected the optimizer itself, got a wrapper of it, {type(optimizer).__name__}: "
+                "pass what it wraps (its .optimizer)"
+            )
+        model = distributed.unwrapped(model)
+        distributed.reshard(model)
         self.model, self.optimizer, self.partition, self.seed = model, optimizer, partition, seed
         self.reset_optimizer = reset_optimizer
         self.portions = _checked_portions(portions)
@@ -413,6 +479,7 @@ class INQ:
 
     def _check_attached(self) -> None:
         """Raise unless the weights are still the model's: somebody may have put others in their place."""
+        distributed.reshard(self.model)
         for name, layer in self._layers.items():
             module = self.model
             for part in name.split(".") if name else ():
@@ -486,6 +553,11 @@ class INQ:
         return self.portions[self._index] if self._index >= 0 else 0.0
 
     @property
+    def rows(self) -> dict[str, Rows | None]:
+        """Which rows of each quantized module's weight this process holds, by its name; None for all of them."""
+        return {name: layer.rows for name, layer in self._layers.items()}
+
+    @property
     def formats(self) -> dict[str, Format]:
         """The format of each quantized module by its name, as ``inq.convert`` takes it."""
         self._check_attached()
@@ -500,19 +572,22 @@ class INQ:
 
     def frozen(self, weight: Tensor | str) -> Tensor:
         """The bool mask, of the weight's shape, of what is frozen (pruned weights are not). By weight or module name.
+        A DTensor for a weight that is one, split alike.
 
         Raises:
             KeyError: that weight is not quantized by this run.
         """
         layer = self._layer(weight)
         layer.follow_device()
-        return layer.frozen_mask()
+        return layer.frozen_mask() if layer.rows is None else layer.rows.wrap(layer.frozen_mask())
 
     def n1(self, weight: Tensor | str) -> Tensor | None:
-        """n1 of each row, int8 [N, 1], fixed at the first portion; None before it. KeyError as in ``frozen``."""
+        """n1 of each row, int8 [N, 1], fixed at the first portion; None before it. As ``frozen`` in all else."""
         layer = self._layer(weight)
         layer.follow_device()
-        return None if layer.n1 is None else layer.n1.clone()
+        if layer.n1 is None:
+            return None
+        return layer.n1.clone() if layer.rows is None else layer.rows.wrap(layer.n1.clone())
 
     def report(self) -> Report:
         """What is frozen, a ``LayerReport`` for each layer. ValueError if the model's weights were replaced."""
@@ -532,7 +607,8 @@ class INQ:
     def state_dict(self) -> dict:
         """All it takes to go on bit for bit, the LR schedulers' state included; model and optimizer have their own.
 
-        Tensors, numbers, strings, lists and dicts only. ``inq.save_training`` writes it without pickle.
+        Tensors, numbers, strings, lists and dicts only. ``inq.save_training`` writes it without pickle, and where
+        weights are DTensors, ``inq.save_sharded``: their masks, codes and n1 are DTensors then, split as they are.
         """
         self._check_attached()
         return {
@@ -675,9 +751,10 @@ def _choose_layers(
 
 
 def _check_prune_mask(where: str, mask: Tensor, weight: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
-        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(f"{where}: prune mask: expected a bool tensor of shape {list(weight.shape)}, got {got}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape or is_sharded(mask):
+        kind = "a DTensor, " if isinstance(mask, Tensor) and is_sharded(mask) else ""
+        got = f"{kind}{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"{where}: prune mask: expected a plain bool tensor of {list(weight.shape)}, got {got}")
     if not bool(mask.any()):
         raise ValueError(f"{where}: prune mask: expected some weight to be kept, got none")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .distributed import is_sharded, local_part
 
 _op = torch.ops.inq
 
@@ -24,7 +25,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     Parameters are float64, float32, bfloat16 or float16; state is float32, or float64 for float64 parameters. LR
     schedulers, GradScaler and hooks work as with any torch.optim.Optimizer. Masks are not part of ``state_dict``:
-    who set them sets them again, as ``inq.INQ`` does.
+    who set them sets them again, as ``inq.INQ`` does. Parameters that are DTensors (FSDP2) have DTensors as state; the
+    step and the masks are of each rank's own part.
     """
 
     # The tensors of a parameter's state that have its shape, by their names in torch.optim.
@@ -56,7 +58,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         Args:
             param: one of the optimizer's parameters.
             mask: uint8 [ceil(numel/8)], bit i%8 of byte i//8 for flat index i (bits after the last weight do not
-                matter); it is not copied if it is contiguous. None: all weights move.
+                matter); it is not copied if it is contiguous. None: all weights move. For a DTensor, of its local part.
 
         Raises:
             ValueError: ``param`` is not one of them, or the mask's size is another. TypeError: its dtype is.
@@ -69,7 +71,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if not isinstance(mask, Tensor) or mask.dtype != torch.uint8:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"{self._name()}.set_mask: mask: expected a uint8 tensor, got {got}")
-        size = [(param.numel() + 7) // 8]
+        size = [(local_part(param).numel() + 7) // 8]
         if list(mask.shape) != size:
             raise ValueError(f"{self._name()}.set_mask: mask: expected shape {size}, got {list(mask.shape)}")
         if mask.device.type == "meta":
@@ -212,7 +214,8 @@ class SGD(MaskedOptimizer):
         if group["momentum"]:
             buffers = [self._new_state(p) if progress else self.state[p]["momentum_buffer"] for p in params]
         numbers = (float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay"))
-        _op.masked_sgd_(params, grads, buffers, masks, *numbers, group["nesterov"], group["maximize"], progress)
+        lists = _local_lists(params, grads, buffers, masks)
+        _op.masked_sgd_(*lists, *numbers, group["nesterov"], group["maximize"], progress)
         if progress:  # only now: a step that failed has not been the first
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
@@ -268,8 +271,17 @@ class AdamW(MaskedOptimizer):
         first, second = ([self.state[p][name] for p in params] for name in self._state_names)
         beta1, beta2 = group["betas"]
         numbers = (float(x) for x in (group["lr"], beta1, beta2, group["weight_decay"], group["eps"]))
-        _op.masked_adamw_(params, grads, first, second, masks, *numbers, progress, group["maximize"])
+        lists = _local_lists(params, grads, first, second, masks)
+        _op.masked_adamw_(*lists, *numbers, progress, group["maximize"])
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+
+
+def _local_lists(params: list[Tensor], *others: list[Tensor]) -> list[list[Tensor]]:
+    """Of DTensors what this process holds; without the parameters of which that is nothing. An empty list stays so."""
+    if not any(map(is_sharded, params)):
+        return [params, *others]
+    some = [i for i, p in enumerate(params) if not is_sharded(p) or local_part(p).numel()]
+    return [[local_part(each[i]) for i in some] if each else each for each in (params, *others)]
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ from .format import (
 )
 
 # Elements handled at once where int64 temporaries would otherwise multiply the memory of a large weight.
-_CHUNK = 1 << 22
+CHUNK = 1 << 22
 
 
 def exponent_limits(dtype: torch.dtype) -> tuple[int, int]:
@@ -48,6 +48,11 @@ def _max_rule(m: Tensor, e: Tensor) -> Tensor:
     return torch.where(m >= 0.75, e, e - 1)
 
 
+def max_exponents(largest: Tensor) -> Tensor:
+    """The ``max`` rule's n1, int64, not clamped, for each largest |w|."""
+    return _max_rule(*_frexp(largest)).long()
+
+
 def _mse_rule(rows: Tensor, base: Tensor, lo: int, hi: int, fmt: Format) -> Tensor:
     """The n1 with the least squared error for each row of ``rows`` [R, K], given ``base`` [R], the ``max`` rule's n1.
 
@@ -55,17 +60,33 @@ def _mse_rule(rows: Tensor, base: Tensor, lo: int, hi: int, fmt: Format) -> Tens
     within a bin all weights quantize alike, so Σ(|w| − q)² = Σw² + Σ(count·q² − 2q·Σ|w|). Σ|w| of a bin is an integer
     sum of mantissas, so ties are exact and do not depend on the order of summation. Ties go to the larger n1.
     """
-    m_bits = 53 if rows.dtype == torch.float64 else 24
+    top, floor, bins = mse_bins(base, lo, hi, fmt)
+    return mse_choice(mse_histogram(rows, floor, bins), top, floor, lo, fmt, rows.dtype)
+
+
+def mse_bins(base: Tensor, lo: int, hi: int, fmt: Format) -> tuple[Tensor, Tensor, int]:
+    """For ``_mse_rule``: each row's largest candidate and the octave of its first bin, and how many bins a row has."""
     top = base.clamp(lo, hi)
     # Below the smallest level of the smallest candidate every weight is 0 for all of them and adds nothing.
     floor = (top - MSE_OCTAVES).clamp(min=lo) - fmt.magnitudes
     octaves = max(int((base - floor).max()), 0) + 2
-    bins = octaves * 2
+    return top, floor, octaves * 2
+
+
+def mantissa_bits(dtype: torch.dtype) -> int:
+    """The bits of the integers that ``mse_histogram`` sums up."""
+    return 53 if dtype == torch.float64 else 24
+
+
+def mse_histogram(rows: Tensor, floor: Tensor, bins: int) -> Tensor:
+    """int64 [3, R, bins] of ``rows`` [R, K]: the weights in each bin, and the low and high parts of the sum of their
+    mantissas, which are integers. Histograms of parts of a row add up to that of the whole, on any number of ranks."""
+    m_bits = mantissa_bits(rows.dtype)
     flat, k = rows.reshape(-1), rows.shape[1]
     counts = torch.zeros(rows.shape[0] * bins, dtype=torch.int64, device=rows.device)
     sums_lo, sums_hi = torch.zeros_like(counts), torch.zeros_like(counts)
-    for start in range(0, flat.numel(), _CHUNK):
-        m, e = _frexp(flat[start : start + _CHUNK])
+    for start in range(0, flat.numel(), CHUNK):
+        m, e = _frexp(flat[start : start + CHUNK])
         row = torch.arange(start, start + m.numel(), device=rows.device) // k
         octave = e.long() - floor[row]
         keep = (m > 0) & (octave >= 0)
@@ -76,16 +97,15 @@ def _mse_rule(rows: Tensor, base: Tensor, lo: int, hi: int, fmt: Format) -> Tens
         # Two halves, so that the int64 sums of float64's 53-bit mantissas hold for more than 2^33 weights.
         sums_lo.scatter_add_(0, where, mantissa & 0x3FFFFFF)
         sums_hi.scatter_add_(0, where, mantissa >> 26)
+    return torch.stack([counts, sums_lo, sums_hi]).view(3, -1, bins)
+
+
+def mse_choice(histogram: Tensor, top: Tensor, floor: Tensor, lo: int, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """n1 of each row, int64 [R], from the ``mse_histogram`` of weights of ``dtype``."""
+    m_bits = mantissa_bits(dtype)
     n1 = []
-    for top_r, floor_r, count_r, lo_r, hi_r in zip(
-        top.tolist(),
-        floor.tolist(),
-        counts.view(-1, bins).tolist(),
-        sums_lo.view(-1, bins).tolist(),
-        sums_hi.view(-1, bins).tolist(),
-        strict=True,
-    ):
-        histogram = [
+    for top_r, floor_r, count_r, lo_r, hi_r in zip(top.tolist(), floor.tolist(), *histogram.tolist(), strict=True):
+        bins = [
             (b // 2 + floor_r, b % 2, count, (high << 26) + low)
             for b, (count, low, high) in enumerate(zip(count_r, lo_r, hi_r, strict=True))
             if count
@@ -94,14 +114,14 @@ def _mse_rule(rows: Tensor, base: Tensor, lo: int, hi: int, fmt: Format) -> Tens
         for candidate in range(top_r, max(top_r - MSE_OCTAVES, lo) - 1, -1):
             # In units of 2^(2·floor − m_bits) everything is a Python integer, and exact.
             score = 0
-            for e, half, count, total in histogram:
+            for e, half, count, total in bins:
                 level = _bin_level(e, half, candidate, lo, fmt)
                 if level is not None:
                     score += (count << 2 * (level - floor_r) + m_bits) - (total << level - floor_r + e - floor_r + 1)
             if best is None or score < best[0]:
                 best = (score, candidate)
         n1.append(best[1])
-    return torch.tensor(n1, dtype=torch.int64, device=rows.device)
+    return torch.tensor(n1, dtype=torch.int64, device=top.device)
 
 
 def _bin_level(e: int, half: int, n1: int, lo: int, fmt: Format) -> int | None:
@@ -121,7 +141,7 @@ def exponents(w: Tensor, fmt: Format) -> Tensor:
     lo, hi = exponent_limits(w.dtype)
     rows = w.detach().reshape(1 if fmt.granularity == "tensor" else w.shape[0], -1)
     largest = rows.abs().amax(dim=1)
-    n1 = _max_rule(*_frexp(largest)).long()
+    n1 = max_exponents(largest)
     if fmt.exponent == "mse":
         n1 = _mse_rule(rows, n1, lo, hi, fmt)
     n1 = torch.where(largest == 0, N1_ZERO_ROW, n1.clamp(lo, hi))
@@ -190,15 +210,27 @@ def random_keys(numel: int, seed: int, device: torch.device) -> Tensor:
     return z >> 33 & 0x7FFFFFFF
 
 
+def seed_at(seed: int, first: int) -> int:
+    """The seed that gives flat index 0, 1, … the ranks of ``first``, ``first`` + 1, … under ``seed``: for a part of a
+    weight that begins there."""
+    shifted = (seed + first * 0x9E3779B97F4A7C15) % (1 << 64)
+    return shifted - (1 << 64) if shifted >= 1 << 63 else shifted
+
+
 _SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _partition_keys(w: Tensor, random: bool, seed: int) -> Tensor:
+def partition_keys(w: Tensor, random: bool, seed: int) -> Tensor:
     """int64 ranks in flat order, largest first to be frozen: the bits of |w|, whose order is that of |w|, or random."""
     if random:
         return random_keys(w.numel(), seed, w.device)
     flat = w.detach().abs().reshape(-1)
     return flat.view(_SAME_SIZE_INT[w.element_size()]).to(torch.int64)
+
+
+def from_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The |w| of ``dtype`` whose bits ``keys`` are: the inverse of ``partition_keys``."""
+    return keys.to(_SAME_SIZE_INT[dtype.itemsize]).view(dtype)
 
 
 def partition_threshold(
@@ -212,7 +244,7 @@ def partition_threshold(
     candidates = ~unpack_bits(mask, (w.numel(),))
     if keep is not None:
         candidates &= unpack_bits(keep, (w.numel(),))
-    keys = _partition_keys(w, random, seed)[candidates]
+    keys = partition_keys(w, random, seed)[candidates]
     if not 0 <= count <= keys.numel():
         raise ValueError(f"partition_threshold: count: expected 0 to {keys.numel()} unfrozen weights, got {count}")
     if count == 0:
@@ -248,7 +280,7 @@ def quantize_with_mask_(
     if keep is not None:
         kept = unpack_bits(keep, (w.numel(),))
         candidates &= kept
-    keys = _partition_keys(w, random, seed)
+    keys = partition_keys(w, random, seed)
     key, ties = threshold[0], threshold[1]
     tied = candidates & (keys == key)
     chosen = (candidates & (keys > key)) | (tied & (tied.cumsum(0) <= ties))

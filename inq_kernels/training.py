@@ -14,7 +14,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .inq import INQ
 
 VERSION = "1"
 # A header holds the text escaped once more, and at most 16 MiB; and nobody's state is nested this deep.
-_MAX_TEXT = MAX_JSON // 4
+MAX_TEXT = MAX_JSON // 4
 _MAX_DEPTH = 64
 
 # Keys that stand for what JSON has no word for. A dict of the user's with such a key is written as items.
@@ -59,18 +59,18 @@ def save_training(
         "model_metadata": dict(getattr(values, "_metadata", {})),
         "optimizer": {
             "type": type(optimizer).__name__,
-            "parameters": _parameter_names(model, optimizer),
+            "parameters": parameter_names(model, optimizer),
             "state": optimizer.state_dict(),
         },
         "inq": run.state_dict(),
-        "rng": _rng_state(),
+        "rng": rng_state(),
         "extra": dict(extra or {}),
     }
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(state, "state", tensors), allow_nan=False)
-    if len(text) > _MAX_TEXT:
+    text = json.dumps(encode(state, "state", collector(tensors, "t")), allow_nan=False)
+    if len(text) > MAX_TEXT:
         raise ValueError(
-            f"inq.save_training: state: expected at most {_MAX_TEXT} bytes of numbers and strings, got {len(text)}: "
+            f"inq.save_training: state: expected at most {MAX_TEXT} bytes of numbers and strings, got {len(text)}: "
             "give large things to extra as tensors"
         )
     metadata = {
@@ -97,28 +97,28 @@ def load_training(path: str | os.PathLike, model: nn.Module, optimizer: torch.op
     """
     state = _read(path)
     try:
-        _check_model(path, model, state["model"])
-        _check_optimizer(path, model, optimizer, state["optimizer"])
+        check_model(path, model, state["model"])
+        check_optimizer(path, model, optimizer, state["optimizer"])
         run.check_state(state["inq"])
-        _check_rng_state(state["rng"])
-    except _MALFORMED as error:
+        check_rng_state(state["rng"])
+    except MALFORMED as error:
         raise CheckpointError(f"{path}: expected a state as inq.save_training writes it, got {error!r}") from error
-    before = _snapshot(model, optimizer, run)
+    before = snapshot(model, optimizer, run)
     try:
-        _take_over(model, optimizer, run, state)
+        take_over(model, optimizer, run, state)
     except BaseException as error:
         # What the checks cannot know: a module's own loading, an optimizer's or a scheduler's.
-        _take_over(model, optimizer, run, before)
-        if isinstance(error, _MALFORMED):
+        take_over(model, optimizer, run, before)
+        if isinstance(error, MALFORMED):
             raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
         raise
     return state["extra"]
 
 
-_MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
+MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
 
 
-def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:
     """The way back. Loading replaces the optimizer's tensors and writes into the model's, so only these are copied."""
     values = model.state_dict()
     copied = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
@@ -127,20 +127,20 @@ def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> d
         "model_metadata": dict(getattr(values, "_metadata", {})),
         "optimizer": {"state": optimizer.state_dict()},
         "inq": run.state_dict(),
-        "rng": _rng_state(),
+        "rng": rng_state(),
     }
 
 
-def _take_over(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ, state: Mapping) -> None:
+def take_over(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ, state: Mapping) -> None:
     optimizer.load_state_dict(state["optimizer"]["state"])
     values = collections.OrderedDict(state["model"])
     values._metadata = collections.OrderedDict(state["model_metadata"])
     model.load_state_dict(values)
     run.load_state_dict(state["inq"])
-    _set_rng_state(state["rng"])
+    set_rng_state(state["rng"])
 
 
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
     """For each group the model's names of its parameters, "" for a parameter that is not the model's."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
@@ -162,14 +162,14 @@ def _read(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"{path}: inq_checksums: expected one for each of {len(header.tensors)} tensors")
     encoded = parse_json(text, f"{path}: inq_training")
     tensors = read_tensors(path, header, checksums)
-    state = _decode(encoded, f"{path}: inq_training", tensors)
+    state = decode(encoded, f"{path}: inq_training", tensors)
     expected = {"model", "model_metadata", "optimizer", "inq", "rng", "extra"}
     if not isinstance(state, dict) or set(state) != expected:
         raise CheckpointError(f"{path}: inq_training: expected the parts {sorted(expected)}, got something else")
     return state
 
 
-def _check_model(path: object, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_model(path: object, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
@@ -182,24 +182,24 @@ def _check_model(path: object, model: nn.Module, state: Mapping[str, Tensor]) ->
             )
 
 
-def _check_optimizer(path: object, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping) -> None:
+def check_optimizer(path: object, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping) -> None:
     if state["type"] != type(optimizer).__name__:
         raise ValueError(f"{path}: optimizer: expected {type(optimizer).__name__}, got {state['type']}")
     # Optimizers know parameters by position only: in another order they would take over each other's momenta.
-    expected, got = _parameter_names(model, optimizer), state["parameters"]
+    expected, got = parameter_names(model, optimizer), state["parameters"]
     if expected != got:
         raise ValueError(f"{path}: optimizer: expected groups of the parameters {expected}, got {got}")
 
 
-def _rng_state() -> dict:
+def rng_state() -> dict:
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
-def _check_rng_state(state: Mapping) -> None:
-    """Raise as a malformed state does unless ``_set_rng_state`` will take it."""
+def check_rng_state(state: Mapping) -> None:
+    """Raise as a malformed state does unless ``set_rng_state`` will take it."""
     generators = [state["torch"], *state.get("cuda", [])]
     if not all(isinstance(g, Tensor) and g.dtype == torch.uint8 and g.dim() == 1 for g in generators):
         raise TypeError("rng: expected uint8 tensors")
@@ -210,15 +210,26 @@ def _check_rng_state(state: Mapping) -> None:
         raise TypeError(f"rng: {error}") from error
 
 
-def _set_rng_state(state: Mapping) -> None:
+def set_rng_state(state: Mapping) -> None:
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
-def _encode(value: Any, where: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
-    """``value`` as JSON; its tensors go into ``tensors``. What could not be read again is an error here, by name."""
+def collector(tensors: dict[str, Tensor], prefix: str) -> Callable[[Tensor], str]:
+    """For ``encode``: puts tensors into ``tensors`` under "prefix.0", "prefix.1", …"""
+
+    def add(tensor: Tensor) -> str:
+        name = f"{prefix}.{len(tensors)}"
+        tensors[name] = tensor
+        return name
+
+    return add
+
+
+def encode(value: Any, where: str, add: Callable[[Tensor], str], depth: int = 0) -> Any:
+    """``value`` as JSON; ``add`` keeps its tensors and names them. What could not be read again is an error here."""
     if depth > _MAX_DEPTH:
         raise TypeError(f"inq.save_training: {where[:200]}: expected at most {_MAX_DEPTH} levels of nesting, got more")
     if value is None or isinstance(value, bool):
@@ -237,45 +248,43 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor], depth: int = 0) 
         # repr is exact; JSON has no infinities.
         return value if math.isfinite(value) else {_FLOAT: str(value)}
     if isinstance(value, Tensor):
-        name = f"t.{len(tensors)}"
-        tensors[name] = value
-        return {_TENSOR: name}
+        return {_TENSOR: add(value)}
     if isinstance(value, list):
-        return [_encode(v, f"{where}[{i}]", tensors, depth + 1) for i, v in enumerate(value)]
+        return [encode(v, f"{where}[{i}]", add, depth + 1) for i, v in enumerate(value)]
     if isinstance(value, tuple):
-        return {_TUPLE: [_encode(v, f"{where}[{i}]", tensors, depth + 1) for i, v in enumerate(value)]}
+        return {_TUPLE: [encode(v, f"{where}[{i}]", add, depth + 1) for i, v in enumerate(value)]}
     if isinstance(value, dict):
-        items = [(k, _encode(v, f"{where}[{k!r}]", tensors, depth + 1)) for k, v in value.items()]
+        items = [(k, encode(v, f"{where}[{k!r}]", add, depth + 1)) for k, v in value.items()]
         # MultiStepLR counts its milestones.
         kind = _COUNTER if isinstance(value, collections.Counter) else _ITEMS
         if kind == _ITEMS and all(isinstance(k, str) and not k.startswith("$") for k in value):
             return dict(items)
-        return {kind: [[_encode(k, f"{where}: key", tensors, depth + 1), v] for k, v in items]}
+        return {kind: [[encode(k, f"{where}: key", add, depth + 1), v] for k, v in items]}
     raise TypeError(
         f"inq.save_training: {where}: expected tensors, numbers, strings, lists, tuples and dicts, "
         f"got {type(value).__name__}"
     )
 
 
-def _decode(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of ``_encode``."""
+def decode(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of ``encode``."""
     if isinstance(value, list):
-        return [_decode(v, where, tensors) for v in value]
+        return [decode(v, where, tensors) for v in value]
     if not isinstance(value, dict):
         return value
     kind = next((key for key in value if key.startswith("$")), None)
     if kind is None:
-        return {k: _decode(v, where, tensors) for k, v in value.items()}
+        return {k: decode(v, where, tensors) for k, v in value.items()}
     content = value[kind]
     try:
         if kind == _TENSOR:
             return tensors[content]
         if kind == _TUPLE:
-            return tuple(_decode(v, where, tensors) for v in content)
+            return tuple(decode(v, where, tensors) for v in content)
         if kind == _FLOAT:
             return float(content) if content in ("inf", "-inf", "nan") else int(content)
         if kind in (_ITEMS, _COUNTER):
-            items = {_decode(k, where, tensors): _decode(v, where, tensors) for k, v in content}
+            items = {decode(k, where, tensors): decode(v, where, tensors) for k, v in content}
             return collections.Counter(items) if kind == _COUNTER else items
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {kind}: expected what save_training writes, got {error}") from error

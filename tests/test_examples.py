@@ -1,0 +1,87 @@
+"""The examples, and docs/distributed.md: one process, DDP and FSDP2 end in one hash, and so does a run of which a rank
+is killed and that torchrun starts again. (Accelerate and transformers' Trainer: tests/integrations.)"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import inq_kernels as inq
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "train.py"
+PAGE = ROOT / "docs" / "distributed.md"
+ARGUMENTS = ["--steps", "4", "--bits", "5", "--partition", "random"]
+
+
+def run(*command, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def found(output):
+    return re.search(r"^hash ([0-9a-f]{64})$", output, re.MULTILINE)[1]
+
+
+def test_one_hash_and_kill_9(tmp_path):
+    alone = found(run(sys.executable, str(EXAMPLE), *ARGUMENTS, "--out", str(tmp_path / "packed.safetensors")))
+    assert inq.load(tmp_path / "packed.safetensors")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # fmt: skip
+    assert found(run(*torchrun, str(EXAMPLE), *ARGUMENTS, "--wrap", "ddp")) == alone
+    # Steps 1 to 4 in float, 5 to 20 in four portions; saved after 3, 6, …; killed in step 14.
+    kill = (str(ROOT / "tests" / "kill_rank.py"), "14", str(tmp_path / "killed"), str(EXAMPLE))
+    checkpoints = ("--checkpoint", str(tmp_path / "run"), "--save-every", "3")
+    # The workers' second life needs a store of its own: docs/distributed.md.
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert found(run(*torchrun, *kill, *ARGUMENTS, "--wrap", "fsdp2", *checkpoints, **store)) == alone
+    assert (tmp_path / "killed").read_text() == "1", "no rank was killed"
+
+
+def snippets(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_python_snippets_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def train(model, optimizer, scheduler):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 1, 8, 8)).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+
+    def build_model():
+        return nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 10))
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        scope = {"build_model": build_model, "train": train, "torch": torch, "inq": inq}
+        for snippet in snippets("python"):
+            exec(compile(snippet, PAGE.name, "exec"), scope)
+    finally:
+        dist.destroy_process_group()
+    assert inq.load("model.safetensors")
+
+
+@pytest.mark.parametrize("line", [line for block in snippets("sh") for line in block.splitlines()])
+def test_commands_of_the_page(line):
+    """They name files that are there, with arguments that those have."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "export":
+        return
+    assert words[0] in ("python", "torchrun")
+    script = next(word for word in words if word.endswith(".py"))
+    known = (ROOT / script).read_text()
+    for word in words[words.index(script) + 1 :]:
+        assert not word.startswith("--") or f'"{word}"' in known, word
