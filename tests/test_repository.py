@@ -27,6 +27,7 @@ LAYERS = [
         "checkpoint",
         "transcode",
         "training",
+        "integrations",
         "demo",
         "bench",
         "cli",
@@ -80,7 +81,7 @@ def test_a_cold_import_needs_only_torch_and_safetensors_and_asks_for_no_gpu():
     """With Triton and every extra blocked."""
     script = """
 import sys
-for name in ("triton", "numpy", "rich", "matplotlib", "sklearn", "transformers"):
+for name in ("triton", "numpy", "rich", "matplotlib", "sklearn", "transformers", "peft", "vllm"):
     sys.modules[name] = None
 import warnings
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
