@@ -541,9 +541,7 @@ def _check_config(where: str, configuration: Mapping[str, object], checkpoint: C
     if both := set(ignore) & set(packed):
         raise CheckpointError(f"{where}: ignore: expected names of modules that are not packed, got {some(both)}")
     for module, name in packed.items():
-        expected = (
-            read_format(f"{where}: overrides: {module!r}", overrides[module]) if module in overrides else default
-        )
+        expected = read_format(f"{where}: overrides: {module!r}", overrides[module]) if module in overrides else default
         got = checkpoint.manifest[name].format
         if got != expected:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The names that a transformers model's modules go by: in the model, in its files, with and without the base's prefix."""
+"""The names of a transformers model's modules: in the model, in its files, with and without the base's prefix."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Names:
         for pattern in patterns:
             if Patterns([pattern]).match(everything) is None:
                 modules = [name for name, module in self._model.named_modules() if module._parameters]
-                raise ValueError(f"{where}: expected a pattern that matches a module, got {pattern!r}; there are {modules}")
+                raise ValueError(
+                    f"{where}: expected a pattern that matches a module, got {pattern!r}; there are {modules}"
+                )
 
     def kept_float(self, quantizer) -> list[str]:
         """What transformers' quantizers leave alone unless told otherwise."""

@@ -19,7 +19,7 @@ class PackedFiles:
     """``paths``: the safetensors files of one model.
 
     Raises:
-        CheckpointError: a file is not as ``files.read_header`` wants it, or of a newer format, or a name is there twice.
+        CheckpointError: a file is not as ``files.read_header`` wants it, or of a newer format, or a name is twice.
         ValueError: no files.
     """
 
@@ -53,7 +53,7 @@ class PackedFiles:
         return next((f"{m}.weight" for m in modules if f"{m}.weight" in self._infos), None)
 
     def check(self, name: str, fmt: Format, shape: tuple[int, ...]) -> bool:
-        """That the parts of a packed weight are as ``fmt`` and the module's ``shape`` ask for; whether it has row scales.
+        """That the parts of a packed weight are as ``fmt`` and the module's ``shape`` ask; whether it has row scales.
 
         Raises:
             CheckpointError: they are not.

@@ -1,8 +1,8 @@
 """PEFT: LoRA beside packed weights, and back into them.
 
-``peft.get_peft_model(model, prepare(LoraConfig(target_modules="all-linear", …)))``. The adapters are PEFT's own; what
-``prepare`` adds is errors where PEFT would read the packed bytes as weights. ``merge_and_requantize`` takes the place of
-``merge_and_unload``.
+``peft.get_peft_model(model, prepare(LoraConfig(target_modules="all-linear", …)))``. The adapters are PEFT's own;
+what ``prepare`` adds is errors where PEFT would read the packed bytes as weights. ``merge_and_requantize`` takes the
+place of ``merge_and_unload``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class PackedLoraConv2d(_NoMerge, LoraConv2d):
 def prepare(config: peft.LoraConfig) -> peft.LoraConfig:
     """Make a LoraConfig fit for a model with packed weights, in place.
 
-    The same for adapters from a file: ``PeftModel.from_pretrained(model, path, config=prepare(PeftConfig.from_pretrained(
-    path)))``. Without it LoRA works as well, but merging fails with an error about sizes.
+    The same for adapters from a file: ``PeftModel.from_pretrained(model, path,
+    config=prepare(PeftConfig.from_pretrained(path)))``. Without it LoRA works as well, but merging fails with an error
+    about sizes.
 
     Returns:
         ``config``.
@@ -83,8 +84,8 @@ def merge_and_requantize(model: peft.PeftModel, adapter_names: Iterable[str] | N
         adapter_names: which to merge; None: the active ones.
 
     Returns:
-        ``(base, report)``: the model without PEFT's wrappers, changed in place, and a ``ConvertReport`` with the SQNR of
-        the rounding for each packed module.
+        ``(base, report)``: the model without PEFT's wrappers, changed in place, and a ``ConvertReport`` with the SQNR
+        of the rounding for each packed module.
 
     Raises:
         TypeError: not a PeftModel with LoRA. ValueError: no adapter of that name, a bias or DoRA in an adapter, NaN or
@@ -94,7 +95,9 @@ def merge_and_requantize(model: peft.PeftModel, adapter_names: Iterable[str] | N
         raise TypeError(f"merge_and_requantize: model: expected a PeftModel with LoRA, got {type(model).__name__}")
     chosen = None if adapter_names is None else list(adapter_names)
     if unknown := set(chosen or ()) - set(model.peft_config):
-        raise ValueError(f"merge_and_requantize: adapter_names: expected some of {list(model.peft_config)}, got {unknown}")
+        raise ValueError(
+            f"merge_and_requantize: adapter_names: expected some of {list(model.peft_config)}, got {unknown}"
+        )
     codes: list[tuple[_PackedModule, PackedWeight]] = []
     floats: list[LoraLayer] = []
     report = ConvertReport()

@@ -1,4 +1,4 @@
-"""``save_pretrained``: a packed transformers model as a directory that this package vouches for, whole or not at all."""
+"""``save_pretrained``: a packed transformers model as a directory with checksums, whole or not at all."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def save_pretrained(model, directory: str | os.PathLike, *others, **kwargs) -> N
         model: a transformers model with packed modules, without adapters (PEFT saves those by themselves).
         directory: a name that is free, an empty directory or an older checkpoint, which is replaced as a whole.
         others: what else belongs into it and has ``save_pretrained(directory)``, as a tokenizer.
-        kwargs: of ``model.save_pretrained``, as ``max_shard_size``; not ``is_main_process``, ``push_to_hub`` or ``variant``.
+        kwargs: of ``model.save_pretrained``, as ``max_shard_size``; not ``is_main_process``, ``push_to_hub``,
+            ``variant``.
 
     Raises:
-        ValueError: nothing is packed, or adapters are loaded. CheckpointError: ``directory`` is something else, or codes
-            are not canonical. OSError: no space, no permission.
+        ValueError: nothing is packed, or adapters are loaded. CheckpointError: ``directory`` is something else, or
+            codes are not canonical. OSError: no space, no permission.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, _PackedModule)}
     if not packed:
@@ -113,7 +114,9 @@ def _seal(directory: Path, model, packed: dict[str, _PackedModule]) -> None:
             shard.unlink()
             continue
         weights = {name: value for name, value in entries.items() if isinstance(value, PackedWeight)}
-        biases = {n: v for n, v in entries.items() if n.endswith("bias") and f"{n.removesuffix('bias')}weight" in weights}
+        biases = {
+            n: v for n, v in entries.items() if n.endswith("bias") and f"{n.removesuffix('bias')}weight" in weights
+        }
         dtypes = _source_dtypes(shard, {**hint, **biases, **weights})
         write_file(shard, entries, dtypes)
     kept = [shard for shard in shards if shard.exists()]
@@ -129,4 +132,3 @@ def _seal(directory: Path, model, packed: dict[str, _PackedModule]) -> None:
     content[QUANTIZATION_CONFIG] = config({module_name(name): m.format for name, m in modules.items()}, ignore)
     files.write_text(path, json_text(content))
     open_checkpoint(directory)
-

@@ -1,8 +1,8 @@
 """Tensor parallelism of transformers ≥ 5.21, which cuts parameters into DTensors by a plan of layer styles.
 
-Packed weights are cut like float ones: by rows, with their exponents, or, where the style is "rowwise", by columns. Eight
-weights of a row are ``bits`` bytes, so columns are cut at multiples of eight. Row exponents belong to whole rows then: the
-plan gets entries for them alone, of a style that cuts nothing.
+Packed weights are cut like float ones: by rows, with their exponents, or, where the style is "rowwise", by columns.
+Eight weights of a row are ``bits`` bytes, so columns are cut at multiples of eight. Row exponents belong to whole rows
+then: the plan gets entries for them alone, of a style that cuts nothing.
 """
 
 from __future__ import annotations

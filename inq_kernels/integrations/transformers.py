@@ -4,8 +4,8 @@ Importing this module registers the method "inq" with transformers, so that ``fr
 ``inq quantize`` and ``save_pretrained`` wrote, and packs float models as they are read if it is given an ``InqConfig``.
 
 What is checked when a packed model is loaded: the structure of the files (headers, names, dtypes, shapes: all of
-``files.read_header``), that every packed module finds its tensors and the other way round, then every code, exponent and
-row scale. Not the checksums, since transformers reads the tensors itself: ``inq verify DIR`` does that.
+``files.read_header``), that every packed module finds its tensors and the other way round, then every code, exponent
+and row scale. Not the checksums, since transformers reads the tensors itself: ``inq verify DIR`` does that.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def _format(where: str, fmt: Format | int) -> Format:
 class InqConfig(QuantizationConfigMixin):
     """How ``from_pretrained(..., quantization_config=InqConfig(...))`` packs a float model: INQ at 100 %, in one shot.
 
-    Weights on the grid of their format (as after INQ) are packed exactly, others are rounded by equation (4). Packed are
-    Linear and Conv2d modules; ``model.hf_quantizer.report`` says what stayed float, and why.
+    Weights on the grid of their format (as after INQ) are packed exactly, others are rounded by equation (4). Packed
+    are Linear and Conv2d modules; ``model.hf_quantizer.report`` says what stayed float, and why.
 
     Args:
         fmt: the format of all packed weights, or its bits.
-        skip: names or patterns (fnmatch) of modules that stay float. None: what transformers keeps float by default, the
-            output layer and what its model class asks for. ``()`` packs all that can be. Tied weights stay float.
+        skip: names or patterns (fnmatch) of modules that stay float. None: what transformers keeps float by default,
+            the output layer and what its model class asks for. ``()`` packs all that can be. Tied weights stay float.
         overrides: name or pattern → another format (or its bits) for these modules.
 
     Raises:
@@ -141,7 +141,9 @@ class InqHfQuantizer(HfQuantizer):
     def validate_environment(self, *args, device_map=None, **kwargs):
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         if "disk" in map(str, devices):
-            raise ValueError("inq: device_map: expected devices that compute, got 'disk': packed weights stay in memory")
+            raise ValueError(
+                "inq: device_map: expected devices that compute, got 'disk': packed weights stay in memory"
+            )
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
@@ -298,6 +300,8 @@ class InqHfQuantizer(HfQuantizer):
         if not formats:
             raise ValueError(f"{type(model).__name__}: expected a weight to pack in the files, got none")
         self.quantization_config.resolve(formats, [n for n, m in model.named_modules() if _stayed_float(m)])
+        # transformers gave the model a copy of its configuration before this one named the modules.
+        model.config.quantization_config = self.quantization_config
         if report.packed_fraction < 0.5:
             warnings.warn(
                 f"inq: only {report.packed_fraction:.0%} of the parameter bytes were packed; "

@@ -96,8 +96,8 @@ class InqConfig(QuantizationConfig):
         names = self.settings.ignore
         if not (self.settings.ignored(prefix) or any(name.startswith(f"{prefix}.") for name in names)):
             raise ValueError(
-                f"inq: layer {prefix!r}: expected float experts, got packed ones, which the vLLM plugin cannot run yet: "
-                "quantize with --skip '*.experts.*', or serve with transformers"
+                f"inq: layer {prefix!r}: expected float experts, got packed ones, which the vLLM plugin cannot run "
+                "yet: quantize with --skip '*.experts.*', or serve with transformers"
             )
 
 
@@ -148,7 +148,9 @@ class InqLinearMethod(LinearMethodBase):
         )
         # Few models have row scales, and only the files know: ones that are not overwritten are dropped after loading.
         scale = ChannelQuantScaleParameter(
-            data=torch.ones(n, 1, dtype=torch.float32), output_dim=0, weight_loader=checked("weight_scale", torch.float32)
+            data=torch.ones(n, 1, dtype=torch.float32),
+            output_dim=0,
+            weight_loader=checked("weight_scale", torch.float32),
         )
         layer.register_parameter("weight", weight)
         layer.register_parameter("weight_exp", exponents)

@@ -1,4 +1,4 @@
-"""PEFT itself: LoRA beside packed weights trains, is saved and loaded; merging says what to do, and the other way works."""
+"""PEFT itself: LoRA beside packed weights trains, is saved and loaded; merging says what to do instead, which works."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""transformers itself, at the oldest version and the newest: what is packed, written and read again is bit for bit one."""
+"""transformers itself, the oldest version and the newest: what is packed, written and read again is bit for bit one."""
 
 import json
 import shutil
@@ -116,7 +116,9 @@ def test_skip_overrides_and_formats(dense):
 
 @pytest.mark.parametrize("arguments", [dict(skip=["*.nothing"]), dict(overrides={"model.layer.*": 4})])
 def test_a_pattern_without_a_match_is_an_error(dense, arguments):
-    with pytest.raises(ValueError, match=r"expected a pattern that matches a module, got '(\*\.nothing|model\.layer\.\*)'"):
+    with pytest.raises(
+        ValueError, match=r"expected a pattern that matches a module, got '(\*\.nothing|model\.layer\.\*)'"
+    ):
         AutoModelForCausalLM.from_pretrained(dense, quantization_config=InqConfig(FMT, **arguments))
 
 

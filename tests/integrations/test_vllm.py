@@ -1,5 +1,5 @@
-"""vLLM's own loader, by one process and by two: each process has the slices of the files' bytes that are its, and its layers
-compute what these bytes mean. Without vLLM's compiled parts; a model's forward needs those."""
+"""vLLM's own loader, by one process and by two: each process has the slices of the files' bytes that are its, and its
+layers compute what these bytes mean. Without vLLM's compiled parts; a model's forward needs those."""
 
 import json
 import os
@@ -69,7 +69,11 @@ def part(entries, name, rank, processes):
     weights = [entries[f"{parent}.{n}.weight" if parent else f"{n}.weight"] for n in names]
     rows = []
     for packed in weights:
-        scale = torch.ones_like(packed.weight_exp, dtype=torch.float32) if packed.weight_scale is None else packed.weight_scale
+        scale = (
+            torch.ones_like(packed.weight_exp, dtype=torch.float32)
+            if packed.weight_scale is None
+            else packed.weight_scale
+        )
         rows.append((packed.weight, packed.weight_exp, scale))
     if layer in ("o_proj", "down_proj"):
         weight, exponents, scale = rows[0]

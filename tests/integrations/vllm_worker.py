@@ -34,7 +34,12 @@ try:
             layer = model.get_submodule(name)
             method = layer.quant_method
             packed = PackedWeight(
-                layer.weight, layer.weight_exp, layer.weight_scale, method.format, layer.inq_shape, layout_of(layer.weight)
+                layer.weight,
+                layer.weight_exp,
+                layer.weight_scale,
+                method.format,
+                layer.inq_shape,
+                layout_of(layer.weight),
             )
             stored = prepack(packed, STORAGE)
             for part in ("weight", "weight_exp", "weight_scale"):
