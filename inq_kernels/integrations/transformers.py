@@ -25,7 +25,6 @@ from .. import ops
 from ..file_format import check_packed, config
 from ..format import Format
 from ..nn import (
-    PACKED_TYPES,
     Conv2d,
     Converted,
     ConvertReport,
@@ -104,6 +103,13 @@ class InqConfig(QuantizationConfigMixin):
         return isinstance(other, InqConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"InqConfig({self.settings})"
+
+    def to_diff_dict(self) -> dict:
+        """As ``to_dict``: nothing of it goes without saying."""
+        return self.to_dict()
 
 
 class _Pack(ConversionOps):
@@ -320,7 +326,9 @@ class InqHfQuantizer(HfQuantizer):
 
 
 def _stayed_float(module: nn.Module) -> bool:
-    return isinstance(module, tuple(PACKED_TYPES)) and not isinstance(module, _PackedModule)
+    """What ``inq quantize`` names as well: matrices and kernels, not norms."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() >= 2 and not isinstance(module, _PackedModule)
 
 
 def _empty(module: nn.Module, fmt: Format, scaled: bool = False, sharded: bool = False) -> nn.Module:

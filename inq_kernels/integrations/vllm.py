@@ -2,8 +2,8 @@
 
 Installed with this package: vLLM calls ``register`` in each of its processes (entry point ``vllm.general_plugins``),
 and ``LLM(model=DIR)`` finds the method in the model's config.json. Packed are its linear layers and an output layer
-of its own; fused layers (QKV, gate and up) are one product, since each row has its exponent. Packed experts of a mixture are
-refused.
+of its own; fused layers (QKV, gate and up) are one product, since each row has its exponent. Packed experts of a
+mixture are refused.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_the_report_says_what_stayed_float(quantized):
     row = rows[LAYERS[0]]
     assert (row.bytes_before, row.bytes_after) == (64 * 64 * 4, 64 * 64 // 2 + 64)
     assert 5 < row.sqnr_db < 40
-    assert quantized.config.quantization_config.to_dict()["ignore"] == ["lm_head"]
+    assert quantized.config.quantization_config.to_dict()["ignore"] == ["lm_head", "model.embed_tokens"]
 
 
 def test_skip_overrides_and_formats(dense):
@@ -108,7 +108,8 @@ def test_skip_overrides_and_formats(dense):
     assert modules["model.layers.1.mlp.up_proj"].format == dense_fmt
     assert modules["model.layers.0.mlp.up_proj"].format == inq.Format(2)
     said = model.config.quantization_config.to_dict()
-    assert said["ignore"] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
+    floats = ["model.embed_tokens", "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
+    assert said["ignore"] == floats
     assert set(said["overrides"]) == {"lm_head", *(n for n in LAYERS if n.startswith("model.layers.1.mlp"))}
     rows = {row.name: row.reason for row in model.hf_quantizer.report.modules}
     assert rows["model.layers.0.self_attn.v_proj"] == "skipped by '*.v_proj'"
@@ -158,13 +159,11 @@ def test_dtypes(dense):
 
 
 def test_convolutions_of_a_vision_model(tmp_path):
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4
-    )
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     torch.manual_seed(0)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    load = transformers.ViTForImageClassification.from_pretrained
-    model = load(tmp_path / "vit", quantization_config=InqConfig(FMT, skip=["classifier"])).eval()
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    load = transformers.ResNetForImageClassification.from_pretrained
+    model = load(tmp_path / "resnet", quantization_config=InqConfig(FMT, skip=())).eval()
     kinds = {type(m) for m in packed(model).values()}
     assert kinds == {inq.Linear, inq.Conv2d}
     save_pretrained(model, tmp_path / "packed")
@@ -350,8 +349,12 @@ def test_a_bad_file_is_one_clear_error(copied, case):
 
 
 def test_no_pickle_and_no_bare_state_dict(quantized, copied):
+    config = transformers.LlamaConfig.from_pretrained(copied)
     with pytest.raises(ValueError, match="expected the files of a packed model, got none"):
-        LlamaForCausalLM.from_pretrained(None, config=quantized.config, state_dict=quantized.state_dict())
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=quantized.state_dict())
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(inq.CheckpointError, match="never opened"):
+        LlamaForCausalLM.from_pretrained(copied)
 
 
 def test_saving_refuses_what_it_would_do_wrong(quantized, dense, tmp_path):

@@ -2,9 +2,11 @@
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import inq_kernels as inq
 
+logging.disable_progress_bar()
 IDS = torch.arange(24).view(2, 12) % 96
 
 
