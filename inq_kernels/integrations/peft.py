@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Conv2d as LoraConv2d
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
@@ -20,13 +19,15 @@ from .. import ops
 from ..nn import Conv2d, Converted, ConvertReport, Linear, _PackedModule, fit, sqnr_db
 from ..ops import PackedWeight
 
-__all__ = ["PackedLoraConv2d", "PackedLoraLinear", "merge_and_requantize", "prepare"]
+__all__ = ["PackedLoraLinear", "merge_and_requantize", "prepare"]
 
 # Initialisations that do not look at the base weight.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-class _NoMerge:
+class PackedLoraLinear(LoraLinear):
+    """PEFT's LoRA of a Linear, beside an ``inq.Linear``."""
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: see the message."""
         raise NotImplementedError(
@@ -39,12 +40,11 @@ class _NoMerge:
         raise NotImplementedError("a LoRA beside packed weights is never merged: expected no call of unmerge")
 
 
-class PackedLoraLinear(_NoMerge, LoraLinear):
-    """PEFT's LoRA of a Linear, beside an ``inq.Linear``."""
-
-
-class PackedLoraConv2d(_NoMerge, LoraConv2d):
-    """PEFT's LoRA of a Conv2d, beside an ``inq.Conv2d``."""
+def _refuse_convolution(target: nn.Module, adapter_name: str, **kwargs) -> nn.Module:
+    raise ValueError(
+        f"LoRA {adapter_name!r}: expected target_modules without packed convolutions, got {target}: PEFT makes its "
+        "adapters of the same class, and packed weights are not trained"
+    )
 
 
 def prepare(config: peft.LoraConfig) -> peft.LoraConfig:
@@ -69,7 +69,7 @@ def prepare(config: peft.LoraConfig) -> peft.LoraConfig:
             f"prepare: init_lora_weights: expected one of {_PLAIN_INITS} beside packed weights, "
             f"got {config.init_lora_weights!r}, which computes with the base weight"
         )
-    config._register_custom_module({Linear: PackedLoraLinear, Conv2d: PackedLoraConv2d})
+    config._register_custom_module({Linear: PackedLoraLinear, Conv2d: _refuse_convolution})
     return config
 
 

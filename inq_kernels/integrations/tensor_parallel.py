@@ -16,27 +16,21 @@ from ..layouts import STORAGE
 from ..nn import Linear
 from ..ops import prepack
 
-# A style that no parallel layer has: the parameter is left whole.
-_WHOLE = "inq_whole"
 _ROW_PARTS = ("weight_exp", "weight_scale")
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def world_size(model) -> int:
     """Over how many processes ``model`` is split by tensor parallelism."""
     settings = getattr(model.config, "distributed_config", None)
-    size = getattr(settings, "tp_size", None)
-    return 1 if size is None else int(size)
+    return int(getattr(settings, "tp_size", None) or 1)
 
 
-def with_row_exponents(config):
-    """``config`` with plans that keep the exponents of row-wise layers whole."""
-    children = [getattr(config, name, None) for name in getattr(type(config), "sub_configs", {})]
-    for owner in (config, *children):
-        plan = getattr(owner, "base_model_tp_plan", None)
-        if plan:
-            whole = {f"{name}.{part}": _WHOLE for name, style in plan.items() if _rowwise(style) for part in _ROW_PARTS}
-            owner.base_model_tp_plan = {**plan, **whole}
-    return config
+def keep_row_parts_whole(model, plan: dict[str, str]) -> None:
+    """Extend ``plan``: exponents and scales of a layer that is cut by columns are every process's."""
+    there = {_NUMBER.sub(".*", name) for name, _ in model.named_parameters()}
+    names = [f"{name}.{part}" for name, style in plan.items() if _rowwise(style) for part in _ROW_PARTS]
+    plan.update(dict.fromkeys((name for name in names if name in there), "replicate"))
 
 
 def _rowwise(style: str) -> bool:
@@ -47,7 +41,7 @@ def check_width(where: str, name: str, model, shape: tuple[int, ...], world: int
     """A ValueError if the columns of a weight of ``shape`` cannot be cut for ``world`` processes."""
     if world == 1:
         return
-    style = (model.tp_plan or {}).get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "")
+    style = (model.tp_plan or {}).get(_NUMBER.sub(".*", name), "")
     if _rowwise(style) and shape[1] % (8 * world):
         raise ValueError(
             f"{where}: expected input features that are a multiple of {8 * world} for {world} processes, got {shape[1]}"

@@ -174,8 +174,8 @@ class InqHfQuantizer(HfQuantizer):
     def get_quantize_ops(self):
         return _Pack(self)
 
-    def update_tp_plan(self, config):
-        return tensor_parallel.with_row_exponents(config)
+    def update_parallel_plan(self, model, plan: dict[str, str]) -> None:
+        tensor_parallel.keep_row_parts_whole(model, plan)
 
     # --- before the weights are read ---
 
@@ -271,6 +271,10 @@ class InqHfQuantizer(HfQuantizer):
     # --- after ---
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if getattr(model, "_tp_size", None) and not hasattr(HfQuantizer, "update_parallel_plan"):
+            raise ValueError(
+                "inq: expected transformers ≥ 5.21 for tensor parallelism, which cuts packed weights right"
+            )
         for name, module in model.named_modules():
             where = f"{type(model).__name__}: module {name!r}"
             if isinstance(module, _PackedModule):
