@@ -59,11 +59,7 @@ class ShardedLinear(Linear):
     @property
     def whole_shape(self) -> tuple[int, ...]:
         """The logical shape of the weight over all processes."""
-        if not self._placed:
-            return self.shape
-        rows, width = self._placed["weight"][2]
-        cut_by_columns = width != self.format.row_bytes(self.shape[1])
-        return rows, width // self.format.bits * 8 if cut_by_columns else self.shape[1]
+        return self.out_features, self.in_features
 
     def localize(self) -> None:
         """Keep this process's part of weight, exponents and scales, and remember of what it is a part."""
@@ -78,8 +74,8 @@ class ShardedLinear(Linear):
         rows, columns = parts["weight"].shape[0], self.shape[1]
         if "weight" in placed and parts["weight"].shape[1] != placed["weight"][2][1]:
             columns = parts["weight"].shape[1] // self.format.bits * 8
+        # Features are those of the whole layer: transformers gathers and splits activations by them.
         self.shape = (rows, columns)
-        self.out_features, self.in_features = self.shape
         self._set_codes(*(None if t is None else t.detach() for t in parts.values()))
         self._placed = placed
 
