@@ -29,7 +29,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars language-model bench static static-cuda gpu gpu-sanitize test emulate mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars language-model bench static static-cuda gpu gpu-sanitize test test-integrations emulate mutants mutants-files sanitize lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
@@ -41,6 +41,7 @@ help:
 	@echo "make gpu-sanitize   there, compute-sanitizer over the CUDA library's tests"
 	@echo "make gpu       on a machine with one: the tests of its kernels, then the benchmarks (under 8 minutes)"
 	@echo "make test      the whole test suite"
+	@echo "make test-integrations   transformers, PEFT and vLLM themselves, in environments of their own (.integrations/)"
 	@echo "make emulate   CUDA kernels on the CPU, 20 schedules of each (make test runs 3)"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
@@ -94,6 +95,11 @@ gpu-sanitize: $(READY)
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)
 
+# The oldest and the newest transformers, PEFT, and vLLM's Python; INTEGRATIONS names some of the environments.
+INTEGRATIONS ?=
+test-integrations: $(READY)
+	$(PY) tests/integrations/run.py $(INTEGRATIONS)
+
 # Tests that use the emulator import its support.
 emulate: $(READY)
 	INQ_EMULATOR_SEEDS=20 $(PY) -m pytest $(PYTEST) $(shell grep -l support_emulator tests/test_*.py)
@@ -118,7 +124,7 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .integrations demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ifneq ($(strip $(VENV)),)

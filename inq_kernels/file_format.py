@@ -126,7 +126,7 @@ def check_packed(path: Path, name: str, packed: PackedWeight, dtype: torch.dtype
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _format_json(fmt: Format) -> dict[str, object]:
+def format_json(fmt: Format) -> dict[str, object]:
     return {key: getattr(fmt, field) for field, key in _FORMAT_KEYS.items()}
 
 
@@ -139,10 +139,11 @@ def config(formats: Mapping[str, Format], ignore: Iterable[str]) -> dict[str, ob
     return {
         "quant_method": "inq",
         "format_version": FORMAT_VERSION,
-        **_format_json(default),
+        **format_json(default),
         "ignore": sorted(ignore),
-        "overrides": {name: _format_json(fmt) for name, fmt in sorted(formats.items()) if fmt != default},
-        "producer": f"{_PRODUCER} {__version__}",
+        "overrides": {name: format_json(fmt) for name, fmt in sorted(formats.items()) if fmt != default},
+        # Of two parts: vLLM reads the name of whoever made a configuration, whatever its method.
+        "producer": {"name": _PRODUCER, "version": __version__},
     }
 
 
@@ -192,7 +193,7 @@ def write_file(
             manifest[name] |= {
                 "dtype": _dtype_name(dtype),
                 "shape": list(value.shape),
-                **_format_json(value.format),
+                **format_json(value.format),
                 "exponent_range": [int(exponents.min()), int(exponents.max())],
             }
     text = json.dumps(manifest, separators=(",", ":"))
@@ -306,7 +307,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise CheckpointError(f"{where}: expected in the header's metadata, got none: load the directory instead")
         configuration = files.parse_json(header.metadata[_CONFIG_KEY], where)
     # The version first: of a newer format nothing else needs to make sense.
-    _check_version(where, configuration)
+    check_version(where, configuration)
     manifest: dict[str, Entry] = {}
     for file, header in headers.items():
         _check_is_inq(file, header)
@@ -423,7 +424,7 @@ def _check_version_number(where: str, version: object) -> None:
         )
 
 
-def _check_version(where: str, configuration: object) -> None:
+def check_version(where: str, configuration: object) -> None:
     if not isinstance(configuration, dict):
         raise CheckpointError(f"{where}: expected an object, got {type(configuration).__name__}")
     if (method := configuration.get("quant_method")) != "inq":
@@ -431,7 +432,7 @@ def _check_version(where: str, configuration: object) -> None:
     _check_version_number(f"{where}: format_version", configuration.get("format_version"))
 
 
-def _read_format(where: str, values: Mapping[str, object]) -> Format:
+def read_format(where: str, values: Mapping[str, object]) -> Format:
     try:
         return Format(**{field: values.get(key) for field, key in _FORMAT_KEYS.items()})
     except (TypeError, ValueError) as error:
@@ -491,7 +492,7 @@ def _entry(where: str, value: object) -> Entry:
         raise CheckpointError(
             f"{where}: exponent_range: expected [least, largest] within [{N1_MIN}, {N1_MAX}], got {bounds!r}"
         )
-    return Entry(checksum, dtype, shape, _read_format(where, value), (bounds[0], bounds[1]))
+    return Entry(checksum, dtype, shape, read_format(where, value), (bounds[0], bounds[1]))
 
 
 def _check_parts(checkpoint: Checkpoint, name: str, entry: Entry) -> None:
@@ -526,7 +527,7 @@ def _check_parts(checkpoint: Checkpoint, name: str, entry: Entry) -> None:
 
 def _check_config(where: str, configuration: Mapping[str, object], checkpoint: Checkpoint) -> None:
     """That the configuration says of every packed weight what the manifest says."""
-    default = _read_format(where, configuration)
+    default = read_format(where, configuration)
     overrides, ignore = configuration.get("overrides", {}), configuration.get("ignore", [])
     if not isinstance(overrides, dict) or not all(isinstance(value, dict) for value in overrides.values()):
         raise CheckpointError(f"{where}: overrides: expected an object of objects, got {str(overrides)[:80]}")
@@ -540,9 +541,7 @@ def _check_config(where: str, configuration: Mapping[str, object], checkpoint: C
     if both := set(ignore) & set(packed):
         raise CheckpointError(f"{where}: ignore: expected names of modules that are not packed, got {some(both)}")
     for module, name in packed.items():
-        expected = (
-            _read_format(f"{where}: overrides: {module!r}", overrides[module]) if module in overrides else default
-        )
+        expected = read_format(f"{where}: overrides: {module!r}", overrides[module]) if module in overrides else default
         got = checkpoint.manifest[name].format
         if got != expected:
             raise CheckpointError(

@@ -192,7 +192,7 @@ def test_the_format_on_disk_is_that_of_the_description(tmp_path):
             "0": four | {"bits": 5},
             "3": {"bits": 3, "levels": "dense", "exponent_granularity": "channel", "exponent_rule": "mse"},
         },
-        "producer": f"inq_kernels {inq.__version__}",
+        "producer": {"name": "inq_kernels", "version": inq.__version__},
     }  # fmt: skip
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         metadata = file.metadata()

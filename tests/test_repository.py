@@ -29,9 +29,9 @@ LAYERS = [
         "checkpoint",
         "transcode",
         "training",
-        "integrations",
         "sharded_files",
         "sharded",
+        "integrations",
         "demo",
         "bench",
         "cli",
@@ -85,7 +85,7 @@ def test_a_cold_import_needs_only_torch_and_safetensors_and_asks_for_no_gpu():
     """With Triton and every extra blocked."""
     script = """
 import sys
-for name in ("triton", "numpy", "rich", "matplotlib", "sklearn", "transformers"):
+for name in ("triton", "numpy", "rich", "matplotlib", "sklearn", "transformers", "peft", "vllm"):
     sys.modules[name] = None
 import warnings
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")

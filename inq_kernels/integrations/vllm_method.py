@@ -1,0 +1,193 @@
+"""vLLM's side of packed weights: which layer is packed, its parameters, its product. ``vllm.register`` imports this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, PackedvLLMParameter
+
+from .. import backends, ops
+from ..file_format import CONFIG_FILE, check_packed
+from ..format import Format
+from ..layouts import STORAGE, layout_of
+from ..ops import PackedWeight
+from .settings import Settings
+
+# Mixtures of experts, under the names that their layer has had.
+_EXPERTS = ("FusedMoE", "RoutedExperts")
+
+
+@register_quantization_config("inq")
+class InqConfig(QuantizationConfig):
+    """``quantization_config`` of a packed model."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def __repr__(self) -> str:
+        return f"InqConfig({self.settings.default})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "inq"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return [CONFIG_FILE]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> InqConfig:
+        return cls(Settings.read("quantization_config", config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        old = self.settings
+        overrides = hf_to_vllm_mapper.apply_dict(dict(old.overrides))
+        self.settings = Settings(old.default, overrides, tuple(hf_to_vllm_mapper.apply_list(list(old.ignore))))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str):
+        if any(kind.__name__ in _EXPERTS for kind in type(layer).__mro__):
+            return self._experts(prefix)
+        if not isinstance(layer, (LinearBase, ParallelLMHead)):
+            return None
+        fmt = self._format(prefix)
+        if fmt is not None:
+            return InqLinearMethod(fmt, prefix)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The modules of the files that a layer of vLLM is made of."""
+        parent, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+    def _format(self, prefix: str) -> Format | None:
+        parts = self._parts(prefix)
+        formats = {part: self.settings.format_of(part) for part in parts}
+        if len({None if f is None else (f.bits, f.levels) for f in formats.values()}) > 1:
+            listed = ", ".join(f"{part}: {fmt or 'float'}" for part, fmt in formats.items())
+            raise ValueError(f"inq: layer {prefix!r}: expected one format for all parts of a fused layer, got {listed}")
+        return formats[parts[0]]
+
+    def _experts(self, prefix: str) -> None:
+        """None if they are float: vLLM runs them then."""
+        names = self.settings.ignore
+        if not (self.settings.ignored(prefix) or any(name.startswith(f"{prefix}.") for name in names)):
+            raise ValueError(
+                f"inq: layer {prefix!r}: expected float experts, got packed ones, which the vLLM plugin cannot run "
+                "yet: quantize with --skip '*.experts.*', or serve with transformers"
+            )
+
+
+@register_weight_loader_v2_supported_method
+class InqLinearMethod(LinearMethodBase):
+    """A linear layer's packed weight: storage layout while it is read, its device's afterwards."""
+
+    def __init__(self, fmt: Format, prefix: str) -> None:
+        self.format, self.prefix = fmt, prefix
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """Parameters ``weight`` uint8 [N, ceil(K/8)·bits], ``weight_exp`` int8 [N, 1] and ``weight_scale`` float32
+        [N, 1], of this process's part.
+
+        Raises:
+            ValueError: the columns cannot be cut at a multiple of eight.
+        """
+        if input_size_per_partition != input_size and input_size_per_partition % 8:
+            raise ValueError(
+                f"inq: layer {self.prefix!r}: expected input features a process that are a multiple of 8, "
+                f"got {input_size_per_partition} of {input_size}: use fewer processes"
+            )
+        n, loader = sum(output_partition_sizes), extra_weight_attrs["weight_loader"]
+        layer.inq_shape, layer.inq_dtype = (n, input_size_per_partition), params_dtype
+
+        def checked(name: str, dtype: torch.dtype) -> Callable:
+            return _checked(f"inq: layer {self.prefix!r}: {name}", dtype, loader)
+
+        weight = PackedvLLMParameter(
+            data=torch.zeros(n, self.format.row_bytes(input_size_per_partition), dtype=torch.uint8),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=Fraction(8, self.format.bits),
+            weight_loader=checked("weight", torch.uint8),
+        )
+        exponents = ChannelQuantScaleParameter(
+            data=torch.zeros(n, 1, dtype=torch.int8), output_dim=0, weight_loader=checked("weight_exp", torch.int8)
+        )
+        # Few models have row scales, and only the files know: ones that are not overwritten are dropped after loading.
+        scale = ChannelQuantScaleParameter(
+            data=torch.ones(n, 1, dtype=torch.float32),
+            output_dim=0,
+            weight_loader=checked("weight_scale", torch.float32),
+        )
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("weight_exp", exponents)
+        layer.register_parameter("weight_scale", scale)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Check the codes, and lay them out for the device's kernels. Raises CheckpointError."""
+        if layout_of(layer.weight) != STORAGE:
+            return
+        weight, exponents, scale = (layer.weight.data, layer.weight_exp.data, layer.weight_scale.data)
+        scale = None if bool((scale == 1).all()) else scale
+        packed = PackedWeight(weight, exponents, scale, self.format, layer.inq_shape)
+        check_packed(Path(f"vLLM layer {self.prefix!r}"), "weight", packed)
+        layout = backends.preferred_layout(weight.device.type, layer.inq_dtype, self.format)
+        laid_out = ops.prepack(packed, layout)
+        for name in ("weight", "weight_exp", "weight_scale"):
+            part = getattr(laid_out, name)
+            layer.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] of this process → [..., N], by ``inq.linear``."""
+        weight = layer.weight
+        packed = PackedWeight(
+            weight, layer.weight_exp, layer.weight_scale, self.format, layer.inq_shape, layout_of(weight)
+        )
+        return ops.linear(x, packed, bias)
+
+
+def _checked(where: str, dtype: torch.dtype, loader: Callable) -> Callable:
+    """``loader``, which would copy values of any dtype into the parameter, for values of ``dtype`` alone."""
+
+    def load(param: nn.Parameter, loaded_weight: Tensor, *args, **kwargs) -> None:
+        if loaded_weight.dtype != dtype:
+            raise TypeError(
+                f"{where}: expected {dtype}, got {loaded_weight.dtype}: the files hold another weight than "
+                "quantization_config says"
+            )
+        loader(param, loaded_weight, *args, **kwargs)
+
+    return load

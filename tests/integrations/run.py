@@ -1,0 +1,112 @@
+"""Tests against the libraries themselves, each in an environment of its own: ``make test-integrations``.
+
+    python tests/integrations/run.py [ENVIRONMENT …] [-- PYTEST ARGUMENTS …]
+
+An environment is a venv in .integrations/ that sees the packages of the one that runs this (torch, this package) behind
+its own. It is made once, and again when what belongs into it changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "integrations"
+PLACE = ROOT / ".integrations"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """``packages`` from the index; ``bare``: of these the Python alone, without dependencies and compiled parts."""
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+    bare: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+ENVIRONMENTS = {
+    "transformers-oldest": Environment(("transformers==5.0.0",), ("test_transformers.py",)),
+    "transformers-newest": Environment(
+        ("transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"),
+        ("test_transformers.py", "test_tensor_parallel.py", "test_peft.py", "test_serve_page.py"),
+    ),
+    "vllm": Environment(
+        ("transformers==5.20.0",),
+        ("test_vllm.py",),
+        ("vllm==0.33.0",),
+        (("VLLM_TARGET_DEVICE", "cpu"), ("VLLM_LOGGING_LEVEL", "WARNING"), ("VLLM_NO_USAGE_STATS", "1")),
+    ),
+}  # fmt: skip
+
+
+def run(*command: object, **kwargs) -> int:
+    return subprocess.run(list(map(str, command)), check=False, **kwargs).returncode
+
+
+def pip(python: Path, *arguments: object) -> None:
+    # torch is pinned: a looser requirement would fetch gigabytes of CUDA libraries.
+    quiet = ("--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt")
+    if run(python, "-m", "pip", arguments[0], *quiet, *arguments[1:]):
+        raise SystemExit(f"pip {' '.join(map(str, arguments))}: failed")
+
+
+def make(name: str, environment: Environment) -> Path:
+    """The environment's Python; made if it is not there as it should be."""
+    folder = PLACE / name
+    python, stamp = folder / "bin" / "python", folder / ".made"
+    parent = sysconfig.get_paths()["purelib"]
+    wanted = hashlib.sha256(repr((environment, parent, (ROOT / "constraints.txt").read_text())).encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    print(f"{name}: installing {' '.join((*environment.packages, *environment.bare))}", flush=True)
+    venv.create(folder, with_pip=True, clear=True)
+    own = next(folder.glob("lib/python*/site-packages"))
+    # addsitedir, not a plain path: an editable installation is a .pth file in there.
+    (own / "parent.pth").write_text(f"import site; site.addsitedir({parent!r})\n")
+    pip(python, "install", *environment.packages)
+    for package in environment.bare:
+        wheels = folder / "wheels"
+        pip(python, "download", "--no-deps", "--only-binary=:all:", "-d", wheels, package)
+        for wheel in wheels.iterdir():
+            with zipfile.ZipFile(wheel) as content:
+                content.extractall(own, [member for member in content.namelist() if not member.endswith(".so")])
+            wheel.unlink()
+    stamp.write_text(wanted)
+    return python
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environments", nargs="*", metavar="ENVIRONMENT", help=f"some of {', '.join(ENVIRONMENTS)}")
+    chosen = parser.parse_args(arguments[:split]).environments or list(ENVIRONMENTS)
+    if unknown := set(chosen) - set(ENVIRONMENTS):
+        parser.error(f"expected some of {', '.join(ENVIRONMENTS)}, got {', '.join(unknown)}")
+    failed = []
+    for name in chosen:
+        environment = ENVIRONMENTS[name]
+        python = make(name, environment)
+        files = [HERE / test for test in environment.tests]
+        print(f"{name}:", flush=True)
+        # What other libraries warn of is no error of ours.
+        command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *files, *arguments[split + 1 :])
+        offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if run(*command, cwd=ROOT, env={**os.environ, **offline, **dict(environment.variables)}):
+            failed.append(name)
+    print("failed: " + ", ".join(failed) if failed else "all passed", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

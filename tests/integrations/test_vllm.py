@@ -1,0 +1,162 @@
+"""vLLM's own loader, by one process and by two: each process has the slices of the files' bytes that are its, and its
+layers compute what these bytes mean. Without vLLM's compiled parts; a model's forward needs those."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import inq_kernels as inq
+from inq_kernels.cli import main
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+BOTH = (
+    *(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("qkv_proj", "o_proj")),
+    *(f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")),
+)
+
+
+def load(path, processes, *names):
+    """(exit status, output, [tensors of each process]) of vLLM's loader."""
+    out = path.parent / f"out{processes}"
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER), str(path), str(out), *names]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    results = [load_file(out / f"{r}.safetensors") for r in range(processes)] if done.returncode == 0 else []
+    return done.returncode, done.stdout + done.stderr, results
+
+
+def quantize(source, target, *arguments):
+    assert main(["quantize", str(source), str(target), "--bits", "5", "--granularity", "channel", *arguments]) == 0
+    return target
+
+
+def scaled(path):
+    """Give one weight row scales, as batch norms or calibration leave them."""
+    entries = inq.load(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    packed = entries[name]
+    scale = torch.linspace(0.5, 1.5, 160).view(160, 1)
+    entries[name] = inq.PackedWeight(packed.weight, packed.weight_exp, scale, packed.format, packed.shape)
+    inq.save(entries, path / "new.safetensors")
+    (path / "model.safetensors").unlink()
+    save_file(load_file(path / "new.safetensors"), path / "model.safetensors", {"format": "pt"})
+    (path / "new.safetensors").unlink()
+    return entries
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vllm")
+    tiny.model(attention_bias=True).save_pretrained(path / "dense")
+    quantize(path / "dense", path / "packed")
+    return path / "packed", scaled(path / "packed")
+
+
+def part(entries, name, rank, processes):
+    """(weight, exponents, scale or None, bias or None) of a layer of vLLM, cut out of the files."""
+    parent, _, layer = name.rpartition(".")
+    names = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.get(layer, [layer])
+    weights = [entries[f"{parent}.{n}.weight" if parent else f"{n}.weight"] for n in names]
+    rows = []
+    for packed in weights:
+        scale = (
+            torch.ones_like(packed.weight_exp, dtype=torch.float32)
+            if packed.weight_scale is None
+            else packed.weight_scale
+        )
+        rows.append((packed.weight, packed.weight_exp, scale))
+    if layer in ("o_proj", "down_proj"):
+        weight, exponents, scale = rows[0]
+        return weight.chunk(processes, 1)[rank], exponents, scale, weights[0].shape[1] // processes
+    cut = [torch.cat([row[i].chunk(processes, 0)[rank] for row in rows]) for i in range(3)]
+    return *cut, weights[0].shape[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_process_has_its_slices_and_computes_with_them(model, processes):
+    path, entries = model
+    code, text, results = load(path, processes, *BOTH)
+    assert code == 0, text[-4000:]
+    for rank, result in enumerate(results):
+        for name in BOTH:
+            weight, exponents, scale, k = part(entries, name, rank, processes)
+            assert torch.equal(result[f"{name}.weight"], weight), name
+            assert torch.equal(result[f"{name}.weight_exp"], exponents), name
+            has_scale = bool((scale != 1).any())
+            assert (f"{name}.weight_scale" in result) == has_scale
+            packed = inq.PackedWeight(weight, exponents, scale, inq.Format(5, granularity="channel"), (len(weight), k))
+            x = result[f"{name}.x"]
+            torch.testing.assert_close(result[f"{name}.y"], x @ inq.unpack(packed).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_output_layer_of_its_own_is_packed_too(model, processes):
+    path, entries = model
+    code, text, results = load(path, processes, "lm_head")
+    assert code == 0, text[-4000:]
+    weight = torch.cat([r["lm_head.weight"] for r in results])
+    exponents = torch.cat([r["lm_head.weight_exp"] for r in results])
+    assert torch.equal(weight[:96], entries["lm_head.weight"].weight)
+    assert torch.equal(exponents[:96], entries["lm_head.weight"].weight_exp)
+    assert not weight[96:].any()
+
+
+def edit_config(path, change):
+    content = json.loads((path / "config.json").read_text())
+    change(content["quantization_config"])
+    (path / "config.json").write_text(json.dumps(content))
+
+
+def test_parts_of_a_fused_layer_in_two_formats_are_refused(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "dense")
+    path = quantize(tmp_path / "dense", tmp_path / "packed", "--skip", "*.k_proj")
+    code, text, _ = load(path, 1)
+    assert code != 0
+    assert "expected one format for all parts of a fused layer" in text
+    assert "k_proj: float" in text
+
+
+def test_columns_that_cannot_be_cut_are_refused(tmp_path):
+    tiny.model(intermediate_size=152).save_pretrained(tmp_path / "dense")
+    code, text, _ = load(quantize(tmp_path / "dense", tmp_path / "packed"), 2)
+    assert code != 0
+    assert "expected input features a process that are a multiple of 8, got 76 of 152" in text
+
+
+def test_packed_experts_are_refused_and_float_ones_are_not(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    code, text, _ = load(quantize(tmp_path / "dense", tmp_path / "packed"), 1)
+    assert code != 0
+    assert "expected float experts, got packed ones, which the vLLM plugin cannot run yet" in text
+    code, text, results = load(quantize(tmp_path / "dense", tmp_path / "float", "--skip", "*experts*"), 1, BOTH[0])
+    assert code == 0, text[-4000:]
+    assert results[0][f"{BOTH[0]}.weight"].dtype == torch.uint8
+
+
+def test_codes_that_are_not_canonical_are_refused(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "dense")
+    path = quantize(tmp_path / "dense", tmp_path / "packed")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][5, :] = 0x11
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    code, text, _ = load(path, 1)
+    assert code != 0
+    assert "expected canonical codes of 5-bit paper" in text
+    assert "model.layers.1.mlp.down_proj" in text
