@@ -109,7 +109,8 @@ def load_training(path: str | os.PathLike, model: nn.Module, optimizer: torch.op
     except BaseException as error:
         # What the checks cannot know: a module's own loading, an optimizer's or a scheduler's.
         _take_over(model, optimizer, run, before)
-        if isinstance(error, _MALFORMED):
+        malformed = (*_MALFORMED, ValueError, RuntimeError, OverflowError)
+        if isinstance(error, malformed) and not isinstance(error, torch.OutOfMemoryError):
             raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
         raise
     return state["extra"]
@@ -257,25 +258,32 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor], depth: int = 0) 
     )
 
 
-def _decode(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(value: Any, where: str, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     """The inverse of ``_encode``."""
+    if depth > _MAX_DEPTH:
+        # Before Python's own limit, which would be an error of another kind.
+        raise CheckpointError(f"{where}: expected at most {_MAX_DEPTH} levels of nesting, got more")
+
+    def inner(v: Any) -> Any:
+        return _decode(v, where, tensors, depth + 1)
+
     if isinstance(value, list):
-        return [_decode(v, where, tensors) for v in value]
+        return [inner(v) for v in value]
     if not isinstance(value, dict):
         return value
     kind = next((key for key in value if key.startswith("$")), None)
     if kind is None:
-        return {k: _decode(v, where, tensors) for k, v in value.items()}
+        return {k: inner(v) for k, v in value.items()}
     content = value[kind]
     try:
         if kind == _TENSOR:
             return tensors[content]
         if kind == _TUPLE:
-            return tuple(_decode(v, where, tensors) for v in content)
+            return tuple(inner(v) for v in content)
         if kind == _FLOAT:
             return float(content) if content in ("inf", "-inf", "nan") else int(content)
         if kind in (_ITEMS, _COUNTER):
-            items = {_decode(k, where, tensors): _decode(v, where, tensors) for k, v in content}
+            items = {inner(k): inner(v) for k, v in content}
             return collections.Counter(items) if kind == _COUNTER else items
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {kind}: expected what save_training writes, got {error}") from error

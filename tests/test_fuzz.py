@@ -20,8 +20,11 @@ def begin(tmp_path_factory):
 
 @pytest.fixture
 def place():
-    made = targets.Place()
+    made, states = targets.Place(), (torch.get_rng_state(), random.getstate())
     yield made
+    # Training checkpoints bring states of their own.
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
     made.close()
 
 
@@ -138,8 +141,8 @@ def test_a_model_that_a_refused_file_has_changed_is_a_crash(begin, place, monkey
         patch.setattr(inq, "load_training", changes)
         with pytest.raises(targets.Violation, match="something has changed"):
             targets.execute(data, place)
-    targets._into._fresh()
-    targets._resumed._fresh()
+    targets._into.fresh()
+    targets._resumed.fresh()
 
 
 def test_codes_that_no_one_checks_are_a_crash(begin, place, monkeypatch):

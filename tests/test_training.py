@@ -240,7 +240,9 @@ def rewrite(path, change):
         (lambda s, m: s["optimizer"].pop("parameters"), "expected a state as inq.save_training writes it"),
         (lambda s, m: s["rng"].update(python=5), "expected a state as inq.save_training writes it, got .*rng|int"),
         (lambda s, m: s["rng"].update(torch={"$tensor": "t.0"}), "expected a state as .*rng: expected uint8 tensors"),
-        (lambda s, m: s["inq"]["lr_schedulers"][0].update(state=5), "expected a state that can be loaded"),
+        (lambda s, m: s["inq"]["lr_schedulers"][0].update(state=5), "expected a state as inq.save_training writes it"),
+        (lambda s, m: s.update(extra=nested(70)), "expected at most 64 levels of nesting"),
+        (lambda s, m: s["model_metadata"].update({"": 5}), "expected a state that can be loaded"),
         (lambda s, m: s["optimizer"]["state"].update(state=5), "expected a state that can be loaded"),
     ],
 )
@@ -268,3 +270,17 @@ def test_a_flipped_bit_is_found(tmp_path, where):
     path.write_bytes(data)
     with pytest.raises(inq.CheckpointError, match="sha256"):
         inq.load_training(path, *objects)
+
+
+def test_a_state_cannot_take_the_place_of_a_method(tmp_path):
+    """torch's schedulers make attributes of whatever their state holds."""
+    path = tmp_path / "run.safetensors"
+    objects = make()
+    inq.save_training(path, *objects)
+    for part in ("lr_schedulers", "initial_lr_schedulers"):
+        inq.save_training(path, *objects)
+        rewrite(path, lambda s, m, part=part: s["inq"][part][0].get("state", s["inq"][part][0]).update(step=5))
+        fresh = make()
+        with pytest.raises(ValueError, match=r"lr_schedulers: expected no methods in a state, got \['step'\]"):
+            inq.load_training(path, *fresh)
+        assert callable(fresh[2].lr_schedulers[0].step)

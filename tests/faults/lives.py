@@ -99,8 +99,8 @@ def main(folder: Path, kills: int, by_time: bool) -> dict:
     with shim.counted(runs) as calls:
         model, optimizer, _, run = build()
         inq.save_training(path, model, optimizer, run, {"step": 0})
-    # Of one save and the load before it. Lives end within the first three saves, so that most get one step further;
-    # the stride visits every call of those before it comes to one again.
+    # Lives end within their load and the first two or three saves, so that most get one step further; the stride visits
+    # every call of those before it comes to one again.
     most = 3 * len(calls)
     stride = next(s for s in (11, 7, 13, 17) if most % s)
     path.unlink()
@@ -130,5 +130,6 @@ def main(folder: Path, kills: int, by_time: bool) -> dict:
 
 
 if __name__ == "__main__":
-    shim.install(Path(sys.argv[1]))
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), "--by-time" in sys.argv)))
+    place = Path(sys.argv[1]).resolve()
+    shim.install(place)
+    print(json.dumps(main(place, int(sys.argv[2]), "--by-time" in sys.argv)))

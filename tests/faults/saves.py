@@ -148,6 +148,9 @@ class Trial:
             except OSError as error:
                 assert error.errno == code, f"{where}: {error!r}"
                 assert str(self.place) in str(error.filename), f"{where}: {error!r} does not say which file"
+        # Only what is replaced may stay where it cannot be deleted; all else that fails has to be told.
+        kind = self.calls[n - 1][0]
+        assert not (said_yes and how == "once" and kind not in ("unlink", "open")), f"{where}: nobody was told"
         self.end(where, said_yes)
 
     def kill(self, half: bool, n: int) -> None:
@@ -192,5 +195,5 @@ def main(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    shim.install(Path(sys.argv[1]))
-    print(json.dumps(main(Path(sys.argv[1]))))
+    shim.install(Path(sys.argv[1]).resolve())
+    print(json.dumps(main(Path(sys.argv[1]).resolve())))

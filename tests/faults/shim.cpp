@@ -122,7 +122,7 @@ constexpr Call kCalls[] = {
     {SYS_fsync, "fsync", kFd0, false, true},
     {SYS_fdatasync, "fsync", kFd0, false, true},
 };
-constexpr int kCount_ = sizeof kCalls / sizeof kCalls[0];
+constexpr int kCallCount = sizeof kCalls / sizeof kCalls[0];
 constexpr int kMost = 4096;
 
 char prefix[PATH_MAX];
@@ -239,22 +239,22 @@ INQ_API int inq_fault_install() {
   const auto begin = reinterpret_cast<uint64_t>(&inq_raw), end = reinterpret_cast<uint64_t>(inq_raw_end);
   if (begin >> 32 != end >> 32) return ERANGE;
   constexpr uint32_t kIp = offsetof(seccomp_data, instruction_pointer);
-  sock_filter code[8 + kCount_] = {
+  sock_filter filter[8 + kCallCount] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kIp + 4),
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<uint32_t>(begin >> 32), 0, 3),
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kIp),
       BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, static_cast<uint32_t>(begin), 0, 1),
       // Before the end of inq_raw: allowed.
-      BPF_JUMP(BPF_JMP | BPF_JGT | BPF_K, static_cast<uint32_t>(end), 0, kCount_ + 1),
+      BPF_JUMP(BPF_JMP | BPF_JGT | BPF_K, static_cast<uint32_t>(end), 0, kCallCount + 1),
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
   };
-  for (int i = 0; i < kCount_; ++i) {
+  for (int i = 0; i < kCallCount; ++i) {
     const auto number = static_cast<uint32_t>(kCalls[i].number);
-    code[6 + i] = BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, static_cast<uint8_t>(kCount_ - i), 0);
+    filter[6 + i] = BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, static_cast<uint8_t>(kCallCount - i), 0);
   }
-  code[6 + kCount_] = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
-  code[7 + kCount_] = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP);
-  sock_fprog program = {static_cast<unsigned short>(8 + kCount_), code};
+  filter[6 + kCallCount] = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+  filter[7 + kCallCount] = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP);
+  sock_fprog program = {static_cast<unsigned short>(8 + kCallCount), filter};
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return errno;
   if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0) return errno;
   return 0;

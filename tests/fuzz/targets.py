@@ -70,45 +70,55 @@ def _describe(path: Path) -> None:
 class _Objects:
     """What files are loaded into, made anew after each that was taken over."""
 
-    def __init__(self, make: Callable[[], tuple], values: Callable[..., list]):
-        self._make, self._values = make, values
-        self._fresh()
+    def __init__(self, make: Callable[[], tuple], tensors: Callable[..., list], others: Callable[..., object]):
+        self._make, self._tensors, self._others = make, tensors, others
+        self.fresh()
 
-    def _fresh(self) -> None:
+    def fresh(self) -> None:
         self.made = self._make()
-        self._before = self.values()
+        self._before = [t.clone() for t in self._tensors(*self.made)]
+        self._marks, self._rest = self._marked(), self._others(*self.made)
 
-    def values(self) -> list:
-        return [v.clone() if isinstance(v, Tensor) else v for v in self._values(*self.made)]
+    def _marked(self) -> list:
+        """What says at once that nothing was written: memory and versions of all tensors."""
+        return [(t.data_ptr(), t._version) for t in self._tensors(*self.made)]
+
+    def _changed(self) -> bool:
+        if self._others(*self.made) != self._rest:
+            return True
+        if (marks := self._marked()) == self._marks:
+            return False
+        # Something was written: the way back, perhaps.
+        self._marks, now = marks, self._tensors(*self.made)
+        return len(now) != len(self._before) or not all(map(torch.equal, now, self._before))
 
     def load(self, function: Callable) -> None:
         try:
             function(*self.made)
-        except Exception:
-            same = all(
-                torch.equal(a, b) if isinstance(a, Tensor) else a == b
-                for a, b in zip(self.values(), self._before, strict=True)
-            )
-            if not same:
-                raise Violation("refused, and something has changed") from None
+        except Exception as error:
+            if self._changed():
+                raise Violation(f"refused, and something has changed: {error}") from error
             raise
-        self._fresh()
+        self.fresh()
 
 
-def _model_values(model: torch.nn.Module) -> list:
-    return [*model.state_dict().values(), type(model.conv)]
+def _model_tensors(model: torch.nn.Module) -> list[Tensor]:
+    modules = (model.fc, model.conv, model.norm, model.again)
+    return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
 
-def _training_values(model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: inq.INQ) -> list:
-    state = optimizer.state_dict()
-    momenta = [v for s in state["state"].values() for v in s.values()]
-    return [*model.state_dict().values(), *momenta, state["param_groups"], run.portion, run.lr_schedulers[0].last_epoch]
+def _run_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: inq.INQ) -> list[Tensor]:
+    momenta = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return [*model[0]._parameters.values(), *momenta]
 
 
-_into, _resumed = (
-    _Objects(lambda: (seeds.model(),), _model_values),
-    _Objects(seeds.training, _training_values),
-)
+def _run_others(model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: inq.INQ) -> object:
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return groups, run.portion, run.lr_schedulers[0].state_dict()
+
+
+_into = _Objects(lambda: (seeds.model(),), _model_tensors, lambda model: [*map(type, model.children())])
+_resumed = _Objects(seeds.training, _run_tensors, _run_others)
 
 
 def _load_into(path: Path) -> None:
@@ -116,9 +126,7 @@ def _load_into(path: Path) -> None:
 
 
 def _load_training(path: Path) -> None:
-    state = torch.get_rng_state()
     _resumed.load(lambda *objects: inq.load_training(path, *objects))
-    torch.set_rng_state(state)
 
 
 def _quantize(path: Path) -> None:
