@@ -164,12 +164,12 @@ def check_regular(path: str | os.PathLike, root: Path | None = None) -> int:
     path = Path(path)
     try:
         mode = path.stat()
-        real = Path(os.path.realpath(path))
+        real = None if root is None else Path(os.path.realpath(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CheckpointError(f"{path}: expected a file, got {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(mode.st_mode):
         raise CheckpointError(f"{path}: expected a regular file, got a {_KINDS[stat.S_IFMT(mode.st_mode)]}")
-    if root is not None and not real.is_relative_to(os.path.realpath(root)):
+    if real is not None and not real.is_relative_to(os.path.realpath(root)):
         raise CheckpointError(f"{path}: expected a file inside {root}, got a link to {real}")
     return mode.st_size
 

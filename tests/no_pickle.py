@@ -24,7 +24,16 @@ from inq_kernels.transcode import export_dense, quantize
 
 FMT = inq.Format(4)
 # A process that runs what a file says does one of these. Imports do, too, so that all of them come first.
-EVENTS = ("pickle.find_class", "marshal.loads", "marshal.load", "exec", "compile", "import", "os.system", "subprocess.Popen")
+EVENTS = (
+    "pickle.find_class",
+    "marshal.loads",
+    "marshal.load",
+    "exec",
+    "compile",
+    "import",
+    "os.system",
+    "subprocess.Popen",
+)
 MARKER = "unpickled"
 
 
@@ -125,7 +134,14 @@ def pickles(folder: Path) -> list[Path]:
         archive.writestr("archive/version", "3")
     places = []
     for i, content in enumerate((payload, buffer.getvalue())):
-        for name in ("model.safetensors", "model.pt", "pytorch_model.bin", "inq.json", "config.json", "run.safetensors"):
+        for name in (
+            "model.safetensors",
+            "model.pt",
+            "pytorch_model.bin",
+            "inq.json",
+            "config.json",
+            "run.safetensors",
+        ):
             directory = folder / f"{i}-{name}"
             shutil.copytree(folder / "model", directory)
             (directory / name).write_bytes(content)
@@ -172,7 +188,11 @@ def main(folder: Path) -> None:
     torch.load = torch.serialization.load = torch.jit.load = torch.export.load = forbidden
 
     # The trap works: else the silence below would say nothing.
-    for trap in (lambda: before[0](pickle.dumps(Payload(folder / "trap"))), lambda: pickle.loads(b"N."), lambda: torch.load("x")):
+    for trap in (
+        lambda: before[0](pickle.dumps(Payload(folder / "trap"))),
+        lambda: pickle.loads(b"N."),
+        lambda: torch.load("x"),
+    ):
         state["on"] = True
         try:
             trap()

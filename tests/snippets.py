@@ -76,9 +76,14 @@ def read(page: Path) -> list[Snippet]:
             raise Broken(f"{page.name}:{line}: expected needs among {sorted(NEEDS)}, got {sorted(unknown)}")
         found.append(Snippet(page, line, language, body, needs))
     # A mark that stands elsewhere than before a fence would be taken for none.
-    marks, used = re.findall(r"<!--\s*(?:needs|prelude)\b", text), sum(bool(s.needs) or s.language == "prelude" for s in found)
+    marks, used = (
+        re.findall(r"<!--\s*(?:needs|prelude)\b", text),
+        sum(bool(s.needs) or s.language == "prelude" for s in found),
+    )
     if len(marks) != used:
-        raise Broken(f"{page.name}: expected every needs and prelude where it counts, got {len(marks)} and use for {used}")
+        raise Broken(
+            f"{page.name}: expected every needs and prelude where it counts, got {len(marks)} and use for {used}"
+        )
     return found
 
 
@@ -164,7 +169,9 @@ def _inq(where: str, words: list[str], environment: dict[str, str]) -> bool:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     if status != 0:
-        raise Broken(f"{where}: inq {shlex.join(words)}: exit status {status}: {errors.getvalue() or output.getvalue()}")
+        raise Broken(
+            f"{where}: inq {shlex.join(words)}: exit status {status}: {errors.getvalue() or output.getvalue()}"
+        )
     return True
 
 
@@ -185,7 +192,9 @@ def _pip(where: str, words: list[str]) -> None:
     text = (ROOT / "pyproject.toml").read_text()
     extras = set(re.findall(r"^(\w+) = \[", text.partition("[project.optional-dependencies]")[2], re.MULTILINE))
     for word in words:
-        if (ours := re.fullmatch(r"(?:inq_kernels|\.)\[([\w,]+)\].*", word)) and (odd := set(ours[1].split(",")) - extras):
+        if (ours := re.fullmatch(r"(?:inq_kernels|\.)\[([\w,]+)\].*", word)) and (
+            odd := set(ours[1].split(",")) - extras
+        ):
             raise Broken(f"{where}: expected extras of pyproject.toml, got {sorted(odd)}")
 
 

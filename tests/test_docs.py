@@ -7,7 +7,6 @@ import ast
 import os
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 import snippets
@@ -177,11 +176,17 @@ def test_what_needs_a_library_waits_for_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- needs: tensorflow -->\n```python\n```\n", r"page.md:3: expected needs among .*'transformers'.*tensorflow"),
+        (
+            "<!-- needs: tensorflow -->\n```python\n```\n",
+            r"page.md:3: expected needs among .*'transformers'.*tensorflow",
+        ),
         ("<!-- needs: transformers -->\n\n```python\n```\n", "expected every needs and prelude where it counts"),
         ("```bash\nls\n```\n", "page.md:2: expected one of .*, got 'bash'"),
         ("```sh\nls\n```\n", "page.md:2: expected inq, make, pip, python or torchrun, got 'ls'"),
-        ("```sh\n\ninq verify nowhere\n```\n", "page.md:3: inq verify nowhere: exit status 1: inq: error: nowhere: expected"),
+        (
+            "```sh\n\ninq verify nowhere\n```\n",
+            "page.md:3: inq verify nowhere: exit status 1: inq: error: nowhere: expected",
+        ),
         ("```sh\ninq bench --no-such-option\n```\n", "inq bench --no-such-option: exit status 2"),
         ("```sh\nmake everything\n```\n", "make everything: expected a target of the Makefile"),
         ("```sh\nmake test PYTETS=-x\n```\n", "make PYTETS=-x: expected a variable of the Makefile"),

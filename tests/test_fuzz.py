@@ -50,7 +50,9 @@ def spoiled(begin, runs, seed=0):
     for _ in range(runs):
         data = rng.choice(by_target[rng.randrange(len(targets.TARGETS))])
         for _ in range(rng.randrange(1, 5)):
-            data = structure.mutate(data, seeds.MAX_BYTES, rng.getrandbits(32), plain_mutation(rng), targets.DIRECTORIES)
+            data = structure.mutate(
+                data, seeds.MAX_BYTES, rng.getrandbits(32), plain_mutation(rng), targets.DIRECTORIES
+            )
         yield data
 
 
@@ -104,7 +106,9 @@ def raises(error):
 NUMBERS = {target.name: number for number, target in enumerate(targets.TARGETS)}
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), UnicodeDecodeError("utf-8", b"", 0, 1, "x"), MemoryError(), OSError(5)])
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), UnicodeDecodeError("utf-8", b"", 0, 1, "x"), MemoryError(), OSError(5)]
+)
 def test_other_errors_are_crashes(begin, place, monkeypatch, error):
     data = good(begin, NUMBERS["load_training"])
     monkeypatch.setattr(torch.optim.SGD, "load_state_dict", raises(error))

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(p for folder in ("inq_kernels", "bench", "triton_ops", "examples") for p in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    p for folder in ("inq_kernels", "bench", "triton_ops", "examples") for p in (ROOT / folder).rglob("*.py")
+)
 
 # Modules whose loading functions run what a file says.
 MODULES = {
@@ -51,7 +53,9 @@ def findings(text):
             for alias in node.names:
                 if alias.name in MODULES or alias.name.split(".")[0] in MODULES:
                     yield node.lineno, f"import {alias.name}"
-                aliases[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                aliases[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
@@ -155,8 +159,6 @@ def test_the_search_lets_pass(text):
 def test_nothing_unpickles_while_everything_is_loaded(tmp_path):
     """In a process of its own: an audit hook stays for good."""
     script = Path(__file__).with_name("no_pickle.py")
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1].endswith("load paths, no pickle")

@@ -18,7 +18,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
-    return [snippet for snippet in snippets.read(ROOT / "README.md") if snippet.language == language and not snippet.needs]
+    return [
+        snippet for snippet in snippets.read(ROOT / "README.md") if snippet.language == language and not snippet.needs
+    ]
 
 
 def build_model():

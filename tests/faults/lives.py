@@ -20,10 +20,10 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from faults import shim
 from torch import nn
 
 import inq_kernels as inq
+from faults import shim
 from inq_kernels.files import read_header
 
 STEPS_A_PORTION = 20

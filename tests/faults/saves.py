@@ -24,10 +24,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-from faults import shim
 from torch import nn
 
 import inq_kernels as inq
+from faults import shim
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,13 @@ def _bits(value: object) -> object:
 
 
 FMT = inq.Format(4)
-PACKED = [inq.pack(inq.quantize(torch.randn(32, 32, generator=torch.Generator().manual_seed(i)), FMT), FMT) for i in (0, 1)]
+PACKED = [
+    inq.pack(inq.quantize(torch.randn(32, 32, generator=torch.Generator().manual_seed(i)), FMT), FMT) for i in (0, 1)
+]
 # More than the buffers of what writes: Rust's has a mebibyte, and so there are writes in the middle of the data.
-STATES = [{"a.weight": PACKED[i], "n.weight": torch.full((300_000,), float(i)), "b.bias": torch.ones(3)} for i in (0, 1)]
+STATES = [
+    {"a.weight": PACKED[i], "n.weight": torch.full((300_000,), float(i)), "b.bias": torch.ones(3)} for i in (0, 1)
+]
 
 
 def _run(i: int) -> tuple[nn.Module, torch.optim.Optimizer, inq.INQ]:

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 READERS = {"files", "file_format", "checkpoint", "training", "transcode", "inq"}
 others = [f"inq_kernels.{p.stem}" for p in (ROOT / "inq_kernels").iterdir() if p.stem not in READERS]
 with atheris.instrument_imports(include=["inq_kernels"], exclude=others):
-    import inq_kernels  # noqa: F401
+    import inq_kernels
     import inq_kernels.transcode  # noqa: F401
 
 from fuzz import structure, targets  # noqa: E402

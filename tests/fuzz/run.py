@@ -40,6 +40,7 @@ def commit() -> str:
 
 
 def fuzz(options: list[str]) -> int:
+    version = commit()  # of what runs now, whatever is committed meanwhile
     alone = [option for option in options if not option.startswith("-")]
     FOLDER.mkdir(parents=True, exist_ok=True)
     counts, corpus, begin = FOLDER / "counts", FOLDER / "corpus", FOLDER / "seeds"
@@ -53,7 +54,15 @@ def fuzz(options: list[str]) -> int:
     before = {path.name for path in FOLDER.glob("*-*")}
     where = [] if alone else [str(corpus), str(begin)]
     artifacts = f"-artifact_prefix={FOLDER}/"
-    command = [sys.executable, str(ROOT / "tests" / "fuzz" / "main.py"), str(counts), *where, *LIMITS, artifacts, *options]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "fuzz" / "main.py"),
+        str(counts),
+        *where,
+        *LIMITS,
+        artifacts,
+        *options,
+    ]
     log = FOLDER / "log.txt"
     start = time.monotonic()
     with log.open("w") as output:
@@ -87,9 +96,11 @@ def fuzz(options: list[str]) -> int:
                 "per_second": round(runs / seconds),
                 "unexpected": 0 if process.returncode == 0 else 1,
                 "artifacts": found,
-                "coverage": dict(zip(("edges", "features", "corpus"), map(int, coverage[-1]), strict=True)) if coverage else {},
+                "coverage": dict(zip(("edges", "features", "corpus"), map(int, coverage[-1]), strict=True))
+                if coverage
+                else {},
                 "targets": by_target,
-                "commit": commit(),
+                "commit": version,
             }
         )
     )

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from fuzz import structure
 from safetensors.torch import save
 from torch import nn
 
 import inq_kernels as inq
+from fuzz import structure
 from inq_kernels.file_format import write_file
 from inq_kernels.format import BITS, LEVELS
 

@@ -22,7 +22,19 @@ FILES = (
 )  # fmt: skip
 
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL", "F4", "", "U16")
-NAMES = ("weight", "a.weight", "fc.weight", "fc.weight_exp", "fc.weight_scale", "fc.bias", "../x", "", "a\nb", "é", "t.0")
+NAMES = (
+    "weight",
+    "a.weight",
+    "fc.weight",
+    "fc.weight_exp",
+    "fc.weight_scale",
+    "fc.bias",
+    "../x",
+    "",
+    "a\nb",
+    "é",
+    "t.0",
+)
 NUMBERS = (
     0, 1, -1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 24, 127, 128, -127, -128, 255, 256, 1 << 31, 1 << 48, (1 << 48) + 1,
     (1 << 63) - 1, 1 << 63, -(1 << 63), -(1 << 63) - 1, 10**30, 0.0, -0.0, 0.5, 1.0, 2.0, -1.5, 1e308, 1e-320,
@@ -320,7 +332,12 @@ def spoil_text(content: bytes, rng: random.Random) -> bytes:
         text = text[:at] + rng.choice(pieces) + text[at:]
     elif kind == 2:
         depth = rng.choice((10, 100, 1000, 4000))
-        text = text[:-1] + b',"x":' + rng.choice((b"[" * depth + b"]" * depth, b'{"x":' * depth + b"0" + b"}" * depth)) + b"}"
+        text = (
+            text[:-1]
+            + b',"x":'
+            + rng.choice((b"[" * depth + b"]" * depth, b'{"x":' * depth + b"0" + b"}" * depth))
+            + b"}"
+        )
     elif kind == 3:
         pieces = (b"NaN", b"-Infinity", b"1e999", b"9" * 400, b"1.0", b"true", b"null", b"\xff", b"\xef\xbb\xbf")
         text = text[:at] + rng.choice(pieces) + text[at + 1 :]
@@ -389,7 +406,9 @@ def spoil_directory(content: bytes, rng: random.Random) -> bytes | None:
     return write_files(files)
 
 
-def mutate(data: bytes, limit: int, seed: int, mutate_bytes: Callable[[bytes, int], bytes], directories: set[int]) -> bytes:
+def mutate(
+    data: bytes, limit: int, seed: int, mutate_bytes: Callable[[bytes, int], bytes], directories: set[int]
+) -> bytes:
     """Another input from ``data``, of at most ``limit`` bytes; the same for the same seed.
 
     Args:

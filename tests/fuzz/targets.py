@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fuzz import seeds, structure
 from torch import Tensor
 
 import inq_kernels as inq
+from fuzz import seeds, structure
 from inq_kernels.checkpoint import inspect, verify
 from inq_kernels.transcode import quantize
 
