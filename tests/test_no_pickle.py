@@ -21,7 +21,7 @@ MODULES = {
 # unpickle; the readers and planners of safetensors do not. The *_object* collectives unpickle what other ranks send.
 NAMES = {
     "torch.load", "torch.jit.load", "torch.export.load", "torch.hub.load", "torch.package.PackageImporter",
-    "torch.serialization", "torch.UntypedStorage.from_file", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load",
+    "torch.serialization", "torch.serialization.load", "torch.UntypedStorage.from_file", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load",
     "copyreg.pickle", "dcp.FileSystemReader", "torch.distributed.checkpoint.FileSystemReader",
 }  # fmt: skip
 ANYWHERE = {
@@ -59,7 +59,11 @@ def findings(text):
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                if node.module in MODULES or full in MODULES | NAMES or alias.name in ANYWHERE:
+                if (
+                    node.module in MODULES | {"torch.serialization"}
+                    or full in MODULES | NAMES
+                    or alias.name in ANYWHERE
+                ):
                     yield node.lineno, f"from {node.module} import {alias.name}"
                 aliases[alias.asname or alias.name] = full
     for node in ast.walk(tree):

@@ -1,9 +1,9 @@
 """A training run that is killed with SIGKILL again and again and goes on from its checkpoint each time.
 
-``python tests/faults/lives.py FOLDER KILLS [--by-time]`` prints one JSON line: the weight hash of the uninterrupted run,
-those of the runs that were killed, how many kills there were and at how many different points. A point is a system call
-of the step that the checkpoint on the disk had reached (``--by-time``: a moment). Children are forked from this process,
-which imports torch but computes nothing, so that a life costs milliseconds.
+``python tests/faults/lives.py FOLDER KILLS [--by-time]`` prints one JSON line: the weight hash of the uninterrupted
+run, those of the runs that were killed, how many kills there were and at how many different points. A point is a system
+call of the step that the checkpoint on the disk had reached (``--by-time``: a moment). Children are forked from this
+process, which imports torch but computes nothing, so that a life costs milliseconds.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The files that fuzzing begins with, generated: small ones, since an execution's time is mostly that of its tensors."""
+"""The files that fuzzing begins with, generated: small ones, since most of an execution's time is its tensors'."""
 
 from __future__ import annotations
 
