@@ -105,7 +105,7 @@ def messages():
 def is_ours(quoted):
     """Whether a message as a page quotes it, with … for what differs, can come from one string of the source."""
     fragments = [fragment for fragment in quoted.split("…") if fragment.strip(" :,.")]
-    if not fragments or len(max(fragments, key=len)) < 8:
+    if not fragments or len(max(fragments, key=len)) < 9:
         return False
     pattern = re.compile(".*".join(map(re.escape, fragments)), re.DOTALL)
     return any(pattern.search(text) for text in messages())

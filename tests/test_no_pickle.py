@@ -21,7 +21,7 @@ MODULES = {
 # unpickle; the readers and planners of safetensors do not. The *_object* collectives unpickle what other ranks send.
 NAMES = {
     "torch.load", "torch.jit.load", "torch.export.load", "torch.hub.load", "torch.package.PackageImporter",
-    "torch.serialization", "torch.serialization.load", "torch.UntypedStorage.from_file", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load",
+    "torch.serialization", "torch.UntypedStorage.from_file", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load",
     "copyreg.pickle", "dcp.FileSystemReader", "torch.distributed.checkpoint.FileSystemReader",
 }  # fmt: skip
 ANYWHERE = {

@@ -66,12 +66,17 @@ def _files(folder: Path) -> Iterator[bytes]:
     yield saved({"weight": packed(inq.Format(2)), **others, "empty": torch.empty(0, 3)})
     half = {"weight": packed(inq.Format(4)), "bias": torch.zeros(2, dtype=torch.float16)}
     yield saved(half)
-    # What fits the model, and so is taken over.
+
+
+def _fitting(folder: Path) -> bytes:
+    """What fits ``model``, and so is taken over."""
+    path = folder / "fitting.safetensors"
     entries = {name: value for name, value in model().state_dict().items() if "fc" not in name and "again" not in name}
     for name in ("fc", "again"):
         entries |= {f"{name}.weight": packed(inq.Format(4)), f"{name}.bias": torch.tensor([1.0, 2.0])}
     entries["conv.weight"] = inq.pack(inq.quantize(torch.ones(2, 1, 1, 3), inq.Format(4)), inq.Format(4))
-    yield saved(entries)
+    inq.save(entries, path)
+    return path.read_bytes()
 
 
 def _float_files() -> Iterator[bytes]:
@@ -141,11 +146,12 @@ def _malformed(folder: Path) -> tuple[list[bytes], list[bytes]]:
 
 
 def seeds(folder: Path) -> dict[str, list[bytes]]:
-    """By what kind of reader they are for: "file", "float", "directory", "training". ``folder`` is for scratch."""
+    """By what kind of reader they are for: file, model, float, directory, training. ``folder`` is for scratch."""
     (folder / "malformed").mkdir()
     bad_files, bad_directories = _malformed(folder / "malformed")
     made = {
-        "file": [*_files(folder), *bad_files],
+        "file": (whole := [*_files(folder), *bad_files]),
+        "model": [_fitting(folder), *whole[::4]],
         "float": list(_float_files()),
         "directory": [*_directories(folder), *bad_directories],
         "training": list(_training_files(folder)),

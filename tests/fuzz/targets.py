@@ -137,7 +137,7 @@ def _quantize(path: Path) -> None:
 # An input begins with its target's number: add at the end.
 TARGETS = (
     Target("load", _load),
-    Target("load into a model", _load_into),
+    Target("load into a model", _load_into, "model"),
     Target("inspect and verify", _describe),
     Target("load a directory", _load, "directory"),
     # ValueError: a checkpoint of another run.
