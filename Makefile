@@ -12,6 +12,11 @@ PYTEST ?= -n 2
 TRITON := 'triton==3.6.0; platform_system == "Linux"'
 GPU ?=
 STATIC ?=
+# One hour, or 10^7 executions if they come first; CI takes FUZZ_SECONDS=60. Or libFuzzer's own: make fuzz FUZZ="-runs=1000".
+FUZZ_SECONDS ?= 3600
+FUZZ ?= -runs=10000000 -max_total_time=$(FUZZ_SECONDS)
+# Of make faults: kills of a training run at counted system calls, and at random moments.
+KILLS ?= 1000
 # The CUDA library, where nvcc is: for the GPUs of this machine, and for none where there are none, so that nobody waits
 # for a build that cannot run here. CI builds all.
 INQ_CUDA_ARCHS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo none)
@@ -29,7 +34,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars language-model bench static static-cuda gpu gpu-sanitize test test-integrations emulate mutants mutants-files sanitize lint format clean help
+.PHONY: demo bars language-model bench static static-cuda gpu gpu-sanitize test test-integrations emulate mutants mutants-files sanitize fuzz faults lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
@@ -46,6 +51,8 @@ help:
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
 	@echo "make sanitize   the C++ kernels' own tests under the address, undefined-behaviour and thread sanitizers"
+	@echo "make fuzz      fuzz everything that reads files, an hour (FUZZ_SECONDS=60: a minute)"
+	@echo "make faults    disks that fail and kill -9, at every system call of every save and in $(KILLS) places of a training run"
 	@echo "make lint      ruff; make format rewrites"
 	@echo "make clean     remove $(VENV), demo/ and caches"
 
@@ -114,6 +121,19 @@ mutants-files: $(READY)
 # A few minutes: two more builds of the kernels.
 sanitize: $(READY)
 	$(PY) tests/sanitize.py
+
+# atheris has wheels for Linux and CPython 3.11 to 3.13; elsewhere pip needs clang to build it.
+fuzz: $(READY)
+	$(PY) -c "import atheris" 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	$(PY) tests/fuzz/run.py $(FUZZ)
+
+# What make test does in seconds, at length: six minutes.
+faults: $(READY)
+	folder=$$(mktemp -d) && mkdir $$folder/a $$folder/b $$folder/c && \
+	  $(PY) tests/faults/saves.py $$folder/a && \
+	  $(PY) tests/faults/lives.py $$folder/b $(KILLS) && \
+	  $(PY) tests/faults/lives.py $$folder/c 200 --by-time; \
+	  status=$$?; rm -rf $$folder; exit $$status
 
 lint: $(READY)
 	$(PY) -m ruff check .

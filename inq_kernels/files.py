@@ -166,12 +166,12 @@ def check_regular(path: str | os.PathLike, root: Path | None = None) -> int:
     path = Path(path)
     try:
         mode = path.stat()
-        real = Path(os.path.realpath(path))
+        real = None if root is None else Path(os.path.realpath(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CheckpointError(f"{path}: expected a file, got {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(mode.st_mode):
         raise CheckpointError(f"{path}: expected a regular file, got a {_KINDS[stat.S_IFMT(mode.st_mode)]}")
-    if root is not None and not real.is_relative_to(os.path.realpath(root)):
+    if real is not None and not real.is_relative_to(os.path.realpath(root)):
         raise CheckpointError(f"{path}: expected a file inside {root}, got a link to {real}")
     return mode.st_size
 
@@ -211,7 +211,7 @@ def read_header(path: str | os.PathLike) -> Header:
     size = check_regular(path)
     if size < 8:
         raise CheckpointError(f"{where}: expected a safetensors file of at least 8 bytes, got {size}")
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if length > MAX_JSON:
@@ -360,6 +360,17 @@ def read_tensors(
 
 
 @contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """OSErrors of reading and writing an open file, which say nothing of it, with its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
 def _library_errors(path: str | os.PathLike) -> Iterator[None]:
     """Errors of the safetensors library as ours: OSError with its number where it was one, else CheckpointError."""
     try:
@@ -370,6 +381,11 @@ def _library_errors(path: str | os.PathLike) -> Iterator[None]:
             code = int(number[1] or number[2])
             raise OSError(code, os.strerror(code), os.fspath(path)) from error
         raise CheckpointError(f"{path}: expected a safetensors file, got: {error}") from error
+    except RuntimeError as error:
+        # torch maps the file for it: "unable to open file <…> in read-only mode: Input/output error (5)".
+        if (number := re.search(r"^unable to .*\((\d+)\)", str(error), re.DOTALL)) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -442,9 +458,8 @@ def _fresh_file(path: Path) -> int:
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with _naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -500,7 +515,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], me
 def _sort_metadata(path: Path) -> None:
     """Put the metadata into the order of their keys, so that the same model gives the same bytes: the library writes
     them in another order each time."""
-    with path.open("r+b") as file:
+    with _naming(path), path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", None)
@@ -520,7 +535,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     temporary = _beside(target)
     try:
         _fresh_file(temporary)
-        temporary.write_bytes(text.encode("utf-8"))
+        with _naming(target):
+            temporary.write_bytes(text.encode("utf-8"))
         _fsync(temporary)
         os.replace(temporary, target)
     except BaseException:

@@ -655,6 +655,12 @@ class INQ:
         for key in ("initial_lr_schedulers", "initial_groups"):
             if len(state[key]) != len(kinds):
                 raise ValueError(f"{where}: {key}: expected {len(kinds)}, got {len(state[key])}")
+        saved = [s["state"] for s in state["lr_schedulers"]]
+        for scheduler, values in zip(self.lr_schedulers * 2, [*saved, *state["initial_lr_schedulers"]], strict=True):
+            # torch makes attributes of them, whatever they are called: "step" would take the method's place.
+            hidden = [key for key in values if callable(getattr(type(scheduler), key, None))]
+            if hidden:
+                raise ValueError(f"{where}: lr_schedulers: expected no methods in a state, got {hidden}")
         for name, layer in self._layers.items():
             layer.check_state(state["layers"][name], started=index >= 0)
 

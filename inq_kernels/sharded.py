@@ -146,7 +146,7 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
             training.take_over(model, optimizer, run, state)
     except BaseException as error:
         training.take_over(model, optimizer, run, before)
-        if isinstance(error, training.MALFORMED):
+        if isinstance(error, training.REFUSED) and not isinstance(error, torch.OutOfMemoryError):
             raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
         raise
     return extra

@@ -109,13 +109,15 @@ def load_training(path: str | os.PathLike, model: nn.Module, optimizer: torch.op
     except BaseException as error:
         # What the checks cannot know: a module's own loading, an optimizer's or a scheduler's.
         take_over(model, optimizer, run, before)
-        if isinstance(error, MALFORMED):
+        if isinstance(error, REFUSED) and not isinstance(error, torch.OutOfMemoryError):
             raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
         raise
     return state["extra"]
 
 
+# What a state of the wrong structure raises while it is checked, and what else while it is taken over.
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
+REFUSED = (*MALFORMED, ValueError, RuntimeError, OverflowError)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:
@@ -266,25 +268,32 @@ def encode(value: Any, where: str, add: Callable[[Tensor], str], depth: int = 0)
     )
 
 
-def decode(value: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
+def decode(value: Any, where: str, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     """The inverse of ``encode``."""
+    if depth > _MAX_DEPTH:
+        # Before Python's own limit, which would be an error of another kind.
+        raise CheckpointError(f"{where}: expected at most {_MAX_DEPTH} levels of nesting, got more")
+
+    def inner(v: Any) -> Any:
+        return decode(v, where, tensors, depth + 1)
+
     if isinstance(value, list):
-        return [decode(v, where, tensors) for v in value]
+        return [inner(v) for v in value]
     if not isinstance(value, dict):
         return value
     kind = next((key for key in value if key.startswith("$")), None)
     if kind is None:
-        return {k: decode(v, where, tensors) for k, v in value.items()}
+        return {k: inner(v) for k, v in value.items()}
     content = value[kind]
     try:
         if kind == _TENSOR:
             return tensors[content]
         if kind == _TUPLE:
-            return tuple(decode(v, where, tensors) for v in content)
+            return tuple(inner(v) for v in content)
         if kind == _FLOAT:
             return float(content) if content in ("inf", "-inf", "nan") else int(content)
         if kind in (_ITEMS, _COUNTER):
-            items = {decode(k, where, tensors): decode(v, where, tensors) for k, v in content}
+            items = {inner(k): inner(v) for k, v in content}
             return collections.Counter(items) if kind == _COUNTER else items
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {kind}: expected what save_training writes, got {error}") from error

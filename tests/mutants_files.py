@@ -29,7 +29,7 @@ MUTANTS = [
     (f"{C}::malformed", files, [("if position != data_size:","if position > data_size:")]),
     (f"{C}::malformed", files, [("if position != data_size:","if position < data_size:")]),
     (f"{C}::malformed", files, [("if not stat.S_ISREG(mode.st_mode):","if stat.S_ISDIR(mode.st_mode):")]),
-    (f"{C}::malformed", files, [("if root is not None and not real.is_relative_to(os.path.realpath(root)):","if False:")]),
+    (f"{C}::malformed", files, [("if real is not None and not real.is_relative_to(os.path.realpath(root)):","if False:")]),
     (f"{C}::malformed", files, [("if size > MAX_JSON:\n        raise CheckpointError(f\"{path}: expected a JSON","if False:\n        raise CheckpointError(f\"{path}: expected a JSON")]),
     (f"{C}::malformed", files, [("if path.suffix.lower() in PICKLE_SUFFIXES:","if path.suffix in PICKLE_SUFFIXES:")]),
     (f"{F}::aligned_memory", files, [("file.get_tensor(name).clone()","file.get_tensor(name)")]),

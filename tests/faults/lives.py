@@ -1,8 +1,9 @@
 """A training run that is killed with SIGKILL again and again and goes on from its checkpoint each time.
 
-``python tests/kill_training.py DIR KILLS SEED`` prints one JSON line: the weight hash of the uninterrupted run, those
-of the runs that were killed, and how many kills there were. Children are forked from this process, which imports torch
-but computes nothing, so that a life costs milliseconds.
+``python tests/faults/lives.py FOLDER KILLS [--by-time]`` prints one JSON line: the weight hash of the uninterrupted
+run, those of the runs that were killed, how many kills there were and at how many different points. A point is a system
+call of the step that the checkpoint on the disk had reached (``--by-time``: a moment). Children are forked from this
+process, which imports torch but computes nothing, so that a life costs milliseconds.
 """
 
 import hashlib
@@ -14,11 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import inq_kernels as inq
+from faults import shim
+from inq_kernels.files import read_header
 
 STEPS_A_PORTION = 20
 PORTIONS = inq.PAPER_PORTIONS[4]
@@ -61,11 +67,14 @@ def live(path: Path, every: int = 1) -> str:
     return digest.hexdigest()
 
 
-def fork(path: Path, result: Path) -> int:
+def fork(path: Path, result: Path, call: int = 0, half: bool = False) -> int:
+    """A life in a child process, that ends at its ``call``-th system call about files, or lasts."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            if call:
+                shim.arm(path.parent, shim.KILL_HALF if half else shim.KILL, call)
             digest = live(path)
             result.write_text(digest)
             code = 0
@@ -75,27 +84,52 @@ def fork(path: Path, result: Path) -> int:
     return child
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
-    path, result = folder / "run.safetensors", folder / "hash"
-    moments = random.Random(seed)
+def step_on_disk(path: Path) -> int:
+    """Whatever the kill has left, the header of the checkpoint is whole."""
+    if not path.exists():
+        return 0
+    return json.loads(read_header(path).metadata["inq_training"])["extra"]["step"]
+
+
+def main(folder: Path, kills: int, by_time: bool) -> dict:
+    runs, result = folder / "runs", folder / "hash"
+    runs.mkdir()
+    path = runs / "run.safetensors"
+    moments, points = random.Random(0), set()
+    with shim.counted(runs) as calls:
+        model, optimizer, _, run = build()
+        inq.save_training(path, model, optimizer, run, {"step": 0})
+    # Lives end within their load and the first two or three saves, so that most get one step further; the stride visits
+    # every call of those before it comes to one again.
+    most = 3 * len(calls)
+    stride = next(s for s in (11, 7, 13, 17) if most % s)
+    path.unlink()
     os.waitpid(fork(folder / "whole.safetensors", result), 0)
     whole, killed, done = result.read_text(), [], 0
     while done < kills:
         result.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         while not result.exists():
-            child = fork(path, result)
-            if done < kills:
+            call = 1 + done * stride % most if done < kills and not by_time else 0
+            point = (step_on_disk(path), call, done // most % 2 == 1)
+            child = fork(path, result, call, point[2])
+            if done < kills and by_time:
                 time.sleep(moments.uniform(0.0, 0.4))
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             if os.WIFSIGNALED(status):
                 done += 1
+                points.add(point)
             elif os.waitstatus_to_exitcode(status) != 0:
                 raise RuntimeError("a life ended with an error: see its traceback above")
         killed.append(result.read_text())
-    print(json.dumps({"whole": whole, "killed": killed, "kills": done}))
+    litter = [name for name in os.listdir(runs) if name != path.name]
+    if not all(name.startswith(".") for name in litter):
+        raise RuntimeError(f"left: {litter}")
+    return {"whole": whole, "killed": killed, "kills": done, "points": len(points), "left": len(litter)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    place = Path(sys.argv[1]).resolve()
+    shim.install(place)
+    print(json.dumps(main(place, int(sys.argv[2]), "--by-time" in sys.argv)))
