@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import files, training
-from .distributed import Ranks, flat_bits, is_sharded, local_part, reshard, row_bits, unwrapped
+from .distributed import PeerError, Ranks, flat_bits, is_sharded, local_part, reshard, row_bits, unwrapped
 from .files import CheckpointError
 from .inq import INQ
 from .sharded_files import SHARD, VERSION, Saved, check_shards, checked_manifest, file_sha256, open_sharded
@@ -146,7 +146,7 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
             training.take_over(model, optimizer, run, state)
     except BaseException as error:
         training.take_over(model, optimizer, run, before)
-        if isinstance(error, training.REFUSED) and not isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, training.REFUSED) and not isinstance(error, (torch.OutOfMemoryError, PeerError)):
             raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
         raise
     return extra
