@@ -62,7 +62,7 @@ demo: $(READY)
 bars: demo
 	$(PY) tests/demo_bars.py demo/results.json
 
-# Real numbers for docs/language_model: 40 processor-minutes; LM=--quick takes seconds. Stopped, it goes on where it was.
+# Real numbers for docs/language_model: half an hour of a processor; LM=--quick takes seconds. Stopped, it goes on where it was.
 language-model: $(READY)
 	$(PY) examples/language_model.py $(LM)
 
