@@ -667,7 +667,9 @@ def test_wrong_usage_is_status_2(capsys, arguments, message):
     assert message in err
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["inspect"], ["verify"], ["export"], ["doctor"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["quantize"], ["inspect"], ["verify"], ["export"], ["import"], ["doctor"], ["demo"]]
+)
 def test_help(capsys, command):
     status, out, err = run(capsys, *command, "--help")
     assert (status, err) == (0, "")

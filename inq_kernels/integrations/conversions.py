@@ -54,8 +54,8 @@ def export(args: argparse.Namespace, progress: Callable[[str, int, int], None] |
             yield "Not copied: " + ", ".join(f"{name} ({reason})" for name, reason in report.not_copied)
         if args.to == "mxfp4" and {str(dtype) for dtype in report.dtypes} != {"torch.bfloat16"}:
             yield (
-                "compressed-tensors computes MXFP4 with bfloat16 weights: in transformers load a model of another dtype "
-                "with quantization_config=CompressedTensorsConfig(dequantize=True)"
+                "compressed-tensors computes MXFP4 with bfloat16 weights: load a model of another dtype in transformers"
+                " with quantization_config=CompressedTensorsConfig(dequantize=True)"
             )
         yield (
             f"{args.target}: {len(report.quantized)} weights in {args.to}, {report.bits_a_weight:.2f} bits a weight, "
