@@ -1,5 +1,5 @@
-"""The example of plain torch, and docs/distributed.md: one process, and FSDP2 of which a rank is killed and that torchrun
-starts again, end in one hash. (DDP, Accelerate and transformers' Trainer: tests/integrations.)"""
+"""The example of plain torch, and docs/distributed.md: one process, and FSDP2 of which a rank is killed and that
+torchrun starts again, end in one hash. (DDP, Accelerate and transformers' Trainer: tests/integrations.)"""
 
 import os
 import re
