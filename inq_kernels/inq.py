@@ -760,7 +760,7 @@ def _check_prune_mask(where: str, mask: Tensor, weight: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape or is_sharded(mask):
         kind = "a DTensor, " if isinstance(mask, Tensor) and is_sharded(mask) else ""
         got = f"{kind}{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(f"{where}: prune mask: expected a plain bool tensor of {list(weight.shape)}, got {got}")
+        raise ValueError(f"{where}: prune mask: expected a plain bool tensor of shape {list(weight.shape)}, got {got}")
     if not bool(mask.any()):
         raise ValueError(f"{where}: prune mask: expected some weight to be kept, got none")
 
