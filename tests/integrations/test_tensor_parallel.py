@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import inq_kernels as inq
 from inq_kernels import checkpoint
 from inq_kernels.cli import main
+from inq_kernels.integrations import transformers as _  # noqa: F401 - registers the method
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 
