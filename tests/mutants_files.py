@@ -9,7 +9,8 @@ import sys
 import mutants
 
 F, C, K = "test_files.py", "test_checkpoint.py", "test_cli.py"
-files, ff, ck, tr, cli = "files.py", "file_format.py", "checkpoint.py", "transcode.py", "cli.py"
+Z, X, N = "test_fuzz.py", "test_faults.py", "test_no_pickle.py"
+files, ff, ck, tr, cli, tn = "files.py", "file_format.py", "checkpoint.py", "transcode.py", "cli.py", "training.py"
 
 # (test, file, [(text, replacement), …])
 MUTANTS = [
@@ -99,6 +100,17 @@ MUTANTS = [
     (f"{K}::interrupt", cli, [("        return _INTERRUPTED","        return _ERROR")]),
     (f"{K}::one_line", cli, [('    return " ".join(text.split())','    return text')]),
     (f"{K}::unicode", cli, [('            stream.reconfigure(errors="replace")','            pass')]),
+    # fuzzing, faults, pickles
+    (f"{Z}::spoiled_files", tn, [("    if depth > _MAX_DEPTH:\n        # Before","    if False:\n        # Before")]),
+    (f"{Z}::spoiled_files", tn, [("        malformed = (*_MALFORMED, ValueError, RuntimeError, OverflowError)","        malformed = ()")]),
+    (f"{Z}::spoiled_files", files, [("    except RecursionError:\n","    except ZeroDivisionError:\n")]),
+    (f"{Z}::spoiled_files", ff, [("    if bad:\n        raise CheckpointError(\n            f\"{weight}: expected canonical","    if False:\n        raise CheckpointError(\n            f\"{weight}: expected canonical")]),
+    (f"{X}::every_call", files, [("    temporary = _beside(target)\n    try:\n        mode = _fresh_file(temporary)\n        with","    temporary = target\n    try:\n        mode = 0o644\n        with")]),
+    (f"{X}::every_call", files, [("    _fsync(target.parent)\n\n\ndef _sort_metadata","\n\ndef _sort_metadata")]),
+    (f"{X}::every_call", files, [("    with _naming(path), path.open(\"r+b\") as file:","    with path.open(\"r+b\") as file:")]),
+    (f"{X}::two_hundred", tn, [("    _set_rng_state(state[\"rng\"])\n","    pass\n")]),
+    (f"{N}::no_source", ck, [("    checkpoint = open_checkpoint(path)\n    if model is None:","    import pickle\n    checkpoint = open_checkpoint(path)\n    if model is None:")]),
+    (f"{N}::unpickles", ck, [("    checkpoint = open_checkpoint(path)\n    if model is None:","    __import__(\"pickle\").loads(b\"N.\")\n    checkpoint = open_checkpoint(path)\n    if model is None:")]),
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ def test_every_call_of_every_save_fails_or_is_the_last(tmp_path):
         calls = set(report["calls"])
         assert calls >= {"open", "write", "truncate", "chmod", "fsync", "rename"}, (name, calls)
         assert report["faults"] == 6 * len(report["calls"])
+        # The name of the new one is on the disk when the save says that it is done.
+        at = len(report["calls"]) - report["calls"][::-1].index("rename")
+        assert "fsync" in report["calls"][at:], (name, report["calls"])
         # Both sides of the moment at which the new checkpoint takes the old one's place.
         assert report["old"] > 20, (name, report)
         assert report["new"] > 4, (name, report)

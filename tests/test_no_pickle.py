@@ -95,7 +95,7 @@ def findings(text):
 
 
 def test_no_source_can_open_a_pickle():
-    assert len(SOURCES) > 40
+    assert len(SOURCES) > 30
     found, allowed = [], set()
     for path in SOURCES:
         file = str(path.relative_to(ROOT))
