@@ -127,6 +127,8 @@ def run_sh(snippet: Snippet) -> list[list[str]]:
         where = f"{snippet.page.name}:{snippet.line + number}"
         words = shlex.split(line, comments=True)
         environment = {}
+        if words[:1] == ["export"]:
+            continue
         while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
             name, _, value = words.pop(0).partition("=")
             environment[name] = value

@@ -1,12 +1,10 @@
 """inq.calibrate: the update is GPTQ's, convolutions are linear layers over patches, and nothing is half done."""
 
 import copy
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from language_model_page import ROOT
 from support import DTYPES, FORMATS, generator, same_bits
 from torch import nn
 
@@ -372,21 +370,3 @@ def test_the_model_itself_and_the_type():
         inq.calibrate(nn.Linear(16, 2), [X], FMT)
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
         inq.calibrate(3, [X], FMT)
-
-
-def test_the_pages_snippets_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "calibrate.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    images = [(torch.randn(8, 1, 8, 8, generator=generator(i)), torch.zeros(8)) for i in range(3)]
-
-    def build_model():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-
-    for block in blocks:
-        scope = {"inq": inq, "torch": torch, "model": build_model(), "loader": images, "batches": [images[0][0]]}
-        exec(compile(block, "calibrate.md", "exec"), scope)
-        assert isinstance(scope["model"][3], inq.Linear)
-    assert "outputs dB" in capsys.readouterr().out
-    assert (tmp_path / "model.safetensors").exists()

@@ -27,6 +27,7 @@ RUN = [page for page in PAGES if not HAVE or needed(page) & HAVE]
 
 
 @compiles
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_snippets(page, tmp_path, capsys):
     assert HAVE <= snippets.NEEDS

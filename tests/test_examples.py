@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch import nn
 
 import inq_kernels as inq
 
@@ -48,29 +45,6 @@ def test_one_hash_and_kill_9(tmp_path):
 
 def snippets(language):
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
-def test_python_snippets_of_the_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def train(model, optimizer, scheduler):
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(torch.randn(8, 1, 8, 8)).square().mean().backward()
-            optimizer.step()
-            scheduler.step()
-
-    def build_model():
-        return nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 10))
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        scope = {"build_model": build_model, "train": train, "torch": torch, "inq": inq}
-        for snippet in snippets("python"):
-            exec(compile(snippet, PAGE.name, "exec"), scope)
-    finally:
-        dist.destroy_process_group()
-    assert inq.load("model.safetensors")
 
 
 @pytest.mark.parametrize("line", [line for block in snippets("sh") for line in block.splitlines()])

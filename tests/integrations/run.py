@@ -38,7 +38,8 @@ ENVIRONMENTS = {
     "transformers-oldest": Environment(("transformers==5.0.0",), ("test_transformers.py",)),
     "transformers-newest": Environment(
         ("transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"),
-        ("test_transformers.py", "test_tensor_parallel.py", "test_peft.py", "test_serve_page.py", "test_trainer.py"),
+        ("test_transformers.py", "test_tensor_parallel.py", "test_peft.py", "test_trainer.py", "../test_docs.py"),
+        variables=(("INQ_DOCS_HAVE", "transformers peft"),),
     ),
     "vllm": Environment(
         ("transformers==5.20.0",),
