@@ -43,7 +43,7 @@ def test_accelerate_and_ddp_end_in_the_hash_of_the_plain_loop():
 
 
 def test_trainer_and_its_resume(tmp_path):
-    """A whole schedule, one that goes on from a checkpoint in its middle, and one on two ranks."""
+    """A whole schedule, one that goes on from a checkpoint in its middle to the same end, and one on two ranks."""
     arguments = (*ARGUMENTS, "--save-every", "6", "--dir", "trainer")
     first = run(script="train_trainer.py", arguments=arguments, folder=tmp_path)
     saved = sorted(p.name for p in (tmp_path / "trainer").iterdir())
@@ -52,7 +52,6 @@ def test_trainer_and_its_resume(tmp_path):
     assert ".pt" not in files
     assert ".pth" not in files
     again = (*arguments, "--resume", "trainer/checkpoint-12")
-    # Not the same hash: the Trainer draws its batches in another order then.
-    assert run(script="train_trainer.py", arguments=again, folder=tmp_path) != first
+    assert run(script="train_trainer.py", arguments=again, folder=tmp_path) == first
     (tmp_path / "two").mkdir()
     run(*TWO, script="train_trainer.py", arguments=arguments, folder=tmp_path / "two")
