@@ -42,7 +42,7 @@ ENVIRONMENTS = {
         variables=(("INQ_DOCS_HAVE", "transformers peft"),),
     ),
     "vllm": Environment(
-        ("transformers==5.20.0",),
+        ("--no-deps", "-r", "tests/integrations/vllm-requirements.txt"),
         ("test_vllm.py",),
         ("vllm==0.33.0",),
         (("VLLM_TARGET_DEVICE", "cpu"), ("VLLM_LOGGING_LEVEL", "WARNING"), ("VLLM_NO_USAGE_STATS", "1")),
@@ -59,7 +59,7 @@ def run(*command: object, **kwargs) -> int:
 def pip(python: Path, *arguments: object) -> None:
     # torch is pinned: a looser requirement would fetch gigabytes of CUDA libraries.
     quiet = ("--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt")
-    if run(python, "-m", "pip", arguments[0], *quiet, *arguments[1:]):
+    if run(python, "-m", "pip", arguments[0], *quiet, *arguments[1:], cwd=ROOT):
         raise SystemExit(f"pip {' '.join(map(str, arguments))}: failed")
 
 
@@ -68,7 +68,9 @@ def make(name: str, environment: Environment) -> Path:
     folder = PLACE / name
     python, stamp = folder / "bin" / "python", folder / ".made"
     parent = sysconfig.get_paths()["purelib"]
-    wanted = hashlib.sha256(repr((environment, parent, (ROOT / "constraints.txt").read_text())).encode()).hexdigest()
+    lists = [ROOT / name for name in ("constraints.txt", *environment.packages) if name.endswith(".txt")]
+    wanted = repr((environment, parent, [file.read_text() for file in lists]))
+    wanted = hashlib.sha256(wanted.encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return python
     print(f"{name}: installing {' '.join((*environment.packages, *environment.bare))}", flush=True)

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 from vllm.plugins import load_general_plugins
 
+from inq_kernels.integrations.vllm import register
 from inq_kernels.layouts import STORAGE, layout_of
 from inq_kernels.ops import PackedWeight, prepack
 
@@ -19,11 +20,14 @@ torch.set_num_threads(1)
 source, out, *names = sys.argv[1:]
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 load_general_plugins()
+register()  # again, as vLLM may
 arguments = EngineArgs(
     model=source, tensor_parallel_size=world, dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
     max_model_len=64,
 )  # fmt: skip
 config = arguments.create_engine_config()
+# torch 2.13 raises here without an accelerator; vLLM's own CPU builds come with a later one.
+torch.accelerator.empty_cache = lambda: None
 try:
     with set_current_vllm_config(config):
         init_distributed_environment(world, rank, "env://", rank, "gloo")
