@@ -324,6 +324,7 @@ def checkpoints(folder):
         assert inq.load_sharded(folder / "again", first.model, first.optimizer, first.run) == {"step": 99}
         dist.barrier()
         assert [p.name for p in folder.iterdir() if ".tmp" in p.name] == []
+        dist.barrier()
         if rank == 0:
             # For the test itself, which loads the checkpoint in one process.
             files.write_safetensors(folder / f"{saved_by}-end.safetensors", end, {})
