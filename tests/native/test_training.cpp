@@ -156,7 +156,7 @@ void test_steps(std::vector<float>& expected) {
                        first[i].data(), second[i].data(), i % 3 == 0 ? nullptr : masks[i].data(), numel});
   }
   const std::vector<std::vector<float>> before = w;
-  masked_adamw(tensors, adamw_numbers(0.1, 0.9, 0.999, 0.01, 1e-8, 3, false));
+  masked_adamw(tensors, inq::adamw_numbers(0.1, 0.9, 0.999, 0.01, 1e-8, 3, false));
   masked_sgd(tensors, {0.1f, 0.9f, 1.0f, 0.01f, true, true, false});
   std::vector<float> got;
   for (size_t i = 0; i < w.size(); ++i) {
