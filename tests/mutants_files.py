@@ -101,7 +101,7 @@ MUTANTS = [
     (f"{K}::one_line", cli, [('    return " ".join(text.split())','    return text')]),
     (f"{K}::unicode", cli, [('            stream.reconfigure(errors="replace")','            pass')]),
     # fuzzing, faults, pickles
-    (f"{Z}::spoiled_files", tn, [("    if depth > _MAX_DEPTH:\n        # Before","    if False:\n        # Before")]),
+    ("test_training.py::forged", tn, [("    if depth > _MAX_DEPTH:\n        # Before","    if False:\n        # Before")]),
     (f"{Z}::spoiled_files", tn, [("        malformed = (*_MALFORMED, ValueError, RuntimeError, OverflowError)","        malformed = ()")]),
     (f"{Z}::spoiled_files", files, [("    except RecursionError:\n","    except ZeroDivisionError:\n")]),
     (f"{Z}::spoiled_files", ff, [("    if bad:\n        raise CheckpointError(\n            f\"{weight}: expected canonical","    if False:\n        raise CheckpointError(\n            f\"{weight}: expected canonical")]),

@@ -115,7 +115,7 @@ def value(rng: random.Random) -> object:
     if kind == 6:
         return {rng.choice(KINDS): rng.choice(("t.0", "t.1", [], [1, [2]], [[1, 2]], [["a", []], ["a", 1]], "inf", 1))}
     nested: object = []
-    for _ in range(rng.choice((2, 17, 70, 300))):
+    for _ in range(rng.choice((2, 17, 70, 300, 450))):
         nested = [nested]
     return nested
 
