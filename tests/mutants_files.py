@@ -48,7 +48,7 @@ MUTANTS = [
     (f"{F}::killed", files, [("    temporary = _beside(target)\n    try:\n        mode = _fresh_file(temporary)\n        with","    temporary = target\n    try:\n        mode = 0o644\n        with"),("            save_file(tensors, temporary, metadata)","            import io, safetensors.torch as st; fh = open(temporary, 'wb', buffering=0); b = st.save(tensors, metadata); [fh.write(b[i:i+1000]) for i in range(0, len(b), 1000)]; fh.close()")]),
     (f"{F}::killed or exchange", files, [("    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):","    if True:")]),
     (f"{F}::no_space", files, [("        with _library_errors(target):\n            save_file","        if True:\n            save_file")]),
-    (f"{F}::no_space", files, [("        shutil.rmtree(temporary, ignore_errors=True)\n","")]),
+    (f"{F}::no_space", files, [("        shutil.rmtree(temporary, ignore_errors=True)\n        raise\n","        raise\n")]),
     (f"{F}::something_else", files, [("    if entries and not (checkpoint and all(entry.is_file(follow_symlinks=False) for entry in entries)):","    if entries and not checkpoint:")]),
     (f"{F}::something_else", files, [("        # Again: fill may have taken hours.\n        _check_replaceable(target)\n","")]),
     (f"{F}::two_renames", files, [("        os.rename(aside, old)\n        raise","        raise")]),
