@@ -6,7 +6,8 @@ VENV ?= .venv
 DEMO ?=
 LM ?=
 BENCH ?= --isa native,avx512,avx2
-PYTEST ?= -n 2
+# Some tests take minutes: a process that is done takes over what another has before it.
+PYTEST ?= -n 2 --dist worksteal
 # torch's CUDA builds bring their own. Beside a CPU build: what GPU machines with torch 2.11 have, and the table of machine
 # code was made with.
 TRITON := 'triton==3.6.0; platform_system == "Linux"'
