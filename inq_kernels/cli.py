@@ -126,14 +126,7 @@ def _quantize_arguments(command: argparse.ArgumentParser) -> None:
         help="one exponent a tensor or an output channel; default: %(default)s",
     )  # fmt: skip
     command.add_argument("--exponent", choices=EXPONENT_RULES, default=default.exponent, help="default: %(default)s")
-    command.add_argument(
-        "--skip", nargs="+", action="extend", default=[], metavar="PATTERN",
-        help="modules that stay float, besides the default ones (embeddings by name); * and ? match as in a shell",
-    )  # fmt: skip
-    command.add_argument(
-        "--only", nargs="+", action="extend", default=[], metavar="PATTERN", help="the only modules to pack"
-    )
-    command.add_argument("--no-default-skip", action="store_true", help="pack what looks like an embedding, too")
+    conversions.add_pattern_arguments(command)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

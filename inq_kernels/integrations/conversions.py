@@ -94,6 +94,11 @@ def add_import_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--bits", type=int, choices=BITS, help="default: the smallest format that holds the most")
     command.add_argument("--levels", choices=LEVELS)
     command.add_argument("--granularity", choices=GRANULARITIES, help="one exponent a tensor or an output channel")
+    add_pattern_arguments(command)
+
+
+def add_pattern_arguments(command: argparse.ArgumentParser) -> None:
+    """Which modules to pack: of ``inq quantize`` and ``inq import``."""
     command.add_argument(
         "--skip", nargs="+", action="extend", default=[], metavar="PATTERN",
         help="modules that stay float, besides the default ones (embeddings by name); * and ? match as in a shell",
