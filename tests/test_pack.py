@@ -332,28 +332,3 @@ def test_unpack_refuses_a_dtype_that_would_lose_values(n1):
     assert torch.equal(inq.unpack(packed), w)
     with pytest.raises(ValueError, match=r"got torch.float16, which cannot hold 1 of 3 \(exponents"):
         inq.unpack(packed, torch.float16)
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_the_compiled_library_packs_and_unpacks_as_the_reference(fmt, dtype, isa):
-    native, dense = torch.ops.inq_cpu, fmt.levels == "dense"
-    before, threads = native.isa(), torch.get_num_threads()
-    if isa == "avx512" and native.detected_isa() in ("portable", "avx2"):
-        isa = native.detected_isa()
-    try:
-        native.set_isa(isa)
-        for n, k, count in ((1, 1, 1), (3, 7, 2), (5, 257, 3), (40, 1000, 2), (40, 1000, 3)):
-            torch.set_num_threads(count)
-            n1 = torch.randint(-3, 3, (n, 1), generator=generator(k)).to(torch.int8)
-            n1[0] = 127
-            w = reference.quantize(torch.randn(n, k, generator=generator(n)).to(dtype), n1, fmt)
-            codes = native.pack(w, n1, fmt.bits, dense)
-            assert torch.equal(codes, reference.pack(w, n1, fmt))
-            for scale in (None, torch.randn(n, 1, generator=generator(n))):
-                got = native.unpack(codes, n1, scale, k, fmt.bits, dense, dtype)
-                assert same_bits(got, reference.unpack(codes, n1, scale, k, fmt, dtype))
-    finally:
-        native.set_isa(before)
-        torch.set_num_threads(threads)
