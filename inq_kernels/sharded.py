@@ -51,9 +51,11 @@ def save_sharded(
         model, optimizer, run, extra: as for ``save_training``; the model may be in DistributedDataParallel.
 
     Raises:
-        TypeError, ValueError: the state holds something else, or too much, or ranks hold different things. OSError: a
-            file could not be written. PeerError: that happened on another rank. The old checkpoint is still there then.
+        TypeError, ValueError: the state holds something else, or too much, or ranks hold different things, or the run
+            is no ``inq.INQ``. OSError: a file could not be written. PeerError: that happened on another rank. The old checkpoint is still there then.
     """
+    if not isinstance(run, INQ):
+        raise TypeError(f"{_SAVE}: run: expected an inq.INQ, got {type(run).__name__}: save_training writes others")
     ranks, model = Ranks(), unwrapped(model)
     with ranks.together(_SAVE):
         reshard(model)
