@@ -52,7 +52,8 @@ def save_sharded(
 
     Raises:
         TypeError, ValueError: the state holds something else, or too much, or ranks hold different things, or the run
-            is no ``inq.INQ``. OSError: a file could not be written. PeerError: that happened on another rank. The old checkpoint is still there then.
+            is no ``inq.INQ``. OSError: a file could not be written. PeerError: that happened on another rank. The old
+            checkpoint is still there then.
     """
     if not isinstance(run, INQ):
         raise TypeError(f"{_SAVE}: run: expected an inq.INQ, got {type(run).__name__}: save_training writes others")
