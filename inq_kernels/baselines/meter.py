@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import safetensors
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import reference
@@ -190,18 +190,14 @@ def measure(model: nn.Module, layers: Iterable[LayerSize], method: str) -> Size:
 def _header(layers: Iterable[LayerSize], floats: Mapping[str, Tensor]) -> int:
     """Bytes of the safetensors header for one tensor a part of each layer and one for each float, and the shapes of the
     layers' weights."""
-    streams: dict[str, dict] = {}
+    tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in floats.items()}
     for layer in layers:
         for part in PARTS:
             # Padding lies in the others.
             if part != "padding" and (bits := getattr(layer, part)):
-                size = -(-bits // 8)
-                streams[f"{layer.name}.{part}"] = {"dtype": "uint8", "shape": [size], "data": bytes(size)}
-    for name, tensor in floats.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        streams[name] = {"dtype": dtype, "shape": list(tensor.shape), "data": bytes(tensor.nbytes)}
+                tensors[f"{layer.name}.{part}"] = torch.empty(-(-bits // 8), dtype=torch.uint8)
     shapes = json.dumps({layer.name: layer.shape for layer in layers}, separators=(",", ":"))
-    return len(safetensors.serialize(streams, {"shapes": shapes})) - sum(len(s["data"]) for s in streams.values())
+    return len(save(tensors, {"shapes": shapes})) - sum(tensor.nbytes for tensor in tensors.values())
 
 
 def entropy_bits(symbols: Tensor) -> float:
