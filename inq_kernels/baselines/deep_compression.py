@@ -184,7 +184,8 @@ def layer_size(name: str, weight: Tensor, bits: int, index_bits: int, *, coded: 
     return LayerSize(
         *(name, tuple(weight.shape), int((codes != 0).sum()), entropy_bits(codes)),
         **sparse_parts(codes, bits, index_bits, coded=coded),
-        codebooks=32 << bits,
+        # Only what is in use, and zero.
+        codebooks=32 * (len(values) + 1),
     )
 
 
@@ -198,8 +199,9 @@ def sparse_parts(codes: Tensor, bits: int, index_bits: int, *, coded: bool = Tru
     for what, (symbols, width) in streams.items():
         lengths = [width] * (1 << width)
         if coded:
-            lengths = huffman.lengths(huffman.symbol_counts(symbols, 1 << width))
-            parts["tables"] += huffman.LENGTH_BITS << width
+            # Symbols above the greatest in use need no length.
+            lengths = huffman.lengths(huffman.symbol_counts(symbols, 0))
+            parts["tables"] += huffman.LENGTH_BITS * len(lengths)
         each = torch.tensor(lengths, device=symbols.device)[symbols]
         all_bits = int(each.sum())
         parts[what] = int(each[~entries.fillers].sum())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A table holds one byte for the length of each symbol of the alphabet.
+# A table holds one byte for the length of each symbol from 0 to the greatest in use.
 LENGTH_BITS = 8
 
 
@@ -38,7 +38,7 @@ def lengths(counts: Sequence[int]) -> list[int]:
 
 
 def symbol_counts(symbols: Tensor, alphabet: int) -> list[int]:
-    """How often each of 0, …, alphabet − 1 comes."""
+    """How often each of 0, …, alphabet − 1 comes, or of 0, …, max(symbols) if that is more."""
     return torch.bincount(symbols.reshape(-1), minlength=alphabet).tolist()
 
 
