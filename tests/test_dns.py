@@ -47,8 +47,10 @@ def closure_of(model, optimizer, step):
     return closure
 
 
-def make(optimizer="sgd", **arguments):
+def make(optimizer="sgd", scale=1, **arguments):
     model = net()
+    with torch.no_grad():
+        model[4].weight.mul_(scale)
     opt = OPTIMIZERS[optimizer](model.parameters())
     return model, opt, inq.DNS(model, opt, **{"c_rate": 0.3, "iter_stop": 12, "gamma": 0.1, **arguments})
 
@@ -206,10 +208,8 @@ def test_resume_bit_for_bit(optimizer, stop_at, tmp_path):
     first = make(optimizer)
     train(*first[:2], range(stop_at))
     inq.save_training(tmp_path / "run.safetensors", *first, {"step": stop_at})
-    second = make(optimizer)
     # Thresholds are those of the weights that the run began with, not of these.
-    with torch.no_grad():
-        second[0][4].weight.mul_(2)
+    second = make(optimizer, scale=2)
     assert inq.load_training(tmp_path / "run.safetensors", *second) == {"step": stop_at}
     for name, value in first[0].state_dict().items():
         assert same_bits(second[0].state_dict()[name], value)
