@@ -123,14 +123,18 @@ def check_attached(who: str, model: nn.Module, weights: Mapping[str, nn.Paramete
 
 
 def warn_of_strangers(
-    who: str, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], stacklevel: int = 3
+    who: str,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, nn.Parameter],
+    what: str = "quantized",
+    stacklevel: int = 3,
 ) -> None:
-    """Weights that ``optimizer`` does not step are most likely a mistake."""
+    """Weights that ``optimizer`` does not step are most likely a mistake; ``what`` becomes of them all the same."""
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
     strangers = [name for name, weight in weights.items() if weight.requires_grad and id(weight) not in ours]
     if strangers:
         warnings.warn(
-            f"{who}: optimizer: the weights of {strangers} are not among its parameters: they will be quantized "
+            f"{who}: optimizer: the weights of {strangers} are not among its parameters: they will be {what} "
             "but not retrained, and another optimizer could move them",
             stacklevel=stacklevel,
         )

@@ -24,8 +24,8 @@ class ProjectedRun:
     """What ``inq.DNS`` and ``baselines.StraightThrough`` share: everything but the projection, ``_project``.
 
     It works beside any torch optimizer, with LBFGS too: its closures see f(W). Under DistributedDataParallel every rank
-    makes the run with the same arguments and does the same. W costs a copy of the weights. A subclass calls ``_attach``
-    when it is ready.
+    makes the run with the same arguments and does the same. W costs a copy of the weights. If a step raises, the model
+    has W until the next step, which begins where that one did. A subclass calls ``_attach`` when it is ready.
     """
 
     # How errors name the run.
@@ -56,7 +56,7 @@ class ProjectedRun:
         """After each step, when W is new."""
 
     def _attach(self) -> None:
-        hooks.warn_of_strangers(self._who, self.optimizer, self._weights, stacklevel=4)
+        hooks.warn_of_strangers(self._who, self.optimizer, self._weights, "projected", stacklevel=4)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             hooks.first_after_step(self.optimizer, self._after_step),
