@@ -55,8 +55,7 @@ def save_sharded(
             is no ``inq.INQ``. OSError: a file could not be written. PeerError: that happened on another rank. The old
             checkpoint is still there then.
     """
-    if not isinstance(run, INQ):
-        raise TypeError(f"{_SAVE}: run: expected an inq.INQ, got {type(run).__name__}: save_training writes others")
+    _check_run(_SAVE, run)
     ranks, model = Ranks(), unwrapped(model)
     with ranks.together(_SAVE):
         reshard(model)
@@ -115,9 +114,10 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
 
     Raises:
         CheckpointError: a file is damaged, missing, not of such a checkpoint, or of a newer version. ValueError: it
-            belongs to another model, optimizer or run. OSError: it cannot be read. PeerError: one of these happened on
-            another rank. Nothing is changed then, on any rank.
+            belongs to another model, optimizer or run. TypeError: the run is no ``inq.INQ``. OSError: it
+            cannot be read. PeerError: one of these happened on another rank. Nothing is changed then, on any rank.
     """
+    _check_run(_LOAD, run)
     ranks, model = Ranks(), unwrapped(model)
     where = f"{path}: {files.TRAINING_INDEX}"
     try:
@@ -156,6 +156,11 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
 
 
 # --- the state --------------------------------------------------------------------------------------------------------
+
+
+def _check_run(who: str, run: INQ) -> None:
+    if not isinstance(run, INQ):
+        raise TypeError(f"{who}: run: expected an inq.INQ, got {type(run).__name__}: save_training is for others")
 
 
 def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:

@@ -112,7 +112,7 @@ MUTANTS = [
     ("test_dns.py::test_it_is_the_textbook", "projection.py", [("return (args[0], self._at_projected(closure), *args[2:]), kwargs", "return None")]),
     ("test_dns.py::test_resume", "dns.py", [('layer.a, layer.b = values["a"], values["b"]', "pass")]),
     ("test_dns.py::test_resume", "dns.py", [('self.iteration = state["iteration"]', "pass")]),
-    ("test_dns.py::test_several_ranks", "sharded.py", [("if not isinstance(run, INQ):", "if False:")]),
+    ("test_dns.py::test_several_ranks", "sharded.py", [("    _check_run(_SAVE, run)\n", "")]),
     ("test_deep_compression.py::test_relative_indices_decode", "baselines/relative.py", [("fillers = zeros >> bits", "fillers = (zeros + 1) >> bits")]),
     ("test_deep_compression.py::test_huffman_by_hand", "baselines/huffman.py", [("code <<= table[symbol] - size", "code <<= 0")]),
     ("test_deep_compression.py::test_kmeans", "baselines/deep_compression.py", [("torch.where(counts > 0, ", "torch.where(counts >= 0, ")]),

@@ -274,8 +274,9 @@ def test_inq_refuses_a_checkpoint_of_surgery(tmp_path):
 
 def test_several_ranks_of_fsdp_have_another_file(tmp_path):
     model, opt, run = make()
-    with pytest.raises(TypeError, match=r"inq.save_sharded: run: expected an inq.INQ, got DNS: save_training"):
-        inq.save_sharded(tmp_path / "run", model, opt, run)
+    for call in (inq.save_sharded, inq.load_sharded):
+        with pytest.raises(TypeError, match=rf"{call.__name__}: run: expected an inq.INQ, got DNS: save_training"):
+            call(tmp_path / "run", model, opt, run)
 
 
 # --- INQ after it -----------------------------------------------------------------------------------------------------
