@@ -258,3 +258,23 @@ def test_mistakes_have_one_clear_error_and_change_nothing(case):
     with pytest.raises(ValueError, match=message):
         call(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# AlexNet's layers: weights, the fraction that the paper keeps (its table 4, from memory), and bits of a code.
+ALEXNET = (
+    *((34_848, 0.84, 8), (307_200, 0.38, 8), (884_736, 0.35, 8), (663_552, 0.37, 8), (442_368, 0.37, 8)),
+    *((37_748_736, 0.09, 5), (16_777_216, 0.09, 5), (4_096_000, 0.25, 5)),
+)
+
+
+def test_the_published_ratio_of_alexnet():
+    """27 times smaller without Huffman coding, at 8 and 5 bits (PAPER.md, T5) and 4 bits an index: within 6 % of that,
+    with zeros at random and fractions that the paper rounds to a percent."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for numel, keep, bits in ALEXNET:
+        sample = min(numel, 100_000)
+        codes = (torch.rand(sample, generator=generator) < keep).long()
+        parts = dc.sparse_parts(codes, bits, 4, coded=False)
+        total += numel / sample * (parts["codes"] + parts["indices"] + parts["padding"])
+    assert 32 * sum(numel for numel, *_ in ALEXNET) / total == pytest.approx(27, rel=0.06)
