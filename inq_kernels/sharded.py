@@ -131,6 +131,8 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
             targets = _targets(blank, saved, state, model, optimizer, run)
         _read(Path(path), targets, ranks)
         with ranks.together(_LOAD):
+            for name, t in targets.items():
+                files.check_bool(f"{path}: tensor {name!r}", local_part(t))
             tensors = {name: t if saved.all[name][1] else t.reshape(()) for name, t in targets.items()}
             state = _decoded(saved.state, where, tensors)
             own = training.decode(saved.own, f"{path}: rank's own", tensors)
