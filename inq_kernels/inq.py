@@ -251,6 +251,8 @@ class _Layer:
                 )
         if (state["n1"] is not None) != started:
             raise ValueError(f"{where}: n1: expected it once a portion has begun, and only then")
+        if not started and bool(local_part(state["mask"]).any()):
+            raise ValueError(f"{where}: mask: expected no frozen weights before the first portion, got some")
         for key in ("mask", "codes", "keep", "n1"):
             if state[key] is not None and is_sharded(state[key]) != (self.rows is not None):
                 raise ValueError(f"{where}: {key}: expected the state of a run whose weight is sharded as here")

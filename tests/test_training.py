@@ -259,6 +259,18 @@ def test_forged_files_are_refused_and_change_nothing(tmp_path, change, message):
     assert_same(before, state_of(*fresh))
 
 
+def test_no_state_freezes_weights_before_the_first_portion():
+    """They would be held at values that nobody has checked. Found by make fuzz."""
+    objects = make()
+    before, state = state_of(*objects), objects[2].state_dict()
+    next(iter(state["layers"].values()))["mask"][0] = 1
+    with pytest.raises(
+        ValueError, match="layer '0': mask: expected no frozen weights before the first portion, got some"
+    ):
+        objects[2].load_state_dict(state)
+    assert_same(before, state_of(*objects))
+
+
 @pytest.mark.parametrize("where", ["header", "data"])
 def test_a_flipped_bit_is_found(tmp_path, where):
     path = tmp_path / "run.safetensors"
