@@ -10,26 +10,29 @@ from pathlib import Path
 import torch
 
 from .. import files
-from ..file_format import VERSION_KEY, _check_is_inq, is_weight, part_names, some
+from ..file_format import VERSION_KEY, _check_is_inq, folder_root, is_weight, part_names, some
 from ..files import CheckpointError, TensorInfo
 from ..format import Format
 
 
 class PackedFiles:
-    """``paths``: the safetensors files of one model.
+    """``paths``: the safetensors files of one model; ``source``: where it is read from, a directory or a name on a hub.
 
     Raises:
-        CheckpointError: a file is not as ``files.read_header`` wants it, or of a newer format, or a name is twice.
+        CheckpointError: a file is not as ``files.read_header`` wants it, or of a newer format, or a name is twice, or
+            an index or a link leads out of the directory.
         ValueError: no files.
     """
 
-    def __init__(self, paths: Iterable[str] | None) -> None:
+    def __init__(self, paths: Iterable[str] | None, source: str = "") -> None:
         if not paths:
             raise ValueError("inq: expected the files of a packed model, got none (from_pretrained(state_dict=…)?)")
         self._infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._first = Path(next(iter(paths)))
+        root = folder_root(Path(source)) if source and Path(source).is_dir() else None
         for path in map(Path, paths):
+            files.check_regular(path, root)
             header = files.read_header(path)
             # transformers' own save_pretrained writes no manifest; with one the version is known.
             if VERSION_KEY in header.metadata:
