@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -42,14 +43,15 @@ class PackedFiles:
             self._infos |= header.tensors
             self._file_of |= dict.fromkeys(header.tensors, path)
 
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """The names of all packed weights."""
+        codes = (name for name, info in self._infos.items() if info.dtype == torch.uint8 and is_weight(name))
+        return frozenset(name for name in codes if f"{name}_exp" in self._infos)
+
     def claim(self, modules: Iterable[str]) -> str | None:
         """The packed weight of the module that goes by these names; None: there is none."""
-        for module in modules:
-            name = f"{module}.weight" if module else "weight"
-            info, exponents = self._infos.get(name), self._infos.get(f"{name}_exp")
-            if info is not None and info.dtype == torch.uint8 and exponents is not None and is_weight(name):
-                return name
-        return None
+        return next((name for m in modules if (name := f"{m}.weight" if m else "weight") in self.packed), None)
 
     def float_weight(self, modules: Iterable[str]) -> str | None:
         """The weight of that module, if it is in the files and not packed."""

@@ -11,6 +11,7 @@ and row scale. Not the checksums, since transformers reads the tensors itself: `
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,6 +46,8 @@ from .settings import Patterns, Settings
 __all__ = ["InqConfig", "InqHfQuantizer", "save_pretrained"]
 
 _CHUNK = 1 << 22
+# A Linear of its own for each expert of a mixture, in the files.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def _format(where: str, fmt: Format | int) -> Format:
@@ -235,9 +238,17 @@ class InqHfQuantizer(HfQuantizer):
 
     def _prepare_packed(self, model, names: Names, checkpoint_files, world: int) -> None:
         stored = PackedFiles(checkpoint_files, model.config.name_or_path)
-        for name, module, fmt, reason in list(self._candidates(model, names)):
-            where = f"{type(model).__name__}: module {name!r}"
-            found = stored.claim(names.of(name))
+        candidates = list(self._candidates(model, names))
+        claimed = {name: stored.claim(names.of(name)) for name, *_ in candidates}
+        # Before a router's weight is found to be none of a Linear: what to do is the same for both.
+        if experts := [name for name in stored.packed - set(claimed.values()) if _EXPERT.search(name)]:
+            raise stored.error(
+                min(experts),
+                f"expected float experts, which {type(model).__name__} holds in one tensor, got packed ones: quantize "
+                "with --skip '*.experts.*' '*.gate'",
+            )
+        for name, module, fmt, reason in candidates:
+            where, found = f"{type(model).__name__}: module {name!r}", claimed[name]
             if found is None:
                 if fmt is not None and reason is None:
                     self._refuse_float(where, stored, names.of(name))

@@ -97,7 +97,7 @@ class InqConfig(QuantizationConfig):
         if not (self.settings.ignored(prefix) or any(name.startswith(f"{prefix}.") for name in names)):
             raise ValueError(
                 f"inq: layer {prefix!r}: expected float experts, got packed ones, which the vLLM plugin cannot run "
-                "yet: quantize with --skip '*.experts.*' '*.gate', or serve with transformers"
+                "yet: quantize with --skip '*.experts.*' '*.gate'"
             )
 
 

@@ -379,6 +379,23 @@ def test_no_pickle_and_no_bare_state_dict(quantized, copied):
         LlamaForCausalLM.from_pretrained(copied)
 
 
+@pytest.mark.parametrize("skip", [(), ("--skip", "*.gate")])
+def test_packed_experts_are_refused(tmp_path, skip):
+    """transformers puts the experts of a mixture into one tensor, for which packed ones are of another shape."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), *skip]) == 0
+    with pytest.raises(inq.CheckpointError, match=r"experts\.0\.w1\.weight': expected float experts, .*--skip"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", ignore_mismatched_sizes=True)
+    arguments = ("--skip", "*.gate", "*.experts.*")
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "float"), *arguments]) == 0
+    assert len(packed(AutoModelForCausalLM.from_pretrained(tmp_path / "float"))) == 5
+
+
 def test_no_pickle_is_packed_either(dense, tmp_path):
     path = shutil.copytree(dense, tmp_path / "dense")
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
