@@ -128,11 +128,13 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
             targets = _targets(blank, saved, state, model, optimizer, run)
         _read(Path(path), targets, ranks)
         with ranks.together(_LOAD):
+            for name, t in targets.items():
+                files.check_bool(f"{path}: tensor {name!r}", local_part(t))
             tensors = {name: t if saved.all[name][1] else t.reshape(()) for name, t in targets.items()}
             state = _decoded(saved.state, where, tensors)
             own = training.decode(saved.own, f"{path}: rank's own", tensors)
             for name, layer in state["inq"]["layers"].items():
-                _flatten_masks(layer, run.rows.get(name) is None)
+                _flatten_masks(f"{where}: layer {name!r}", layer, run.rows.get(name) is None)
             run.check_state(state["inq"])
             # On another number of ranks there is none of this rank's own.
             state["rng"] = own["rng"] if saved.world_size == ranks.size else training.rng_state()
@@ -177,16 +179,17 @@ def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> d
     }
 
 
-def _flatten_masks(layer: dict, whole: bool) -> None:
+def _flatten_masks(where: str, layer: dict, whole: bool) -> None:
+    shape = files.check_shape(where, layer["shape"])
+    if not shape:
+        raise CheckpointError(f"{where}: shape: expected a dimension at least, got none")
     for key in ("mask", "keep"):
         if whole and (mask := layer[key]) is not None:
-            n, *others = layer["shape"]
-            if mask.dtype != torch.uint8 or list(mask.shape) != [n, -(-math.prod(others) // 8)]:
+            if mask.dtype != torch.uint8 or list(mask.shape) != [shape[0], -(-math.prod(shape[1:]) // 8)]:
                 raise ValueError(
-                    f"{_LOAD}: {key}: expected one for a weight of {layer['shape']}, "
-                    f"got {mask.dtype} {list(mask.shape)}"
+                    f"{where}: {key}: expected one for a weight of {list(shape)}, got {mask.dtype} {list(mask.shape)}"
                 )
-            layer[key] = flat_bits(mask, layer["shape"])
+            layer[key] = flat_bits(mask, shape)
 
 
 def _decoded(encoded: Any, where: str, tensors: Mapping[str, Tensor]) -> dict:
