@@ -31,8 +31,6 @@ _BLOCK = 128
 _CHUNK = 1 << 24
 # Row scales that are tried: 2^(i / _SCALE_STEPS), an octave down and an octave up.
 _SCALE_STEPS = 8
-# With one n1 a layer, the row scale takes the row's own exponent: at most so far from the layer's.
-_SCALE_OCTAVES = 64
 
 Forward = Callable[[nn.Module, object], object]
 
@@ -166,18 +164,30 @@ def _call(model: nn.Module, batch: object) -> object:
 
 @contextmanager
 def _untouched(model: nn.Module):
-    """Evaluation mode, and in the end every module's mode and every Linear's and Conv2d's weight as they were."""
+    """Evaluation mode, and in the end every module's mode, every Linear's and Conv2d's weight and all buffers as they
+    were: a ``forward`` may train a batch norm's statistics, or count."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
     weights = [module._parameters.get("weight") for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    values = {id(buffer): (buffer, buffer.clone()) for each in buffers for buffer in each.values() if _is_held(buffer)}
     try:
         model.eval()
         yield
     finally:
-        for module, mode, weight in zip(modules, modes, weights, strict=True):
+        for module, mode, weight, before in zip(modules, modes, weights, buffers, strict=True):
             module.training = mode
             if weight is not None:
                 module._parameters["weight"] = weight
+            module._buffers.update(before)
+        with torch.no_grad():
+            for buffer, value in values.values():
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _is_held(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.device.type != "meta" and buffer.layout == torch.strided
 
 
 class _Run:
@@ -377,7 +387,7 @@ def _fitted(w: Tensor, q: Tensor, h: Tensor, scale: Tensor) -> Tensor:
 def _one_exponent(packed: ops.PackedWeight, scale: Tensor, weight: Tensor) -> tuple[ops.PackedWeight, Tensor]:
     """The same values with one n1 for all rows, as the granularity "tensor" has it: the scales take the difference."""
     n1 = reference.exponents(weight, packed.format)
-    octaves = (packed.weight_exp.int() - n1.int()).clamp(-_SCALE_OCTAVES, _SCALE_OCTAVES)
+    octaves = packed.weight_exp.int() - n1.int()
     # A row of zeros has no exponent of its own.
     octaves = torch.where(weight.detach().reshape(len(n1), -1).abs().amax(dim=1, keepdim=True) == 0, 0, octaves)
     return dataclasses.replace(packed, weight_exp=n1), (scale.double() * 2.0 ** octaves.double()).float()

@@ -51,6 +51,8 @@ DTYPES = {
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,512}")
 # What torch.load or pickle would open, and run code from.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".zip")
+# Weights in formats that this package neither reads nor writes.
+FOREIGN_WEIGHTS = (".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".mlmodel")
 
 
 class CheckpointError(ValueError):
@@ -577,7 +579,7 @@ def write_file_by(path: str | os.PathLike, fill: Callable[[Path], None]) -> None
     _fsync(target.parent)
 
 
-def write_directory(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
+def write_directory(path: str | os.PathLike, fill: Callable[[Path], None], training: bool = False) -> None:
     """Write a directory whole or not at all, and durably: ``fill`` gets a fresh directory, which then becomes ``path``.
 
     An older checkpoint at ``path`` is exchanged in one step (where the file system can) and deleted afterwards; after
@@ -586,21 +588,22 @@ def write_directory(path: str | os.PathLike, fill: Callable[[Path], None]) -> No
     Args:
         path: the directory to be; its parent must exist.
         fill: writes files, and directories, into the directory that it is given.
+        training: it is a training checkpoint, and may replace one, instead of a model.
 
     Raises:
-        CheckpointError: ``path`` exists and is not an empty directory or a checkpoint: a directory of files only, with
-            inq.json, inq_training.json, or config.json beside .safetensors files. OSError: as in ``write_safetensors``.
-            And ``fill``'s.
+        CheckpointError: ``path`` exists and is not an empty directory or a checkpoint of that kind, files only: a model
+            has inq.json, or config.json beside model.safetensors or its index, and no weights but its own; a training
+            checkpoint has what ``save_sharded`` writes and nothing else. OSError: as in ``write_safetensors``. And
+            ``fill``'s.
     """
-    target = _target(path)
-    _check_replaceable(target)
+    target = check_directory(path, training)
     temporary = _beside(target)
     try:
         temporary.mkdir()
         fill(temporary)
         _settle(temporary)
         # Again: fill may have taken hours.
-        _check_replaceable(target)
+        _check_replaceable(target, training)
         if target.is_dir():
             replaced = _exchange(temporary, target)
         else:
@@ -621,21 +624,70 @@ def write_directory(path: str | os.PathLike, fill: Callable[[Path], None]) -> No
             raise
 
 
-def _check_replaceable(target: Path) -> None:
+def check_directory(path: str | os.PathLike, training: bool = False) -> Path:
+    """Raise as ``write_directory`` if ``path`` may not be written; its real path."""
+    target = _target(path)
+    _check_replaceable(target, training)
+    return target
+
+
+def _check_replaceable(target: Path, training: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise CheckpointError(f"{target}: expected a directory or nothing, got a file")
-    entries = list(os.scandir(target))
-    names = {entry.name for entry in entries}
-    checkpoint = not names.isdisjoint({"inq.json", TRAINING_INDEX}) or (
-        "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    )
-    if entries and not (checkpoint and all(entry.is_file(follow_symlinks=False) for entry in entries)):
+    if reason := (_why_no_training if training else _why_no_model)(target):
+        what = "training checkpoint" if training else "model"
         raise CheckpointError(
             f"{target}: expected nothing, an empty directory or an older checkpoint to replace "
-            "(inq.json, or config.json with .safetensors files, and no subdirectory), got another directory"
+            f"(a {what}, files only), got {reason}"
         )
+
+
+def _why_no_model(target: Path) -> str | None:
+    """Why ``target`` is more than an empty directory or a model's files, and must not be deleted; None: it is not."""
+    names, reason = _files_of(target)
+    if not names or reason:
+        return reason
+    index = "model.safetensors.index.json"
+    if TRAINING_INDEX in names:
+        return "a training checkpoint"
+    if "inq.json" not in names and not ("config.json" in names and names & {"model.safetensors", index}):
+        return "another directory"
+    own = {"model.safetensors"}
+    if index in names:
+        # A damaged one names no files, and those that are there are not deleted.
+        with contextlib.suppress(CheckpointError, AttributeError, KeyError):
+            own |= set(map(str, read_json(target / index)["weight_map"].values()))
+    for name in sorted(names - own):
+        # An optimizer's state, say, or a checkpoint of its own.
+        if Path(name).suffix.lower() in (".safetensors", *PICKLE_SUFFIXES, *FOREIGN_WEIGHTS):
+            return f"one with {name!r}, which is not the model's"
+    return None
+
+
+def _why_no_training(target: Path) -> str | None:
+    """As ``_why_no_model``, for a training checkpoint."""
+    names, reason = _files_of(target)
+    if not names or reason:
+        return reason
+    if TRAINING_INDEX not in names:
+        return "another directory"
+    # Hidden ones are the system's, such as .DS_Store and .nfs….
+    strangers = (name for name in sorted(names) if not (name.startswith(".") or _TRAINING_FILE.fullmatch(name)))
+    name = next(strangers, None)
+    return None if name is None else f"one with {name!r}, which is not the checkpoint's"
+
+
+_TRAINING_FILE = re.compile(rf"{re.escape(TRAINING_INDEX)}|rank-\d{{5}}\.json|shard-\d{{5}}-.*\.safetensors")
+
+
+def _files_of(directory: Path) -> tuple[set[str], str | None]:
+    """The names in a directory, and the first that is no file, for a message."""
+    with os.scandir(directory) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    other = next((entry.name for entry in entries if not entry.is_file(follow_symlinks=False)), None)
+    return {entry.name for entry in entries}, None if other is None else f"one with {other!r}, which is no file"
 
 
 def _settle(directory: Path) -> None:

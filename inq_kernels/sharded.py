@@ -47,7 +47,7 @@ def save_sharded(
     under DistributedDataParallel) are rank 0's; random states and ``extra`` are each rank's own.
 
     Args:
-        path: a directory, whose parent must exist; an older checkpoint there is replaced in one step.
+        path: a directory, whose parent must exist; an older checkpoint of this function there is replaced in one step.
         model, optimizer, run, extra: as for ``save_training``; the model may be in DistributedDataParallel.
 
     Raises:
@@ -97,7 +97,7 @@ def save_sharded(
             write(folder)
 
         try:
-            files.write_directory(path, fill)
+            files.write_directory(path, fill, training=True)
         finally:
             if not begun:
                 ranks.broadcast("")
@@ -148,7 +148,10 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
     before = training.snapshot(model, optimizer, run)
     try:
         with ranks.together(_LOAD):
-            training.take_over(model, optimizer, run, state)
+            training.take_over_values(model, optimizer, state)
+        # Its collectives need all ranks: none of them may have failed before.
+        with ranks.together(_LOAD):
+            training.take_over_run(run, state)
     except BaseException as error:
         training.take_over(model, optimizer, run, before)
         if isinstance(error, training.REFUSED) and not isinstance(error, (torch.OutOfMemoryError, PeerError)):

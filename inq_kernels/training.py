@@ -134,10 +134,20 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> di
 
 
 def take_over(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, state: Mapping) -> None:
+    take_over_values(model, optimizer, state)
+    take_over_run(run, state)
+
+
+def take_over_values(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping) -> None:
+    """What each rank takes over by itself."""
     optimizer.load_state_dict(state["optimizer"]["state"])
     values = collections.OrderedDict(state["model"])
     values._metadata = collections.OrderedDict(state["model_metadata"])
     model.load_state_dict(values)
+
+
+def take_over_run(run: Run, state: Mapping) -> None:
+    """What ranks that share weights take over together."""
     run.load_state_dict(state["inq"])
     set_rng_state(state["rng"])
 

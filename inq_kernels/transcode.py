@@ -41,8 +41,8 @@ from .ops import PackedWeight
 # is not what the kernels do.
 DEFAULT_SKIP = ("*[Ee]mbed*", "*emb", "*_emb.*", "*wte", "*wpe", "*shared", "*position*", "*relative_attention*")
 
-# Weights in other formats, which would still be the old model's.
-_OTHER_WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".tflite", ".ot", ".mlmodel")
+# These would still be the old model's.
+_OTHER_WEIGHTS = (".safetensors", *files.FOREIGN_WEIGHTS)
 _CHUNK = 1 << 22
 
 # Called with a tensor's name, how many tensors are done, and of how many.

@@ -403,6 +403,29 @@ def damaged_checkpoints(folder):
     assert_equal(flattened(state_of(other)), before)
 
 
+def taking_over_fails(folder):
+    """What fails on one rank after all checks, such as for want of memory, is undone on all, and nobody waits."""
+    rank, path = dist.get_rank(), folder / "taken"
+    t = Training("fsdp2")
+    next(iter(t.run))
+    t.one_step()
+    inq.save_sharded(path, t.model, t.optimizer, t.run, {"step": 1})
+    t.one_step()
+    before, load, calls = flattened(state_of(t)), t.optimizer.load_state_dict, []
+
+    def fails_once(state):
+        calls.append(state)
+        if rank == 1 and len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        load(state)
+
+    t.optimizer.load_state_dict = fails_once
+    with raises(*((torch.OutOfMemoryError, "out of memory") if rank == 1 else (inq.PeerError, "rank 1"))):
+        inq.load_sharded(path, t.model, t.optimizer, t.run)
+    assert_equal(flattened(state_of(t)), before)
+    assert inq.load_sharded(path, t.model, t.optimizer, t.run) == {"step": 1}
+
+
 def saving_fails(folder):
     """What fails on one rank fails on all, and the old checkpoint is still there."""
     rank, path = dist.get_rank(), folder / "failing"
@@ -446,7 +469,7 @@ def saving_fails(folder):
 
 PAIR = (
     *(one_hash, names_do_not_depend_on_ddp, after_an_evaluation, surgery, wrong_models, wrong_states),
-    *(checkpoints, damaged_checkpoints, saving_fails),
+    *(checkpoints, damaged_checkpoints, taking_over_fails, saving_fails),
 )
 
 

@@ -1,5 +1,6 @@
 """inq.calibrate: the update is GPTQ's, convolutions are linear layers over patches, and nothing is half done."""
 
+import contextlib
 import copy
 
 import pytest
@@ -265,6 +266,19 @@ def test_inputs_that_are_always_zero_and_rows_of_zeros():
     assert torch.equal(inq.unpack(model[0].packed), inq.quantize(layer.weight, FMT))
 
 
+def test_row_scales_reach_as_far_as_rows_are_apart():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 6))
+    with torch.no_grad():
+        model[0].weight.mul_(2.0 ** torch.tensor([[0.0], [-20], [-40], [-70], [-100], [-110]]))
+    w, other = model[0].weight.detach().double(), copy.deepcopy(model)
+    inq.calibrate(model, [correlated(80, 16)], inq.Format(4), row_scales=True)
+    inq.calibrate(other, [correlated(80, 16)], FMT, row_scales=True)
+    w_hat = inq.unpack(model[0].packed, torch.float64)
+    assert torch.equal(w_hat, inq.unpack(other[0].packed, torch.float64))
+    assert ((w_hat - w).norm(dim=1) < 0.5 * w.norm(dim=1)).all()
+
+
 def test_a_file_holds_the_row_scales(tmp_path):
     model, x = two_layers().eval(), correlated(80, 16)
     other = copy.deepcopy(model)
@@ -363,6 +377,25 @@ def test_after_an_error_the_model_is_as_it_was(kind):
     assert all(torch.equal(v, state[k]) or kind == "weight" for k, v in model.state_dict().items())
     assert [module.training for module in modules] == modes
     assert not any(module._forward_pre_hooks for module in modules)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_statistics_that_a_forward_trains_are_as_they_were(fails):
+    model = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4), nn.BatchNorm1d(4))
+    state = copy.deepcopy(model.state_dict())
+    buffers = dict(model.named_buffers())
+
+    def forward(model, batch):
+        model.train()(batch)
+        model[2].register_buffer("running_mean", torch.ones(4))
+        if fails:
+            raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake") if fails else contextlib.nullcontext():
+        inq.calibrate(model, [correlated(50, 16)], FMT, forward=forward)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items() if not name.startswith("1."))
+    assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
 
 
 def test_the_model_itself_and_the_type():

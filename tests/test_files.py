@@ -475,10 +475,11 @@ def test_a_directory_is_made_and_replaced(tmp_path):
 
     def other(directory):
         write_safetensors(directory / "other.safetensors", NEW, {})
+        write_text(directory / "model.safetensors.index.json", '{"weight_map": {"a": "other.safetensors"}}')
         write_text(directory / "config.json", "{}")
 
     write_directory(path, other)
-    assert sorted(os.listdir(path)) == ["config.json", "other.safetensors"]
+    assert sorted(os.listdir(path)) == ["config.json", "model.safetensors.index.json", "other.safetensors"]
     write_directory(path, fill_with(OLD))
     assert sorted(os.listdir(path)) == ["inq.json", "model.safetensors"]
     assert os.listdir(tmp_path) == ["model"]
@@ -499,6 +500,13 @@ def test_an_empty_directory_is_replaced(tmp_path):
         ["inq.json", "src/main.py"],
         ["inq.json", ".git/HEAD"],
         ["config.json", "model.safetensors", "onnx/model.onnx"],
+        ["config.json", "first.safetensors", "second.safetensors"],  # an experiment's, and its results
+        ["config.json", "model.safetensors", "optimizer.pt"],  # a Trainer's checkpoint
+        ["config.json", "model.safetensors", "inq.safetensors"],  # examples/train_trainer.py's
+        ["inq.json", "model.safetensors", "model.gguf"],
+        ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"],  # no JSON
+        ["inq_training.json", "rank-00000.json", "shard-00001-model-00001-of-00001.safetensors"],
+        ["inq.json", "model.safetensors", "inq_training.json"],
     ],
 )
 def test_a_directory_of_something_else_is_not_replaced(tmp_path, content):
@@ -512,6 +520,36 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path, content):
     assert calls == []
     assert all((path / name).read_text() == "precious" for name in content)
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["inq.json", "model.safetensors"],
+        ["config.json", "model.safetensors"],
+        ["inq_training.json", "log.txt"],
+        ["inq_training.json", "model.safetensors"],
+        ["inq_training.json", "shards/rank-00000.json"],
+    ],
+)
+def test_a_training_checkpoint_replaces_its_like_alone(tmp_path, content):
+    path = tmp_path / "project"
+    for name in content:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("precious")
+    with pytest.raises(CheckpointError, match="project: expected nothing, an empty directory or an older checkpoint"):
+        write_directory(path, fill_with(NEW), training=True)
+    assert all((path / name).read_text() == "precious" for name in content)
+
+
+def test_hidden_files_of_the_system_are_in_nobodys_way(tmp_path):
+    for name, training in (("inq.json", False), ("inq_training.json", True)):
+        path = tmp_path / name
+        path.mkdir()
+        (path / name).write_text("{}")
+        (path / ".DS_Store").write_text("")
+        write_directory(path, fill_with(NEW), training=training)
+        assert same_bits(read(path / "model.safetensors")["a"], NEW["a"])
 
 
 def test_a_directory_that_turns_into_something_else_meanwhile_is_not_replaced(tmp_path):

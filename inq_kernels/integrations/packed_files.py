@@ -5,31 +5,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from .. import files
-from ..file_format import VERSION_KEY, _check_is_inq, is_weight, part_names, some
+from ..file_format import VERSION_KEY, _check_is_inq, folder_root, is_weight, part_names, some
 from ..files import CheckpointError, TensorInfo
 from ..format import Format
 
 
 class PackedFiles:
-    """``paths``: the safetensors files of one model.
+    """``paths``: the safetensors files of one model; ``source``: where it is read from, a directory or a name on a hub.
 
     Raises:
-        CheckpointError: a file is not as ``files.read_header`` wants it, or of a newer format, or a name is twice.
+        CheckpointError: a file is not as ``files.read_header`` wants it, or of a newer format, or a name is twice, or
+            an index or a link leads out of the directory.
         ValueError: no files.
     """
 
-    def __init__(self, paths: Iterable[str] | None) -> None:
+    def __init__(self, paths: Iterable[str] | None, source: str = "") -> None:
         if not paths:
             raise ValueError("inq: expected the files of a packed model, got none (from_pretrained(state_dict=…)?)")
         self._infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._first = Path(next(iter(paths)))
+        root = folder_root(Path(source)) if source and Path(source).is_dir() else None
         for path in map(Path, paths):
+            files.check_regular(path, root)
             header = files.read_header(path)
             # transformers' own save_pretrained writes no manifest; with one the version is known.
             if VERSION_KEY in header.metadata:
@@ -39,14 +43,15 @@ class PackedFiles:
             self._infos |= header.tensors
             self._file_of |= dict.fromkeys(header.tensors, path)
 
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """The names of all packed weights."""
+        codes = (name for name, info in self._infos.items() if info.dtype == torch.uint8 and is_weight(name))
+        return frozenset(name for name in codes if f"{name}_exp" in self._infos)
+
     def claim(self, modules: Iterable[str]) -> str | None:
         """The packed weight of the module that goes by these names; None: there is none."""
-        for module in modules:
-            name = f"{module}.weight" if module else "weight"
-            info, exponents = self._infos.get(name), self._infos.get(f"{name}_exp")
-            if info is not None and info.dtype == torch.uint8 and exponents is not None and is_weight(name):
-                return name
-        return None
+        return next((name for m in modules if (name := f"{m}.weight" if m else "weight") in self.packed), None)
 
     def float_weight(self, modules: Iterable[str]) -> str | None:
         """The weight of that module, if it is in the files and not packed."""

@@ -13,10 +13,11 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn import Conv2d, Converted, ConvertReport, Linear, _PackedModule, fit, sqnr_db
+from ..nn import Conv2d, Converted, ConvertReport, Linear, _PackedModule, as_patterns, fit, sqnr_db
 from ..ops import PackedWeight
 
 __all__ = ["PackedLoraLinear", "merge_and_requantize", "prepare"]
@@ -77,42 +78,59 @@ def prepare(config: peft.LoraConfig) -> peft.LoraConfig:
 def merge_and_requantize(model: peft.PeftModel, adapter_names: Iterable[str] | None = None):
     """Add LoRA adapters to the packed weights, round the sums to the formats that these have, and take PEFT away.
 
-    Row scales stay as they are. Adapters beside float modules are merged by PEFT.
+    Row scales stay as they are. Adapters beside float modules, and trained tokens, are merged by PEFT.
 
     Args:
         model: a PeftModel with LoRA adapters.
-        adapter_names: which to merge; None: the active ones.
+        adapter_names: which to merge, or the name of one; None: the active ones.
 
     Returns:
         ``(base, report)``: the model without PEFT's wrappers, changed in place, and a ``ConvertReport`` with the SQNR
         of the rounding for each packed module.
 
     Raises:
-        TypeError: not a PeftModel with LoRA. ValueError: no adapter of that name, a bias or DoRA in an adapter, NaN or
-            Inf in a sum. Then nothing is changed.
+        TypeError: not a PeftModel with LoRA. ValueError: no adapter of that name, a bias in an adapter, DoRA or another
+            variant whose sum is not the weight and the adapter's product, a base layer that is shared, NaN or Inf in a
+            sum. Then nothing is changed.
     """
     if not isinstance(model, peft.PeftModel) or not isinstance(model.base_model, peft.LoraModel):
         raise TypeError(f"merge_and_requantize: model: expected a PeftModel with LoRA, got {type(model).__name__}")
-    chosen = None if adapter_names is None else list(adapter_names)
+    # Each once: a name that is given twice would be added twice.
+    chosen = None if adapter_names is None else list(dict.fromkeys(as_patterns(adapter_names)))
     if unknown := set(chosen or ()) - set(model.peft_config):
         raise ValueError(
             f"merge_and_requantize: adapter_names: expected some of {list(model.peft_config)}, got {unknown}"
         )
+    parents: dict[int, int] = {}
+    for parent in model.modules():
+        for child in parent._modules.values():
+            parents[id(child)] = parents.get(id(child), 0) + 1
     codes: list[tuple[_PackedModule, PackedWeight]] = []
-    floats: list[LoraLayer] = []
+    floats: list[BaseTunerLayer] = []
     report = ConvertReport()
+    tuners: list[str] = []
     for name, layer in model.base_model.model.named_modules():
+        # A layer inside another's (in MultiheadAttention) is merged with it.
+        if not isinstance(layer, BaseTunerLayer) or any(name.startswith(f"{outer}.") for outer in tuners):
+            continue
+        tuners.append(name)
         if not isinstance(layer, LoraLayer):
+            floats.append(layer)
             continue
         base = layer.get_base_layer()
         names = [a for a in (layer.active_adapters if chosen is None else chosen) if a in layer.lora_A]
+        if names and parents[id(base)] > 1:
+            raise ValueError(
+                f"merge_and_requantize: layer {name!r}: expected a base layer of its own, got one that the model also "
+                "runs elsewhere, without this adapter: keep the adapter"
+            )
         if not isinstance(base, _PackedModule):
             floats.append(layer)
         elif names:
             packed, row = _merged(name, layer, base, names)
             codes.append((base, packed))
             report.modules.append(row)
-    merged: list[LoraLayer] = []
+    merged: list[BaseTunerLayer] = []
     try:
         for layer in floats:
             layer.merge(safe_merge=True, adapter_names=chosen)
@@ -131,6 +149,9 @@ def _merged(name: str, layer: LoraLayer, base: nn.Module, adapters: list[str]) -
     where = f"merge_and_requantize: layer {name!r}"
     if any(layer.use_dora.get(a) for a in adapters):
         raise ValueError(f"{where}: expected LoRA, got DoRA, whose sum is normalized")
+    if variants := [v for a, v in getattr(layer, "lora_variant", {}).items() if a in adapters]:
+        kind = variants[0].__name__ if isinstance(variants[0], type) else type(variants[0]).__name__
+        raise ValueError(f"{where}: expected plain LoRA, whose product is added to the weight, got {kind}")
     if any(getattr(layer, "lora_bias", {}).get(a) for a in adapters):
         raise ValueError(f"{where}: expected adapters without a bias, got lora_bias=True")
     before = base.packed

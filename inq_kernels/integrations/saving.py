@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .. import files
 from ..checkpoint import _source_dtypes
+from ..distributed import Ranks
 from ..file_format import (
     INDEX_FILE,
     QUANTIZATION_CONFIG,
@@ -48,13 +50,16 @@ def save_pretrained(model, directory: str | os.PathLike, *others, **kwargs) -> N
 
     Raises:
         ValueError: nothing is packed, or adapters are loaded. CheckpointError: ``directory`` is something else, or
-            codes are not canonical. OSError: no space, no permission.
+            codes are not canonical. OSError: no space, no permission. PeerError: one of these in another process.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, _PackedModule)}
     if not packed:
         raise ValueError(f"save_pretrained: expected a model with packed modules, got none in {type(model).__name__}")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("save_pretrained: expected a model without adapters: save those with model.save_pretrained")
+    if (name := _adapted(model)) is not None:
+        raise ValueError(
+            f"save_pretrained: expected a model without adapters, got {name!r} with one: save those with "
+            "model.save_pretrained, or take them away (merge_and_requantize, unload)"
+        )
     if refused := {"is_main_process", "push_to_hub", "variant"} & kwargs.keys():
         raise ValueError(f"save_pretrained: expected none of these arguments, got {sorted(refused)}")
 
@@ -67,16 +72,27 @@ def save_pretrained(model, directory: str | os.PathLike, *others, **kwargs) -> N
     if tensor_parallel.world_size(model) == 1:
         files.write_directory(directory, fill)
         return
-    import torch.distributed as dist
-
-    try:
-        if dist.get_rank() == 0:
+    ranks = Ranks()
+    with ranks.together("save_pretrained"):
+        # Before the first one asks the others for their parts of the weights.
+        if ranks.rank == 0:
+            files.check_directory(directory)
+    with ranks.together("save_pretrained"):
+        if ranks.rank == 0:
             files.write_directory(directory, fill)
         else:  # its parts of the weights are asked for; nothing is written
             with tempfile.TemporaryDirectory() as nowhere:
                 model.save_pretrained(nowhere, is_main_process=False, **kwargs)
-    finally:
-        dist.barrier()
+
+
+def _adapted(model) -> str | None:
+    """The name of the first module that PEFT has changed, by ``add_adapter`` or ``get_peft_model``: what it makes of
+    the names of the weights in it is nothing that ``from_pretrained`` could load."""
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return None
+    kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
+    return next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
 
 
 def _seal(directory: Path, model, packed: dict[str, _PackedModule]) -> None:

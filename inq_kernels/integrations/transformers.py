@@ -11,6 +11,7 @@ and row scale. Not the checksums, since transformers reads the tensors itself: `
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
-from ..file_format import check_packed, config
+from ..file_format import check_packed, check_suffix, config
 from ..format import Format
 from ..nn import (
     Conv2d,
@@ -40,11 +41,13 @@ from . import tensor_parallel
 from .model_names import Names
 from .packed_files import PackedFiles
 from .saving import save_pretrained
-from .settings import Settings
+from .settings import Patterns, Settings
 
 __all__ = ["InqConfig", "InqHfQuantizer", "save_pretrained"]
 
 _CHUNK = 1 << 22
+# A Linear of its own for each expert of a mixture, in the files.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def _format(where: str, fmt: Format | int) -> Format:
@@ -190,6 +193,8 @@ class InqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_packed(model, names, checkpoint_files, world)
         else:
+            for path in checkpoint_files or ():
+                check_suffix(Path(path))
             self._prepare_float(model, names)
 
     def _candidates(self, model, names: Names):
@@ -224,12 +229,26 @@ class InqHfQuantizer(HfQuantizer):
         if not self._formats:
             found = "; ".join(f"{name}: {reason}" for name, reason in list(self._reasons.items())[:4])
             raise ValueError(f"InqConfig: expected a module to pack, got none ({found})")
+        for pattern in settings.overrides:
+            if any(Patterns([pattern]).match(names.of(name)) for name in self._formats):
+                continue
+            float_ones = (f"{n}: {r}" for n, r in self._reasons.items() if Patterns([pattern]).match(names.of(n)))
+            found = next(float_ones, "it has no weight")
+            raise ValueError(f"InqConfig: overrides: expected a pattern of what is packed, got {pattern!r} ({found})")
 
     def _prepare_packed(self, model, names: Names, checkpoint_files, world: int) -> None:
-        stored = PackedFiles(checkpoint_files)
-        for name, module, fmt, reason in list(self._candidates(model, names)):
-            where = f"{type(model).__name__}: module {name!r}"
-            found = stored.claim(names.of(name))
+        stored = PackedFiles(checkpoint_files, model.config.name_or_path)
+        candidates = list(self._candidates(model, names))
+        claimed = {name: stored.claim(names.of(name)) for name, *_ in candidates}
+        # Before a router's weight is found to be none of a Linear: what to do is the same for both.
+        if experts := [name for name in stored.packed - set(claimed.values()) if _EXPERT.search(name)]:
+            raise stored.error(
+                min(experts),
+                f"expected float experts, which {type(model).__name__} holds in one tensor, got packed ones: quantize "
+                "with --skip '*.experts.*' '*.gate'",
+            )
+        for name, module, fmt, reason in candidates:
+            where, found = f"{type(model).__name__}: module {name!r}", claimed[name]
             if found is None:
                 if fmt is not None and reason is None:
                     self._refuse_float(where, stored, names.of(name))
@@ -323,9 +342,16 @@ class InqHfQuantizer(HfQuantizer):
         if tensor_parallel.world_size(model) > 1:
             raise ValueError("inq: dequantize: expected a model in one process, got one that is split over several")
         dtype = dtype or model.dtype
-        for name, module in list(model.named_modules()):
+        floats: dict[str, nn.Module] = {}
+        # All of them first: the model is changed as a whole or not at all.
+        for name, module in model.named_modules():
             if isinstance(module, _PackedModule):
-                model.set_submodule(name, module.to_float(dtype))
+                try:
+                    floats[name] = module.to_float(dtype)
+                except ValueError as error:
+                    raise ValueError(f"inq: dequantize: module {name!r}: {error}") from None
+        for name, module in floats.items():
+            model.set_submodule(name, module)
         return model
 
 

@@ -22,11 +22,14 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, PackedvLLM
 
 from .. import backends, ops
 from ..file_format import CONFIG_FILE, check_packed
+from ..files import CheckpointError
 from ..format import Format
 from ..layouts import STORAGE, layout_of
 from ..ops import PackedWeight
 from .settings import Settings
 
+# Under all exponents.
+_NO_EXPONENT = -128
 # Mixtures of experts, under the names that their layer has had.
 _EXPERTS = ("FusedMoE", "RoutedExperts")
 
@@ -97,7 +100,7 @@ class InqConfig(QuantizationConfig):
         if not (self.settings.ignored(prefix) or any(name.startswith(f"{prefix}.") for name in names)):
             raise ValueError(
                 f"inq: layer {prefix!r}: expected float experts, got packed ones, which the vLLM plugin cannot run "
-                "yet: quantize with --skip '*.experts.*' '*.gate', or serve with transformers"
+                "yet: quantize with --skip '*.experts.*' '*.gate'"
             )
 
 
@@ -135,8 +138,10 @@ class InqLinearMethod(LinearMethodBase):
         def checked(name: str, dtype: torch.dtype) -> Callable:
             return _checked(f"inq: layer {self.prefix!r}: {name}", dtype, loader)
 
+        # vLLM does not notice what is missing in the files of a quantized model: what they do not overwrite stays
+        # something that they cannot hold.
         weight = PackedvLLMParameter(
-            data=torch.zeros(n, self.format.row_bytes(input_size_per_partition), dtype=torch.uint8),
+            data=self._no_codes.repeat(n, self.format.row_bytes(input_size_per_partition) // self.format.bits),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
@@ -144,7 +149,9 @@ class InqLinearMethod(LinearMethodBase):
             weight_loader=checked("weight", torch.uint8),
         )
         exponents = ChannelQuantScaleParameter(
-            data=torch.zeros(n, 1, dtype=torch.int8), output_dim=0, weight_loader=checked("weight_exp", torch.int8)
+            data=torch.full((n, 1), _NO_EXPONENT, dtype=torch.int8),
+            output_dim=0,
+            weight_loader=checked("weight_exp", torch.int8),
         )
         # Few models have row scales, and only the files know: ones that are not overwritten are dropped after loading.
         scale = ChannelQuantScaleParameter(
@@ -156,11 +163,37 @@ class InqLinearMethod(LinearMethodBase):
         layer.register_parameter("weight_exp", exponents)
         layer.register_parameter("weight_scale", scale)
 
+    @property
+    def _no_codes(self) -> Tensor:
+        """uint8 [bits]: eight negative zeros, which no file holds."""
+        bits = self.format.bits
+        stream = sum(1 << (bits * code + bits - 1) for code in range(8))
+        return torch.tensor(list(stream.to_bytes(bits, "little")), dtype=torch.uint8)
+
+    def _check_loaded(self, weight: Tensor, exponents: Tensor) -> None:
+        """A CheckpointError if rows were in no file."""
+        codes = self._no_codes.to(weight.device).repeat(weight.shape[1] // self.format.bits)
+        missing = {"weight": (weight == codes).all(dim=1), "weight_exp": exponents.view(-1) == _NO_EXPONENT}
+        for name, rows in missing.items():
+            if bad := int(rows.sum()):
+                raise CheckpointError(
+                    f"vLLM layer {self.prefix!r}: {name}: expected all of its {len(rows)} rows in the files, "
+                    f"got none of {bad}"
+                )
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """An output layer that is tied to the embedding is float, as that is: it is no layer of this method."""
+        for name in ("weight", "weight_exp", "weight_scale"):
+            delattr(layer, name)
+        layer.quant_method = embed_tokens.quant_method
+        return layer.quant_method.tie_weights(layer, embed_tokens)
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check the codes, and lay them out for the device's kernels. Raises CheckpointError."""
         if layout_of(layer.weight) != STORAGE:
             return
         weight, exponents, scale = (layer.weight.data, layer.weight_exp.data, layer.weight_scale.data)
+        self._check_loaded(weight, exponents)
         scale = None if bool((scale == 1).all()) else scale
         packed = PackedWeight(weight, exponents, scale, self.format, layer.inq_shape)
         check_packed(Path(f"vLLM layer {self.prefix!r}"), "weight", packed)

@@ -20,6 +20,12 @@ try:
     if what == "pack":
         AutoModelForCausalLM.from_pretrained(source, distributed_config=split, quantization_config=InqConfig(4))
     model = AutoModelForCausalLM.from_pretrained(source, distributed_config=split)
+    if what == "save":
+        # One names the directory, the other waits for nobody.
+        kind = inq.PeerError if dist.get_rank() else inq.CheckpointError
+        with pytest.raises(kind, match="expected"):
+            save_pretrained(model, targets[0])
+        sys.exit()
     layer = model.model.layers[0].mlp
     # Each process has a half: of the rows, of the columns.
     assert layer.up_proj.packed.shape == (80, 64), layer.up_proj.packed.shape

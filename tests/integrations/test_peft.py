@@ -138,6 +138,78 @@ def test_nothing_is_changed_by_an_error(source):
         merge_and_requantize(AutoModelForCausalLM.from_pretrained(source))
 
 
+def test_trained_tokens_are_merged_too(source):
+    base = AutoModelForCausalLM.from_pretrained(source)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2, 3], task_type="CAUSAL_LM")
+    model = get_peft_model(base, prepare(config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1.0)
+    expected = logits(model)
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(source))).abs().max() > 0.1
+    merged, _ = merge_and_requantize(model)
+    # Without a step the LoRA itself is zero, and nothing is rounded.
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-6)
+
+
+def test_a_name_that_is_given_twice_is_merged_once(source):
+    for names in (["default", "default"], "default"):
+        model = adapted(source, init_lora_weights=False)
+        layer = model.base_model.model.model.layers[1].mlp.up_proj
+        wanted = inq.unpack(layer.get_base_layer().packed) + layer.get_delta_weight("default")
+        base, _ = merge_and_requantize(model, names)
+        assert torch.equal(inq.unpack(base.model.layers[1].mlp.up_proj.packed), inq.quantize(wanted, FMT))
+
+
+def test_an_adapter_that_runs_for_some_tokens_alone_is_not_merged(source):
+    model = adapted(source, init_lora_weights=False, alora_invocation_tokens=[1, 2])
+    before = codes(model)
+    with pytest.raises(ValueError, match="expected plain LoRA, whose product is added to the weight, got ALora"):
+        merge_and_requantize(model)
+    assert all(torch.equal(before[n], t) for n, t in codes(model).items())
+
+
+class Twice(torch.nn.Module):
+    """Runs one layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = torch.nn.Linear(32, 32)
+        self.b, self.c = self.a, torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.c(self.b(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize("targets", [["a", "b", "c"], ["a", "c"]], ids=["two adapters", "one adapter"])
+def test_a_base_layer_that_runs_elsewhere_too_is_not_merged_into(targets):
+    model = Twice()
+    inq.convert(model, FMT)
+    model = get_peft_model(model, prepare(LoraConfig(r=2, target_modules=targets, init_lora_weights=False)))
+    before = codes(model)
+    with pytest.raises(ValueError, match="layer '[ab]': expected a base layer of its own, got one that the model also"):
+        merge_and_requantize(model)
+    assert all(torch.equal(before[n], t) for n, t in codes(model).items())
+    assert isinstance(model.base_model.model.c, PackedLoraLinear)
+
+
+def test_a_model_with_adapters_in_it_is_not_saved_as_a_packed_one(source, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(source)
+    model = get_peft_model(base, prepare(LoraConfig(r=2, target_modules=["q_proj"])))
+    added = AutoModelForCausalLM.from_pretrained(source)
+    added.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    for each in (base, model, added):
+        with pytest.raises(
+            ValueError, match=r"a model without adapters, got '.*\.layers\.0\.self_attn\.q_proj' with one"
+        ):
+            save_pretrained(each, tmp_path / "saved")
+    save_pretrained(model.unload(), tmp_path / "saved")
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), expected)
+
+
 def test_what_reads_the_base_weight_is_refused():
     with pytest.raises(ValueError, match="use_dora: expected False"):
         prepare(LoraConfig(use_dora=True))

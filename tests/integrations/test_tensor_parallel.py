@@ -76,3 +76,12 @@ def test_columns_that_cannot_be_cut_are_refused(tmp_path):
     code, text = torchrun("run", source, tmp_path / "again", tmp_path / "result.safetensors")
     assert code != 0
     assert "expected input features that are a multiple of 16 for 2 processes, got 152" in text
+
+
+def test_a_directory_that_may_not_be_replaced_is_an_error_in_both(tmp_path):
+    source, other = write(tmp_path), tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("precious")
+    code, text = torchrun("save", source, other)
+    assert code == 0, text
+    assert (other / "chapter.txt").read_text() == "precious"

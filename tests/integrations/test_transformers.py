@@ -126,6 +126,18 @@ def test_a_pattern_without_a_match_is_an_error(dense, arguments):
         AutoModelForCausalLM.from_pretrained(dense, quantization_config=InqConfig(FMT, **arguments))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"), [("lm_head", "kept float by default"), ("model.embed_tokens", "no packed module"),
+                            ("model.layers.0", "has no weight")],
+)  # fmt: skip
+def test_an_override_of_what_stays_float_is_an_error(dense, pattern, reason):
+    config = InqConfig(FMT, overrides={pattern: 5})
+    with pytest.raises(
+        ValueError, match=rf"overrides: expected a pattern of what is packed, got '{pattern}' .*{reason}"
+    ):
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+
+
 def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"fmt: expected an inq.Format, got '4'"):
         InqConfig("4")
@@ -274,6 +286,16 @@ def test_dequantize(dense, saved, tmp_path):
     assert same_state(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), model)
 
 
+def test_dequantize_changes_nothing_if_one_weight_does_not_fit(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    last = model.get_submodule(LAYERS[-1])
+    last._set_codes(last.weight.data, torch.full_like(last.weight_exp.data, -40), None)
+    before = packed(model)
+    with pytest.raises(ValueError, match=rf"dequantize: module '{LAYERS[-1]}': .*got torch.float16, which cannot hold"):
+        model.dequantize(dtype=torch.float16)
+    assert packed(model) == before
+
+
 def test_a_base_model_loads_from_the_files_of_one_with_a_head(quantized, saved):
     base = LlamaModel.from_pretrained(saved)
     assert set(packed(base)) == {name.removeprefix("model.") for name in LAYERS}
@@ -358,6 +380,54 @@ def test_no_pickle_and_no_bare_state_dict(quantized, copied):
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
     with pytest.raises(inq.CheckpointError, match="never opened"):
         LlamaForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("skip", [(), ("--skip", "*.gate")])
+def test_packed_experts_are_refused(tmp_path, skip):
+    """transformers puts the experts of a mixture into one tensor, for which packed ones are of another shape."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), *skip]) == 0
+    with pytest.raises(inq.CheckpointError, match=r"experts\.0\.w1\.weight': expected float experts, .*--skip"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", ignore_mismatched_sizes=True)
+    arguments = ("--skip", "*.gate", "*.experts.*")
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "float"), *arguments]) == 0
+    assert len(packed(AutoModelForCausalLM.from_pretrained(tmp_path / "float"))) == 5
+
+
+def test_no_pickle_is_packed_either(dense, tmp_path):
+    path = shutil.copytree(dense, tmp_path / "dense")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(inq.CheckpointError, match=r"pytorch_model\.bin: expected a \.safetensors file, .*never opened"):
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=InqConfig(FMT))
+
+
+@pytest.mark.parametrize("way", ["index", "link"])
+def test_nothing_outside_of_the_directory_is_read(copied, tmp_path, way):
+    weights, outside = copied / "model.safetensors", tmp_path / "outside.safetensors"
+    weights.rename(outside)
+    if way == "link":
+        weights.symlink_to(outside)
+    else:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(outside), "../outside.safetensors")}
+        (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(inq.CheckpointError, match="expected a file inside .*copy, got a link to .*outside"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_a_directory_of_the_hub_s_cache_has_its_files_elsewhere_in_it(copied, quantized, tmp_path):
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    copied.rename(blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert same_state(AutoModelForCausalLM.from_pretrained(snapshot), quantized)
 
 
 class Payload:

@@ -157,3 +157,28 @@ def test_codes_that_are_not_canonical_are_refused(tmp_path):
     assert code != 0
     assert "expected canonical codes of 5-bit paper" in text
     assert "model.layers.1.mlp.down_proj" in text
+
+
+def test_a_tied_output_layer_is_its_embedding(tmp_path):
+    tiny.model(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    code, text, _ = load(quantize(tmp_path / "dense", tmp_path / "packed"), 1, BOTH[0])
+    assert code == 0, text[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("missing", "layer"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", "qkv_proj'"),
+        ("model.layers.1.mlp.down_proj.weight_exp", "down_proj'"),
+    ],
+)
+def test_what_is_missing_in_the_files_is_no_zero(tmp_path, missing, layer):
+    tiny.model().save_pretrained(tmp_path / "dense")
+    path = quantize(tmp_path / "dense", tmp_path / "packed")
+    tensors = load_file(path / "model.safetensors")
+    rows = len(tensors.pop(missing))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    code, text, _ = load(path, 1)
+    assert code != 0
+    assert f"{layer}: {missing.rpartition('.')[2]}: expected all of its" in text
+    assert f"rows in the files, got none of {rows}" in text

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import get_model
 from vllm.plugins import load_general_plugins
 
@@ -34,6 +35,10 @@ try:
         initialize_model_parallel(world)
         model = get_model(vllm_config=config)
         result = {}
+        if config.model_config.hf_config.tie_word_embeddings:
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            assert isinstance(model.lm_head.quant_method, UnquantizedEmbeddingMethod)
+            assert not hasattr(model.lm_head, "weight_exp")
         for name in names:
             layer = model.get_submodule(name)
             method = layer.quant_method
