@@ -47,7 +47,7 @@ help:
 	@echo "make gpu-sanitize   there, compute-sanitizer over the CUDA library's tests"
 	@echo "make gpu       on a machine with one: the tests of its kernels, then the benchmarks (under 8 minutes)"
 	@echo "make test      the whole test suite"
-	@echo "make test-integrations   transformers, PEFT and vLLM themselves, in environments of their own (.integrations/)"
+	@echo "make test-integrations   transformers, PEFT, vLLM and torchvision themselves, in environments of their own (.integrations/)"
 	@echo "make emulate   CUDA kernels on the CPU, 20 schedules of each (make test runs 3)"
 	@echo "make mutants   put known mistakes into copies of the code and see the tests catch them"
 	@echo "make mutants-files   the same for files and the command line (ten minutes)"
@@ -103,7 +103,8 @@ gpu-sanitize: $(READY)
 test: $(READY)
 	$(PY) -m pytest $(PYTEST)
 
-# The oldest and the newest transformers, PEFT, and vLLM's Python; INTEGRATIONS names some of the environments.
+# The oldest and the newest transformers, PEFT, vLLM's Python, and torchvision with a torch of its own, which takes 5 GB;
+# INTEGRATIONS names some of the environments.
 INTEGRATIONS ?=
 test-integrations: $(READY)
 	$(PY) tests/integrations/run.py $(INTEGRATIONS)

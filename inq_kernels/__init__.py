@@ -4,6 +4,7 @@ from . import optim
 from .calibrate import CalibrateReport, calibrate
 from .checkpoint import load, save
 from .distributed import PeerError
+from .dns import DNS, DNS_PORTIONS
 from .files import CheckpointError
 from .format import Format
 from .inq import INQ, PAPER_PORTIONS
@@ -15,6 +16,8 @@ from .training import load_training, save_training
 __version__ = "0.1.0"
 
 __all__ = [
+    "DNS",
+    "DNS_PORTIONS",
     "INQ",
     "PAPER_PORTIONS",
     "CalibrateReport",

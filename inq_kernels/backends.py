@@ -269,8 +269,7 @@ def _attach(op: str) -> None:
         if isinstance(like, list):
             if not like:
                 return None
-            # The one that the fewest backends compute with.
-            like = max(like, key=lambda t: (t.dtype == torch.float64, t.dtype not in cpu.DTYPES))
+            like = _hardest(like)
         dtype = torch.float32 if bytes_only else like.dtype if dtype_at is None else args[dtype_at]
         backend = choose(op, like, dtype, args[-1] if forced else "")
         if backend == "reference":
@@ -296,6 +295,15 @@ def _implementation(op: str, backend: str) -> Callable:
     if backend == "cpu":
         return getattr(cpu, op)
     return cuda.OPERATORS[op] if backend == "cuda" else _triton_operators()[op]
+
+
+def _hardest(tensors: list[Tensor]) -> Tensor:
+    """One of those whose dtype the fewest backends compute with."""
+    dtypes = [t.dtype for t in tensors]
+    for dtype in (torch.float64, *(set(dtypes) - set(cpu.DTYPES))):
+        if dtype in dtypes:
+            return tensors[dtypes.index(dtype)]
+    return tensors[0]
 
 
 def _check_length(op: str, name: str, values: list, expected: int) -> None:

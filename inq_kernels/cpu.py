@@ -197,6 +197,10 @@ def masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, *numbers):
 
 def _step(leaf, lists, masks, numbers) -> None:
     """One call for all parameters. Bits of a mask count in the order of the shape: others' strides cost a copy."""
+    # A model has hundreds of tensors, at every step: what is right is asked as little as possible.
+    if all(t.is_contiguous() for tensors in lists for t in tensors):
+        leaf(*lists, masks, *numbers)
+        return
     flat = [[t.contiguous() for t in tensors] for tensors in lists]
     leaf(*flat, masks, *numbers)
     for given, used in zip(lists, flat, strict=True):

@@ -77,7 +77,8 @@ def module_name(weight: str) -> str:
 
 
 def is_weight(name: str) -> bool:
-    return name == "weight" or name.endswith(".weight")
+    # ".weight" would be of the same module as "weight".
+    return name == "weight" or (name.endswith(".weight") and name != ".weight")
 
 
 def part_names(weight: str) -> tuple[str, str, str]:
@@ -175,6 +176,10 @@ def write_file(
         pieces = {name: value}
         if isinstance(value, PackedWeight):
             pieces = _pieces(path, name, value)
+        elif _looks_packed(name, {part: getattr(entries.get(part), "dtype", None) for part in part_names(name)}):
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected a packed weight, since {name + '_exp'!r} is there, got a plain one"
+            )
         if taken := pieces.keys() & tensors.keys():
             raise CheckpointError(f"{path}: expected each tensor once, got {some(taken)} twice")
         pieces = {key: files.plain(f"{path}: tensor {key!r}", piece) for key, piece in pieces.items()}
@@ -206,6 +211,11 @@ def write_file(
     if configuration is not None:
         metadata[_CONFIG_KEY] = json.dumps(configuration)
     files.write_safetensors(path, tensors, metadata)
+
+
+def _looks_packed(name: str, dtypes: Mapping[str, torch.dtype | None]) -> bool:
+    """Whether a tensor that the manifest calls plain would be a packed weight without it."""
+    return is_weight(name) and dtypes[name] == torch.uint8 and dtypes.get(f"{name}_exp") == torch.int8
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -500,8 +510,7 @@ def _check_parts(checkpoint: Checkpoint, name: str, entry: Entry) -> None:
     stored = {n: checkpoint.headers[file].tensors[n] for n in part_names(name) if (file := checkpoint.file_of.get(n))}
     where = f"{checkpoint.file_of[name]}: tensor {name!r}"
     if entry.format is None:
-        is_code = stored[name].dtype == torch.uint8 and is_weight(name)
-        if is_code and f"{name}_exp" in stored and stored[f"{name}_exp"].dtype == torch.int8:
+        if _looks_packed(name, {part: info.dtype for part, info in stored.items()}):
             raise CheckpointError(f"{where}: expected its format in the manifest, since weight_exp is there, got none")
         return
     if not is_weight(name):

@@ -299,6 +299,12 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def check_bool(where: str, tensor: Tensor) -> None:
+    """CheckpointError for a byte that is no bool's, which torch's copies may keep or not."""
+    if tensor.dtype == torch.bool and tensor.numel() and (byte := int(tensor.view(torch.uint8).max())) > 1:
+        raise CheckpointError(f"{where}: expected bool values of 0 and 1, got the byte {byte}")
+
+
 def sha256(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's values as the file holds them: contiguous, little-endian, without shape or dtype.
 
@@ -324,7 +330,9 @@ def open_tensors(
             info = header.tensors[name]
             with _library_errors(path):
                 # The library's tensor is a view of the mapped file, perhaps misaligned. Ours is a copy, then checked.
-                tensor = file.get_tensor(name).clone()
+                view = file.get_tensor(name)
+                tensor = view.clone()
+            check_bool(f"{path}: tensor {name!r}", view)
             if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
                 raise CheckpointError(
                     f"{path}: tensor {name!r}: expected {info.dtype} {list(info.shape)}, "
@@ -353,7 +361,8 @@ def read_tensors(
         names: which tensors to read; None reads all.
 
     Raises:
-        CheckpointError: a checksum differs, or the file changed in between. OSError: it cannot be read.
+        CheckpointError: a checksum differs, a bool is neither 0 nor 1, or the file changed in between. OSError: it
+            cannot be read.
     """
     with open_tensors(path, header, checksums) as get:
         return {name: get(name) for name in (header.tensors if names is None else names)}
@@ -395,7 +404,8 @@ def plain(where: str, tensor: Tensor) -> Tensor:
     """``tensor`` detached, contiguous and on the CPU, in the same memory where it is that already.
 
     Raises:
-        TypeError: not a dense tensor of a dtype that files hold. ValueError: on the meta device.
+        TypeError: not a dense tensor of a dtype that files hold. ValueError: on the meta device, or bools that are
+            neither 0 nor 1.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -410,6 +420,7 @@ def plain(where: str, tensor: Tensor) -> Tensor:
         raise TypeError(f"{where}: expected a dtype that files hold ({', '.join(DTYPES)}), got {tensor.dtype}")
     if tensor.device.type == "meta":
         raise ValueError(f"{where}: expected a tensor with values, got one on the meta device")
+    check_bool(where, tensor)
     return tensor.cpu().resolve_neg().contiguous()
 
 

@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import distributed, ops, reference
+from . import distributed, hooks, ops, reference
 from .distributed import Rows, is_sharded, local_part
 from .format import Format, frozen_count
-from .nn import PACKED_TYPES, as_patterns, check_patterns, first_match, sqnr_db
+from .nn import as_patterns, check_patterns, first_match, sqnr_db
 from .optim import MaskedOptimizer
 from .table import render
 
@@ -38,7 +34,6 @@ PAPER_PORTIONS: dict[int, tuple[float, ...]] = {
     3: (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
     2: (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 1.0),
 }
-QUANTIZED_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 STATE_VERSION = 1
 
 _LAYER_KEYS = ("format", "shape", "mask", "keep", "codes", "n1", "signal", "noise")
@@ -46,9 +41,6 @@ _RUN_KEYS = (
     *("version", "portions", "partition", "seed", "reset_optimizer", "index", "in_progress", "layers"),
     *("lr_schedulers", "initial_lr_schedulers", "initial_groups"),
 )
-
-# The weights that some run's hooks are on: a second run's retraining would be undone by the first one.
-_held: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
 
 _op = torch.ops.inq
 
@@ -108,8 +100,7 @@ class _Layer:
         self.frozen = 0
         # Σw² and Σ(w − ŵ)² of the frozen weights, each taken when it was frozen.
         self.signal = self.noise = 0.0
-        # By name, so that skipping another layer does not change the order in which this one is frozen.
-        self.seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+        self.seed = hooks.layer_seed(seed, name)
 
     @property
     def local(self) -> Tensor:
@@ -242,7 +233,7 @@ class _Layer:
 
     def check_state(self, state: Mapping, started: bool) -> None:
         where = f"inq.INQ.load_state_dict: layer {self.name!r}"
-        _check_keys(where, state, _LAYER_KEYS)
+        hooks.check_keys(where, state, _LAYER_KEYS)
         for key, expected in (("format", dataclasses.asdict(self.format)), ("shape", list(self.weight.shape))):
             if state[key] != expected:
                 raise ValueError(f"{where}: {key}: expected {expected}, got {state[key]}")
@@ -421,27 +412,16 @@ class INQ:
         reset_optimizer: bool = False,
         seed: int = 0,
     ):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"inq.INQ: optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if partition not in ops.PARTITIONS:
             raise ValueError(f"inq.INQ: partition: expected one of {ops.PARTITIONS}, got {partition!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"inq.INQ: seed: expected an int, got {seed!r}")
         if not isinstance(reset_optimizer, bool):
             raise TypeError(f"inq.INQ: reset_optimizer: expected a bool, got {reset_optimizer!r}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"inq.INQ: model: expected a torch.nn.Module, got {type(model).__name__}")
         for what, value in (("overrides", overrides), ("prune_masks", prune_masks)):
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"inq.INQ: {what}: expected a mapping from names, got {type(value).__name__}")
-        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            # accelerate's AcceleratedOptimizer, for one: a subclass that is no optimizer by itself.
-            raise TypeError(
-                f"inq.INQ: optimizer: expected the optimizer itself, got a wrapper of it, {type(optimizer).__name__}: "
-                "pass what it wraps (its .optimizer)"
-            )
-        model = distributed.unwrapped(model)
-        distributed.reshard(model)
+        model = hooks.checked_model("inq.INQ", model, optimizer)
         self.model, self.optimizer, self.partition, self.seed = model, optimizer, partition, seed
         self.reset_optimizer = reset_optimizer
         self.portions = _checked_portions(portions)
@@ -451,7 +431,8 @@ class INQ:
                 raise TypeError(f"inq.INQ: lr_schedulers: expected torch LR schedulers, got {type(scheduler).__name__}")
         self._layers = _choose_layers(model, fmt, overrides or {}, as_patterns(skip), prune_masks or {}, seed)
         self._by_id = {id(layer.weight): layer for layer in self._layers.values()}
-        self._warn_of_strangers()
+        self._weights = {name: layer.weight for name, layer in self._layers.items()}
+        hooks.warn_of_strangers("inq.INQ", optimizer, self._weights)
         self._initial_schedulers = [copy.deepcopy(s.state_dict()) for s in self.lr_schedulers]
         self._initial_groups = [_hyperparameters(s.optimizer) for s in self.lr_schedulers]
         self._index = -1
@@ -463,12 +444,8 @@ class INQ:
         # The layers that the optimizer's own step does not hold.
         self._written_back: list[_Layer] = []
         self._hand_over_masks()
-        handle = optimizer.register_step_post_hook(lambda *_: self._restore(self._written_back))
-        # Before the user's own: an average of the weights, say, must not see frozen ones that a step has moved.
-        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
-        self._handles.append(handle)
-        for layer in self._layers.values():
-            _held[layer.weight] = True
+        self._handles.append(hooks.first_after_step(optimizer, lambda *_: self._restore(self._written_back)))
+        hooks.hold("inq.INQ", self._weights)
 
     def _hook_gradients(self) -> None:
         """Once for each weight, as soon as it takes gradients."""
@@ -478,29 +455,7 @@ class INQ:
                 self._hooked.add(name)
 
     def _check_attached(self) -> None:
-        """Raise unless the weights are still the model's: somebody may have put others in their place."""
-        distributed.reshard(self.model)
-        for name, layer in self._layers.items():
-            module = self.model
-            for part in name.split(".") if name else ():
-                module = getattr(module, part, None)
-            if getattr(module, "weight", None) is not layer.weight:
-                raise ValueError(
-                    f"inq.INQ: weight of layer {name!r}: expected the Parameter of when the run was made, got another "
-                    "(load_state_dict(assign=True), a new module, inq.convert?): make a new inq.INQ"
-                )
-
-    def _warn_of_strangers(self) -> None:
-        ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        strangers = [
-            n for n, layer in self._layers.items() if layer.weight.requires_grad and id(layer.weight) not in ours
-        ]
-        if strangers:
-            warnings.warn(
-                f"inq.INQ: optimizer: the weights of {strangers} are not among its parameters: they will be quantized "
-                "but not retrained, and another optimizer could move them",
-                stacklevel=3,
-            )
+        hooks.check_attached("inq.INQ", self.model, self._weights)
 
     def _restore(self, layers: Iterable[_Layer]) -> None:
         for layer in layers:
@@ -599,8 +554,8 @@ class INQ:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        hooks.release(self._weights)
         for layer in self._layers.values():
-            _held.pop(layer.weight, None)
             if isinstance(self.optimizer, MaskedOptimizer) and layer not in self._written_back:
                 self.optimizer.set_mask(layer.weight, None)
 
@@ -631,7 +586,7 @@ class INQ:
         """Raise ValueError unless ``state`` (as from ``state_dict``) is of a run with these arguments on a model like
         this: portions, partition, seed, layers, formats, kinds of LR schedulers; shapes and dtypes of its tensors."""
         where = "inq.INQ.load_state_dict"
-        _check_keys(where, state, _RUN_KEYS)
+        hooks.check_keys(where, state, _RUN_KEYS)
         expected = {
             "version": STATE_VERSION,
             "portions": list(self.portions),
@@ -681,12 +636,6 @@ class INQ:
         self._index, self._in_progress = state["index"], state["in_progress"]
 
 
-def _check_keys(where: str, state: Mapping, keys: Sequence[str]) -> None:
-    missing = [key for key in keys if key not in state]
-    if missing:
-        raise ValueError(f"{where}: expected a state with the keys {list(keys)}, got one without {missing}")
-
-
 def _checked_portions(portions: Sequence[float]) -> tuple[float, ...]:
     portions = tuple(portions)
     for portion in portions:
@@ -707,52 +656,18 @@ def _choose_layers(
 ) -> dict[str, _Layer]:
     for where, value in (("fmt", fmt), *((f"overrides[{k!r}]", v) for k, v in overrides.items())):
         ops.check_format(f"inq.INQ: {where}", value)
-    packed = tuple(PACKED_TYPES.values())
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QUANTIZED_TYPES) and not isinstance(module, packed)
-    }
-    check_patterns("inq.INQ: skip", skip, modules)
-    check_patterns("inq.INQ: overrides", overrides, modules)
+    weights = hooks.choose_weights("inq.INQ", model, skip)
+    check_patterns("inq.INQ: overrides", overrides, hooks.quantizable(model))
     layers: dict[str, _Layer] = {}
-    seen: set[int] = set()
-    for name, module in modules.items():
-        if first_match(skip, name):
-            continue
-        where = f"inq.INQ: weight of layer {name!r}"
-        weight = module._parameters.get("weight")
-        if weight is None:
-            raise ValueError(
-                f"{where}: expected a parameter, got a value computed from others (pruning or a parametrization): "
-                "remove that first, or skip the layer"
-            )
-        if isinstance(weight, UninitializedParameter):
-            raise ValueError(f"{where}: expected an initialised weight: run one batch through the lazy module first")
-        if weight.dtype not in ops.FLOATS or weight.device.type == "meta" or weight.numel() == 0:
-            raise ValueError(
-                f"{where}: expected a non-empty float weight on a real device, "
-                f"got {weight.dtype} {list(weight.shape)} on {weight.device}"
-            )
-        if any(size > 1 and step == 0 for size, step in zip(weight.shape, weight.stride(), strict=True)):
-            raise ValueError(f"{where}: expected a weight with memory of its own for each value, got an expanded one")
-        if id(weight) in seen:
-            continue
-        if weight in _held:
-            raise ValueError(
-                f"{where}: expected a weight of no other run, got one of another inq.INQ: close() it first"
-            )
-        seen.add(id(weight))
+    for name, weight in weights.items():
         mask = prune_masks.get(name)
         if mask is not None:
-            _check_prune_mask(where, mask, weight)
+            _check_prune_mask(f"inq.INQ: weight of layer {name!r}", mask, weight)
         pattern = first_match(overrides, name)
         layers[name] = _Layer(name, weight, fmt if pattern is None else overrides[pattern], mask, seed)
     unknown = [name for name in prune_masks if name not in layers]
     if unknown:
         raise ValueError(f"inq.INQ: prune_masks: expected names of quantized layers {list(layers)}, got {unknown}")
-    if not layers:
-        raise ValueError("inq.INQ: model: expected at least one Conv1d, Conv2d, Conv3d or Linear to quantize, got none")
     return layers
 
 

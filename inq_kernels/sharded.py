@@ -51,9 +51,11 @@ def save_sharded(
         model, optimizer, run, extra: as for ``save_training``; the model may be in DistributedDataParallel.
 
     Raises:
-        TypeError, ValueError: the state holds something else, or too much, or ranks hold different things. OSError: a
-            file could not be written. PeerError: that happened on another rank. The old checkpoint is still there then.
+        TypeError, ValueError: the state holds something else, or too much, or ranks hold different things, or the run
+            is no ``inq.INQ``. OSError: a file could not be written. PeerError: that happened on another rank. The old
+            checkpoint is still there then.
     """
+    _check_run(_SAVE, run)
     ranks, model = Ranks(), unwrapped(model)
     with ranks.together(_SAVE):
         reshard(model)
@@ -112,9 +114,10 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
 
     Raises:
         CheckpointError: a file is damaged, missing, not of such a checkpoint, or of a newer version. ValueError: it
-            belongs to another model, optimizer or run. OSError: it cannot be read. PeerError: one of these happened on
-            another rank. Nothing is changed then, on any rank.
+            belongs to another model, optimizer or run. TypeError: the run is no ``inq.INQ``. OSError: it
+            cannot be read. PeerError: one of these happened on another rank. Nothing is changed then, on any rank.
     """
+    _check_run(_LOAD, run)
     ranks, model = Ranks(), unwrapped(model)
     where = f"{path}: {files.TRAINING_INDEX}"
     try:
@@ -128,11 +131,13 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
             targets = _targets(blank, saved, state, model, optimizer, run)
         _read(Path(path), targets, ranks)
         with ranks.together(_LOAD):
+            for name, t in targets.items():
+                files.check_bool(f"{path}: tensor {name!r}", local_part(t))
             tensors = {name: t if saved.all[name][1] else t.reshape(()) for name, t in targets.items()}
             state = _decoded(saved.state, where, tensors)
             own = training.decode(saved.own, f"{path}: rank's own", tensors)
             for name, layer in state["inq"]["layers"].items():
-                _flatten_masks(layer, run.rows.get(name) is None)
+                _flatten_masks(f"{where}: layer {name!r}", layer, run.rows.get(name) is None)
             run.check_state(state["inq"])
             # On another number of ranks there is none of this rank's own.
             state["rng"] = own["rng"] if saved.world_size == ranks.size else training.rng_state()
@@ -155,6 +160,11 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
 # --- the state --------------------------------------------------------------------------------------------------------
 
 
+def _check_run(who: str, run: INQ) -> None:
+    if not isinstance(run, INQ):
+        raise TypeError(f"{who}: run: expected an inq.INQ, got {type(run).__name__}: save_training is for others")
+
+
 def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:
     """As ``save_training`` has it, but for what is each rank's own; masks by rows, however the weights are split."""
     values, inq = model.state_dict(), run.state_dict()
@@ -174,16 +184,17 @@ def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> d
     }
 
 
-def _flatten_masks(layer: dict, whole: bool) -> None:
+def _flatten_masks(where: str, layer: dict, whole: bool) -> None:
+    shape = files.check_shape(where, layer["shape"])
+    if not shape:
+        raise CheckpointError(f"{where}: shape: expected a dimension at least, got none")
     for key in ("mask", "keep"):
         if whole and (mask := layer[key]) is not None:
-            n, *others = layer["shape"]
-            if mask.dtype != torch.uint8 or list(mask.shape) != [n, -(-math.prod(others) // 8)]:
+            if mask.dtype != torch.uint8 or list(mask.shape) != [shape[0], -(-math.prod(shape[1:]) // 8)]:
                 raise ValueError(
-                    f"{_LOAD}: {key}: expected one for a weight of {layer['shape']}, "
-                    f"got {mask.dtype} {list(mask.shape)}"
+                    f"{where}: {key}: expected one for a weight of {list(shape)}, got {mask.dtype} {list(mask.shape)}"
                 )
-            layer[key] = flat_bits(mask, layer["shape"])
+            layer[key] = flat_bits(mask, shape)
 
 
 def _decoded(encoded: Any, where: str, tensors: Mapping[str, Tensor]) -> dict:

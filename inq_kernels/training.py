@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import MAX_JSON, CheckpointError, parse_json, read_header, read_tensors, sha256, write_safetensors
-from .inq import INQ
+from .hooks import Run
 
 VERSION = "1"
 # A header holds the text escaped once more, and at most 16 MiB; and nobody's state is nested this deep.
@@ -36,7 +36,7 @@ def save_training(
     path: str | os.PathLike,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    run: INQ,
+    run: Run,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all that a run needs to go on bit for bit: model, optimizer, INQ with its LR schedulers, and torch's and
@@ -45,7 +45,7 @@ def save_training(
     Args:
         path: the file; its directory must exist.
         model, optimizer: anything with a ``state_dict`` of tensors, numbers, strings, lists and dicts.
-        run: the ``inq.INQ``, at any moment of its loop.
+        run: the ``inq.INQ``, at any moment of its loop, or the ``inq.DNS``, between any two steps.
         extra: the same kinds of values: epoch, step, a GradScaler's state, a data loader's generator state, …
 
     Raises:
@@ -83,7 +83,7 @@ def save_training(
     write_safetensors(path, tensors, metadata)
 
 
-def load_training(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:
+def load_training(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict:
     """Take over what ``save_training`` wrote, into objects made with the same arguments.
 
     ``for portion in run:`` then goes on with the portion in progress. torch's and Python's random states are set.
@@ -120,7 +120,7 @@ MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
 REFUSED = (*MALFORMED, ValueError, RuntimeError, OverflowError)
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> dict:
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict:
     """The way back. Loading replaces the optimizer's tensors and writes into the model's, so only these are copied."""
     values = model.state_dict()
     copied = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
@@ -133,7 +133,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ) -> di
     }
 
 
-def take_over(model: nn.Module, optimizer: torch.optim.Optimizer, run: INQ, state: Mapping) -> None:
+def take_over(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, state: Mapping) -> None:
     optimizer.load_state_dict(state["optimizer"]["state"])
     values = collections.OrderedDict(state["model"])
     values._metadata = collections.OrderedDict(state["model_metadata"])

@@ -121,7 +121,9 @@ def _copy_others(source: Path, target: Path, written: Iterable[str]) -> list[tup
             except CheckpointError:
                 reason = "no regular file of the directory"
             else:
-                shutil.copyfile(path, target / name)
+                # Where it copies by itself, Python does not say which file.
+                with files._naming(target / name):
+                    shutil.copyfile(path, target / name)
                 continue
         not_copied.append((name, reason))
     return not_copied

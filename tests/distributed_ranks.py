@@ -282,6 +282,34 @@ def after_an_evaluation(folder):
     assert again.rows["conv2"] is not None
 
 
+def surgery(folder):
+    """Dynamic network surgery under DDP ends in the bits of one process; FSDP2's weights are refused by name."""
+    ends = {}
+    for wrap in ("none", "ddp"):
+        plain = Wide()
+        model = wrapped(plain, wrap)
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        run = inq.DNS(model, optimizer, 0.3, iter_stop=9, gamma=0.1, skip="skipped")
+        rank, size = (dist.get_rank(), dist.get_world_size()) if wrap == "ddp" else (0, 1)
+        data = torch.Generator().manual_seed(1)
+        for _ in range(10):
+            x, t = torch.randn(16, 1, 8, 8, generator=data), torch.randn(16, 3, generator=data)
+            own = torch.arange(16).chunk(PARTS)[rank::size]
+            optimizer.zero_grad()
+            for part in own:
+                (F.mse_loss(model(x[part]), t[part]) / len(own)).backward()
+            optimizer.step()
+        report = run.report()
+        assert sum(r.spliced for r in report) > 0, "the test proves less unless weights come back"
+        assert 1 < report[0].updates < 9, "and unless the lottery decides"
+        ends[wrap] = ({n: whole(p) for n, p in plain.named_parameters()}, run.masks(), str(report))
+        run.close()
+    assert_equal(*(dict(enumerate(ends[wrap])) for wrap in ("none", "ddp")))
+    sharded_model = wrapped(Wide(), "fsdp2")
+    with raises(ValueError, "weight of layer 'conv': expected a plain tensor, got a DTensor"):
+        inq.DNS(sharded_model, OPTIMIZERS["sgd"](sharded_model.parameters()), 0.3, iter_stop=9)
+
+
 def wrong_models(folder):
     """NaN on one rank is everybody's error; weights that are not split by rows, and FSDP1, are refused by name."""
     t = Training("fsdp2")
@@ -451,7 +479,8 @@ def saving_fails(folder):
 
 
 PAIR = (
-    *(one_hash, names_do_not_depend_on_ddp, nothing_is_gathered, after_an_evaluation, wrong_models, wrong_states),
+    *(one_hash, names_do_not_depend_on_ddp, nothing_is_gathered, after_an_evaluation, surgery),
+    *(wrong_models, wrong_states),
     *(checkpoints, damaged_checkpoints, saving_fails),
 )
 

@@ -10,7 +10,9 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ import inq_kernels as inq
 from inq_kernels import cli
 from inq_kernels.checkpoint import inspect, verify
 from inq_kernels.file_format import write_file
+from inq_kernels.integrations.exports import export_fp8, export_mxfp4
+from inq_kernels.integrations.imports import import_packed
 from inq_kernels.transcode import export_dense, quantize
 
 FMT = inq.Format(4)
@@ -52,7 +56,8 @@ class Payload:
 
 
 def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
+    # Widths of which MXFP4 has whole groups.
+    return nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3))
 
 
 def run() -> tuple:
@@ -66,13 +71,15 @@ def prepare(folder: Path) -> None:
     """Files of every kind that something here loads."""
     made, optimizer, steps = run()
     for _ in steps:
-        made(torch.ones(2, 12)).sum().backward()
+        made(torch.ones(2, 32)).sum().backward()
         optimizer.step()
         break
-    inq.save_training(folder / "run.safetensors", made, optimizer, steps, {"ema": torch.ones(2), "seen": (1, {2: 3})})
+    extra = {"ema": torch.ones(2), "seen": (1, {2: 3})}
+    inq.save_training(folder / "run.safetensors", made, optimizer, steps, extra)
+    inq.save_sharded(folder / "sharded", made, optimizer, steps, extra)
     steps.close()
-    entries = {"0.weight": inq.pack(inq.quantize(torch.randn(8, 12), FMT), FMT), "0.bias": torch.ones(8)}
-    entries |= {"1.weight": inq.pack(inq.quantize(torch.randn(3, 8), FMT), FMT), "1.bias": torch.ones(3)}
+    entries = {"0.weight": inq.pack(inq.quantize(torch.randn(32, 32), FMT), FMT), "0.bias": torch.ones(32)}
+    entries |= {"1.weight": inq.pack(inq.quantize(torch.randn(3, 32), FMT), FMT), "1.bias": torch.ones(3)}
     inq.save(entries, folder / "model.safetensors")
     inq.save(entries, folder / "model")
     shards = folder / "shards"
@@ -85,6 +92,9 @@ def prepare(folder: Path) -> None:
         weight_map |= dict.fromkeys([*names, *(f"{key}_exp" for key in names if key.endswith("weight"))], name)
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     export_dense(folder / "model", folder / "dense")
+    export_dense(folder / "model.safetensors", folder / "dense.safetensors")
+    export_mxfp4(folder / "model", folder / "mxfp4")
+    export_fp8(folder / "model", folder / "fp8")
 
 
 # What loads something: a reader joins with one line. Each gets the folder of ``prepare``, and may write to it/out.
@@ -95,14 +105,24 @@ PATHS = {
     "load into a model": lambda d: inq.load(d / "model.safetensors", model()),
     "load into a converted model": lambda d: inq.load(d / "model", converted()),
     "load_training": lambda d: inq.load_training(d / "run.safetensors", *run()),
+    "load_sharded": lambda d: inq.load_sharded(d / "sharded", *run()),
     "inspect": lambda d: inspect(d / "model"),
     "verify": lambda d: verify(d / "shards"),
     "export": lambda d: export_dense(d / "shards", d / "out" / "dense"),
     "quantize": lambda d: quantize(d / "dense", d / "out" / "packed", FMT),
+    "export to MXFP4": lambda d: export_mxfp4(d / "shards", d / "out" / "mxfp4"),
+    "export to FP8": lambda d: export_fp8(d / "shards", d / "out" / "fp8"),
+    "import a file": lambda d: import_packed(d / "dense.safetensors", d / "out" / "file.safetensors"),
+    "import floats": lambda d: import_packed(d / "dense", d / "out" / "floats"),
+    "import MXFP4": lambda d: import_packed(d / "mxfp4", d / "out" / "from_mxfp4"),
+    "import FP8": lambda d: import_packed(d / "fp8", d / "out" / "from_fp8"),
     "inq inspect": lambda d: command("inspect", d / "model"),
     "inq verify": lambda d: command("verify", d / "model.safetensors"),
     "inq quantize": lambda d: command("quantize", d / "dense", d / "out" / "again"),
     "inq export": lambda d: command("export", d / "model", d / "out" / "float", "--to", "dense"),
+    "inq export --to mxfp4": lambda d: command("export", d / "model", d / "out" / "e2m1", "--to", "mxfp4"),
+    "inq export --to fp8": lambda d: command("export", d / "model", d / "out" / "e4m3", "--to", "fp8"),
+    "inq import": lambda d: command("import", d / "mxfp4", d / "out" / "imported"),
 }
 
 
@@ -125,6 +145,24 @@ def go_through(folder: Path) -> None:
         shutil.rmtree(folder / "out")
 
 
+# Names that loaders look for, in copies of these directories. torch.distributed.checkpoint's own readers unpickle
+# ".metadata".
+MODEL_NAMES = ("model.safetensors", "model.pt", "pytorch_model.bin", "config.json")
+POISONED = {
+    "model": (*MODEL_NAMES, "inq.json", "run.safetensors"),
+    "dense": MODEL_NAMES,
+    "mxfp4": MODEL_NAMES,
+    "fp8": MODEL_NAMES,
+    "sharded": (
+        "inq_training.json",
+        "rank-00000.json",
+        "shard-00001-model-00001-of-00001.safetensors",
+        "__0_0.distcp",
+        ".metadata",
+    ),
+}
+
+
 def pickles(folder: Path) -> list[Path]:
     """The payload as a plain pickle and in a ZIP, as torch.save writes it, under names that loaders look for."""
     payload = pickle.dumps(Payload(folder / MARKER))
@@ -134,22 +172,37 @@ def pickles(folder: Path) -> list[Path]:
         archive.writestr("archive/version", "3")
     places = []
     for i, content in enumerate((payload, buffer.getvalue())):
-        for name in (
-            "model.safetensors",
-            "model.pt",
-            "pytorch_model.bin",
-            "inq.json",
-            "config.json",
-            "run.safetensors",
-        ):
-            directory = folder / f"{i}-{name}"
-            shutil.copytree(folder / "model", directory)
-            (directory / name).write_bytes(content)
-            places.append(directory / name)
+        for source, names in POISONED.items():
+            for name in names:
+                directory = folder / f"{i}-{source}-{name}"
+                shutil.copytree(folder / source, directory)
+                (directory / name).write_bytes(content)
+                places.append(directory / name)
     return places
 
 
-READERS = (inq.load, inspect, verify, lambda path: inq.load_training(path, *run()))
+def written(convert: Callable[[Path, Path], object]) -> Callable[[Path], object]:
+    """What writes, as a reader."""
+
+    def reader(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            convert(path, Path(place) / "out")
+
+    return reader
+
+
+READERS = (
+    inq.load,
+    inspect,
+    verify,
+    lambda path: inq.load_training(path, *run()),
+    lambda path: inq.load_sharded(path, *run()),
+    written(lambda path, out: quantize(path, out, FMT)),
+    written(import_packed),
+    written(export_dense),
+    written(export_mxfp4),
+    written(export_fp8),
+)
 
 
 def refuse(places: list[Path]) -> None:

@@ -753,6 +753,11 @@ def _unknown_layout():
         (lambda: {"a": random_packed(inq.Format(4), 2, 2)}, inq.CheckpointError, "expected a packed weight's name to"),
         (lambda: {"weight": random_packed(inq.Format(4), 2, 2), "weight_exp": torch.ones(1)}, inq.CheckpointError,
          "expected each tensor once, got 'weight_exp' twice"),
+        (lambda: {"a.weight": random_packed(inq.Format(4), 2, 2), "b.weight": torch.zeros(2, 1, dtype=torch.uint8),
+                  "b.weight_exp": torch.zeros(2, 1, dtype=torch.int8)}, inq.CheckpointError,
+         "tensor 'b.weight': expected a packed weight, since 'b.weight_exp' is there, got a plain one"),
+        (lambda: {"weight": random_packed(inq.Format(4), 2, 2), ".weight": random_packed(inq.Format(5), 2, 2)},
+         inq.CheckpointError, "tensor '.weight': expected a packed weight's name to"),
         (lambda: 3, TypeError, "expected a torch.nn.Module or a mapping, got int"),
     ],
 )  # fmt: skip

@@ -200,6 +200,9 @@ DAMAGE = {
     "mask": (
         forged(lambda i, c: c["state"]["inq"]["layers"]["fc"].update(mask={"$tensor": "t.0"})), "mask: expected one",
     ),
+    "no shape": (
+        forged(lambda i, c: c["state"]["inq"]["layers"]["fc"].update(shape=[])), "layer 'fc': shape: expected .*, got",
+    ),
     "flip": (flip, "damaged data"),
     "text of a rank": (lambda f: (f / "rank-00000.json").write_text("{}"), "damaged data"),
     "missing": (lambda f: shard_of(f).unlink(), "expected the files"),

@@ -39,6 +39,19 @@ def is_old(path):
     return same_bits(read(path)["a"], OLD["a"])
 
 
+def test_bools_are_0_or_1(tmp_path):
+    """torch keeps other bytes in some copies and not in others."""
+    odd = torch.tensor([0, 1, 2] * 5, dtype=torch.uint8).view(torch.bool)
+    save_file({"a": odd}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        CheckpointError, match="x.safetensors: tensor 'a': expected bool values of 0 and 1, got the byte"
+    ):
+        read(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="y.safetensors: tensor 'a': expected bool values of 0 and 1, got the byte 2"):
+        write_safetensors(tmp_path / "y.safetensors", {"a": odd}, {})
+    assert not (tmp_path / "y.safetensors").exists()
+
+
 def hidden(directory):
     """What a write may have left behind."""
     return [name for name in os.listdir(directory) if name.startswith(".")]

@@ -8,7 +8,8 @@ import torch
 from fuzz import seeds, structure, targets
 
 import inq_kernels as inq
-from inq_kernels import file_format
+from inq_kernels import file_format, sharded, transcode
+from inq_kernels.integrations import exports, imports
 
 RUNS = 4000
 
@@ -133,7 +134,7 @@ def test_a_message_without_a_place_is_a_crash(begin, place, monkeypatch):
         targets.execute(data, place)
 
 
-@pytest.mark.parametrize("name", ["load into a model", "load_training"])
+@pytest.mark.parametrize("name", ["load into a model", "load_training", "load_sharded"])
 def test_a_model_that_a_refused_file_has_changed_is_a_crash(begin, place, monkeypatch, name):
     data = good(begin, NUMBERS[name])
 
@@ -145,10 +146,90 @@ def test_a_model_that_a_refused_file_has_changed_is_a_crash(begin, place, monkey
     with monkeypatch.context() as patch:
         patch.setattr(inq, "load", changes)
         patch.setattr(inq, "load_training", changes)
+        patch.setattr(inq, "load_sharded", changes)
         with pytest.raises(targets.Violation, match="something has changed"):
             targets.execute(data, place)
     targets._into.fresh()
     targets._resumed.fresh()
+
+
+def test_random_states_that_a_refused_file_has_changed_are_a_crash(begin, place, monkeypatch):
+    def changes(path, *objects):
+        torch.rand(1)
+        raise inq.CheckpointError(f"{path}: refused too late")
+
+    data = good(begin, NUMBERS["load_sharded"])
+    monkeypatch.setattr(inq, "load_sharded", changes)
+    with pytest.raises(targets.Violation, match="something has changed"):
+        targets.execute(data, place)
+
+
+def flipped(function):
+    """A conversion's step that gives the rows in another order."""
+
+    def other(*args):
+        result = function(*args)
+        return {k: v.flip(0) for k, v in result.items()} if isinstance(result, dict) else result.flip(0)
+
+    return other
+
+
+def added(function):
+    """A reader's step that gets the values wrong."""
+
+    def other(path, tensors, *args):
+        function(path, tensors, *args)
+        for tensor in tensors.values():
+            if tensor.is_floating_point():
+                tensor += 1
+
+    return other
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "step", "wrong"),
+    [
+        ("import a file", imports, "_pack", lambda pack: lambda w, fmt: pack(w.flip(0), fmt)),
+        ("import a directory", imports, "_pack", lambda pack: lambda w, fmt: pack(w.flip(0), fmt)),
+        ("export to MXFP4", exports, "_encode", flipped),
+        ("export to FP8", exports, "_encode", flipped),
+        ("export to floats", transcode, "unpack_exactly", flipped),
+        ("load_sharded", sharded, "_read", added),
+    ],
+)
+def test_other_values_are_a_crash(begin, place, monkeypatch, name, module, step, wrong):
+    data = good(begin, NUMBERS[name])
+    monkeypatch.setattr(module, step, wrong(getattr(module, step)))
+    with pytest.raises(targets.Violation, match="with other values than the file's"):
+        targets.execute(data, place)
+
+
+def test_what_a_refused_import_leaves_is_a_crash(begin, place, monkeypatch):
+    def leaves(path, target):
+        target.mkdir()
+        raise inq.CheckpointError(f"{path}: refused too late")
+
+    data = good(begin, NUMBERS["import a directory"])
+    monkeypatch.setattr(imports, "import_packed", leaves)
+    with pytest.raises(targets.Violation, match=r"refused, and left \['out'\]"):
+        targets.execute(data, place)
+
+
+def test_an_import_that_does_not_load_is_a_crash(begin, place, monkeypatch):
+    data = good(begin, NUMBERS["import a directory"])
+    monkeypatch.setattr(inq, "load", raises(inq.CheckpointError("x")))
+    with pytest.raises(targets.Violation, match="what was written of it is refused"):
+        targets.execute(data, place)
+
+
+def test_an_index_of_shards_is_signed_again(begin, place):
+    data = good(begin, NUMBERS["load_sharded"])
+    files_of = structure.read_files(data[1:])
+    shard = next(name for name in files_of if name.startswith("shard-"))
+    files_of[shard] = files_of[shard][:-1] + bytes([files_of[shard][-1] ^ 1])
+    assert "damaged data" in str(targets.execute(data[:1] + structure.write_files(files_of), place)[1])
+    structure.sign_index(files_of)
+    assert "damaged data" not in str(targets.execute(data[:1] + structure.write_files(files_of), place)[1])
 
 
 def test_codes_that_no_one_checks_are_a_crash(begin, place, monkeypatch):

@@ -6,7 +6,7 @@ from support import FORMATS, generator, same_bits
 
 from inq_kernels import cpu, reference
 
-# No skip: without the library this file fails, and says why. Loaded here: with INQ_BACKEND=reference nothing else does.
+# No skip: without the library this file fails, and says why. With INQ_BACKEND=reference nothing else loads it.
 assert cpu.unavailable() is None, cpu.unavailable()
 leaf = torch.ops.inq_cpu
 ISAS = ("portable", "avx2", "avx512")

@@ -1,9 +1,10 @@
-"""Every call of every save fails, or is the last one: ``python tests/faults/saves.py FOLDER``.
+"""Every call of every save fails, or is the last one: ``python tests/faults/saves.py FOLDER [SCENARIO …]``.
 
 For each scenario the calls that change files (open, write, truncate, fsync, rename, mkdir, chmod, unlink) are counted.
 Then each of them in turn fails with ENOSPC and with EIO: once, from there on, and after half a write; and at each of
 them a process is killed, before it and in the middle of it. After each fault the checkpoint must load, as the old one
-or as the new one, bit for bit; and as the new one, if the save said so. The last line is a summary as JSON.
+or as the new one, bit for bit; and as the new one, if the save said so. Of what writes to a new path, the old one is
+that nothing is there. The last line is a summary as JSON.
 """
 
 from __future__ import annotations
@@ -24,20 +25,24 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import inq_kernels as inq
 from faults import shim
+from inq_kernels.integrations import exports, imports
+from inq_kernels.transcode import export_dense, quantize
 
 
 @dataclass(frozen=True)
 class Scenario:
     """``save(place, i)`` writes state ``i``, 0 or 1, to a path under the folder ``place``; ``load(place)`` gives what
-    came back in a form that == compares exactly, or raises."""
+    came back in a form that == compares exactly, or raises. ``prepare(place)`` comes before all of that."""
 
     name: str
     save: Callable[[Path, int], object]
     load: Callable[[Path], object]
+    prepare: Callable[[Path], object] = lambda place: None
 
 
 def _bits(value: object) -> object:
@@ -84,6 +89,45 @@ def _load_run(place: Path) -> object:
     return _bits({"model": dict(model.state_dict()), "momenta": optimizer.state_dict()["state"], "extra": extra})
 
 
+def _load_sharded(place: Path) -> object:
+    model, optimizer, run = _run(0)
+    extra = inq.load_sharded(place / "run", model, optimizer, run)
+    return _bits({"model": dict(model.state_dict()), "momenta": optimizer.state_dict()["state"], "extra": extra})
+
+
+# --- what writes to a new path ----------------------------------------------------------------------------------------
+
+
+def _sources(place: Path) -> None:
+    """A float model with a tokenizer, the same packed, and that in MXFP4."""
+    floats = place / "float"
+    floats.mkdir()
+    tensors = {"fc.weight": inq.unpack(PACKED[0]), "fc.bias": torch.ones(32)}
+    save_file(tensors, floats / "model.safetensors", {"format": "pt"})
+    (floats / "config.json").write_text('{"model_type": "llama"}')
+    (floats / "tokenizer.json").write_text('{"version": "1.0"}')
+    quantize(floats, place / "packed", FMT)
+    exports.export_mxfp4(place / "packed", place / "mxfp4")
+
+
+def _all_files(place: Path) -> dict[str, dict[str, bytes]]:
+    """Every visible directory, the sources and the target: names and bytes of its files."""
+    visible = [folder for folder in place.iterdir() if not folder.name.startswith(".")]
+    return {folder.name: {path.name: path.read_bytes() for path in folder.iterdir()} for folder in visible}
+
+
+def _new(name: str, source: str, convert: Callable[[Path, Path], object]) -> Scenario:
+    """State 0 is no target, state 1 all of it, byte for byte; the sources are the same in both."""
+
+    def save(place: Path, i: int) -> None:
+        if i:
+            convert(place / source, place / "target")
+        else:
+            shutil.rmtree(place / "target", ignore_errors=True)
+
+    return Scenario(name, save, _all_files, _sources)
+
+
 # A writer of checkpoints joins with an entry.
 SCENARIOS = (
     Scenario(
@@ -101,6 +145,16 @@ SCENARIOS = (
         lambda place, i: inq.save_training(place / "run.safetensors", *RUNS[i], EXTRA[i]),
         _load_run,
     ),
+    Scenario(
+        "inq.save_sharded",
+        lambda place, i: inq.save_sharded(place / "run", *RUNS[i], EXTRA[i]),
+        _load_sharded,
+    ),
+    _new("inq quantize", "float", lambda source, target: quantize(source, target, FMT)),
+    _new("inq export --to mxfp4", "packed", exports.export_mxfp4),
+    _new("inq export --to fp8", "packed", exports.export_fp8),
+    _new("inq export --to dense", "packed", export_dense),
+    _new("inq import", "mxfp4", imports.import_packed),
 )
 
 
@@ -110,14 +164,16 @@ class Trial:
     def __init__(self, scenario: Scenario, place: Path):
         self.scenario, self.place = scenario, place
         place.mkdir()
-        self.expected = []
+        scenario.prepare(place)
+        self.expected, self.names = [], set()
         for i in (0, 1):
             scenario.save(place, i)
             self.expected.append(scenario.load(place))
+            self.names |= set(os.listdir(place))
         assert self.expected[0] != self.expected[1]
+        scenario.save(place, 0)
         with shim.counted(place) as self.calls:
             scenario.save(place, 1)
-        self.names = set(os.listdir(place))
         self.outcomes = {"old": 0, "new": 0}
 
     def begin(self) -> None:
@@ -156,9 +212,11 @@ class Trial:
             unopened = isinstance(told, FileNotFoundError) and told.errno is None
             assert told.errno == code or unopened, f"{where}: {told!r}"
             assert str(self.place) in str(told), f"{where}: {told!r} does not say which file"
-        # Only what is replaced may stay where it cannot be deleted; all else that fails has to be told.
+        # What is replaced may stay where it cannot be deleted, torch makes a directory that is there, and Python copies
+        # otherwise where the system's copy fails; all else that fails has to be told.
+        untold = ("unlink", "rmdir", "open", "mkdir", "copy")
         kind = self.calls[n - 1][0]
-        assert not (said_yes and how == "once" and kind not in ("unlink", "rmdir", "open")), f"{where}: nobody was told"
+        assert not (said_yes and how == "once" and kind not in untold), f"{where}: nobody was told"
         self.end(where, said_yes)
 
     def kill(self, half: bool, n: int) -> None:
@@ -180,10 +238,10 @@ class Trial:
         assert self.scenario.load(self.place) == self.expected[1], where
 
 
-def main(folder: Path) -> dict:
+def main(folder: Path, names: list[str]) -> dict:
     torch.set_num_threads(1)
     report = {}
-    for number, scenario in enumerate(SCENARIOS):
+    for number, scenario in enumerate(s for s in SCENARIOS if s.name in names or not names):
         trial = Trial(scenario, folder / str(number))
         faults = kills = 0
         for n in range(1, len(trial.calls) + 1):
@@ -204,4 +262,4 @@ def main(folder: Path) -> dict:
 
 if __name__ == "__main__":
     shim.install(Path(sys.argv[1]).resolve())
-    print(json.dumps(main(Path(sys.argv[1]).resolve())))
+    print(json.dumps(main(Path(sys.argv[1]).resolve(), sys.argv[2:])))

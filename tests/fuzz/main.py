@@ -16,11 +16,18 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 # Coverage of what reads files. Of the others it would cost time, and say nothing about files.
-READERS = {"files", "file_format", "checkpoint", "training", "transcode", "inq"}
-others = [f"inq_kernels.{p.stem}" for p in (ROOT / "inq_kernels").iterdir() if p.stem not in READERS]
+READERS = {
+    "files", "file_format", "checkpoint", "training", "transcode", "inq", "sharded", "sharded_files",
+    *(f"integrations.{name}" for name in ("imports", "exports", "compressed_tensors", "mxfp4", "fp8")),
+}  # fmt: skip
+modules = [path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "inq_kernels").rglob("*.py")]
+others = [".".join(parts) for parts in modules if ".".join(parts[1:]) not in READERS]
 with atheris.instrument_imports(include=["inq_kernels"], exclude=others):
-    import inq_kernels
+    import inq_kernels.integrations.exports
+    import inq_kernels.integrations.imports
     import inq_kernels.transcode  # noqa: F401
+# A second that no input shall have to wait for.
+import torch.distributed.checkpoint  # noqa: E402
 
 from fuzz import structure, targets  # noqa: E402
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 # What of the metadata is JSON once more, and what is the SHA-256 of which text.
-NESTED = ("inq_manifest", "inq_config", "inq_training", "inq_checksums")
+PLACES = "DCP_SHARDING_INFO"  # where the tensors of a sharded checkpoint's file belong
+NESTED = ("inq_manifest", "inq_config", "inq_training", "inq_checksums", PLACES)
 DIGESTS = {"inq_manifest": "inq_manifest_sha256", "inq_training": "inq_training_sha256"}
-# Of the files in a directory; an input has their numbers.
+TRAINING_INDEX = "inq_training.json"
+# Of the files in a directory; an input has their numbers: add at the end.
 FILES = (
     "model.safetensors", "inq.json", "config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors",
+    TRAINING_INDEX, "rank-00000.json", "rank-00001.json", "shard-00001-model-00001-of-00001.safetensors",
+    "shard-00002-model-00001-of-00001.safetensors",
 )  # fmt: skip
 
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL", "F4", "", "U16")
@@ -34,6 +39,8 @@ NAMES = (
     "a\nb",
     "é",
     "t.0",
+    "fc.weight_packed",
+    "rank.0.0",
 )
 NUMBERS = (
     0, 1, -1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 24, 127, 128, -127, -128, 255, 256, 1 << 31, 1 << 48, (1 << 48) + 1,
@@ -43,7 +50,8 @@ NUMBERS = (
 WORDS = (
     "paper", "dense", "max", "mse", "tensor", "channel", "inq", "float32", "bfloat16", "float16", "float8_e4m3fn",
     "uint8", "magnitude", "random", "SGD", "step", "state_dict", "optimizer", "params", "x" * 600, "0", "1", "nan",
-    "\ud800", "\0", "٣", *NAMES, *DTYPES,
+    "\ud800", "\0", "٣", "group", "float", "mxfp4-pack-quantized", "float-quantized", "naive-quantized",
+    *NAMES, *DTYPES,
 )  # fmt: skip
 KINDS = ("$tensor", "$tuple", "$items", "$counter", "$float", "$pickle")
 
@@ -120,6 +128,18 @@ def value(rng: random.Random) -> object:
     return nested
 
 
+def spoil_key(table: dict, names: Sequence[str], rng: random.Random) -> None:
+    """A key of ``table`` gone, or its value under another of ``names`` as well, or two values swapped."""
+    key, other = rng.choice(list(table)), rng.choice(list(table))
+    kind = rng.randrange(3)
+    if kind == 0:
+        del table[key]
+    elif kind == 1:
+        table[rng.choice(names)] = table[key]
+    else:
+        table[key], table[other] = table[other], table[key]
+
+
 def spoil(node: object, rng: random.Random) -> object:
     """Change something in a JSON value, in place where it is a container; what it is then."""
     if isinstance(node, dict) and node:
@@ -127,14 +147,8 @@ def spoil(node: object, rng: random.Random) -> object:
         if rng.random() < 0.7:
             node[key] = spoil(node[key], rng)
             return node
-        other = rng.choice(list(node))
-        kind = rng.randrange(4)
-        if kind == 0:
-            del node[key]
-        elif kind == 1:
-            node[rng.choice(WORDS)] = node[key]
-        elif kind == 2:
-            node[key], node[other] = node[other], node[key]
+        if rng.random() < 0.75:
+            spoil_key(node, WORDS, rng)
         else:
             node[key] = value(rng)
         return node
@@ -385,14 +399,13 @@ def spoil_directory(content: bytes, rng: random.Random) -> bytes | None:
     if not files:
         return None
     name = rng.choice(list(files))
-    kind = rng.randrange(10)
-    if kind == 0:
-        del files[name]
-    elif kind == 1:
-        files[rng.choice(FILES)] = files[name]
-    elif kind == 2:
-        other = rng.choice(list(files))
-        files[name], files[other] = files[other], files[name]
+    if rng.random() < 0.3:
+        spoil_key(files, FILES, rng)
+    elif name == TRAINING_INDEX:
+        spoiled = spoil_index(files, rng)
+        if spoiled is None:
+            return None
+        files[name] = spoiled
     elif name.endswith(".json"):
         try:
             files[name] = json.dumps(spoil(json.loads(files[name]), rng)).encode()
@@ -403,7 +416,88 @@ def spoil_directory(content: bytes, rng: random.Random) -> bytes | None:
         if spoiled is None:
             return None
         files[name] = spoiled
+    if TRAINING_INDEX in files and rng.random() < 0.95:
+        sign_index(files)
     return write_files(files)
+
+
+# --- the index of a sharded training checkpoint -----------------------------------------------------------------------
+
+
+def open_index(files: dict[str, bytes]) -> tuple[dict, dict] | None:
+    """The index and what is in it, which is JSON once more; None if it is not that."""
+    try:
+        index = json.loads(files[TRAINING_INDEX])
+        content = json.loads(index["content"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+    return (index, content) if isinstance(index, dict) and isinstance(content, dict) else None
+
+
+def close_index(index: dict, content: object) -> bytes:
+    index["content"] = json.dumps(content)
+    index["sha256"] = hashlib.sha256(index["content"].encode()).hexdigest()
+    return json.dumps(index).encode()
+
+
+def sign_index(files: dict[str, bytes]) -> None:
+    """The checksums that the index has of the other files, and that of its content, as they should be."""
+    if (opened := open_index(files)) is None:
+        return
+    known = opened[1].get("files")
+    for name in known if isinstance(known, dict) else ():
+        if name in files:
+            known[name] = hashlib.sha256(files[name]).hexdigest()
+    files[TRAINING_INDEX] = close_index(*opened)
+
+
+def spoil_index(files: dict[str, bytes], rng: random.Random) -> bytes | None:
+    """What the index says of the tensors, of the files, or of the state; or, less often, the index itself."""
+    if (opened := open_index(files)) is None:
+        return None
+    index, content = opened
+    kind = rng.randrange(8)
+    if kind == 0:
+        return json.dumps(spoil(index, rng)).encode()
+    if kind == 1 and isinstance(content.get("tensors"), dict) and content["tensors"]:
+        retype(files, content["tensors"], rng)
+    else:
+        content = spoil(content, rng)
+    return close_index(index, content)
+
+
+_SAME_SIZE = (("F64", "I64"), ("F32", "I32"), ("F16", "BF16", "I16"), ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"))
+
+
+def retype(files: dict[str, bytes], tensors: dict, rng: random.Random) -> None:
+    """Another dtype or shape of one tensor, of which index and files say the same."""
+    name = rng.choice(list(tensors))
+    if not isinstance(tensors[name], list) or len(tensors[name]) != 2 or not isinstance(tensors[name][1], list):
+        return
+    old, shape = tensors[name]
+    dtype = rng.choice(next((group for group in _SAME_SIZE if old in group), DTYPES))
+    flat = rng.random() < 0.5 and len(shape) > 1
+    for file in files:
+        if not file.endswith(".safetensors") or (parts := take_apart(files[file])) is None:
+            continue
+        entry, places = parts.entries.get(name), parts.nested.get(PLACES)
+        if not isinstance(entry, dict) or not isinstance(places, dict):
+            continue
+        entry["dtype"] = dtype
+        if flat:
+            # Right for a part of whole rows.
+            columns = _product(shape[1:])
+            entry["shape"] = [_product(entry.get("shape"))]
+            begin = places[name].get("saved_offsets") if isinstance(places.get(name), dict) else None
+            places[name] = {"saved_offsets": [_product(begin[:1] if isinstance(begin, list) else None) * columns]}
+        files[file] = put_together(parts)
+    tensors[name] = [dtype, [_product(shape)] if flat else shape]
+
+
+def _product(numbers: object) -> int:
+    """Of a list of ints; 1 if it is anything else."""
+    plain = isinstance(numbers, list) and all(type(n) is int for n in numbers)
+    return math.prod(numbers) if plain else 1
 
 
 def mutate(

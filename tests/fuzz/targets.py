@@ -1,7 +1,8 @@
 """What is fuzzed: every reader of files, the errors that it may raise, and what must hold after it has said yes or no.
 
 Anything that is not listed as expected is a crash, and so is a warning, a message that does not say which file or which
-of our functions it is about, and a model that a refused file has changed. A reader joins with one line in ``TARGETS``.
+of our functions it is about, a model that a refused file has changed, and a conversion that changes values. A reader
+joins with an entry in ``TARGETS``.
 """
 
 from __future__ import annotations
@@ -12,27 +13,26 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import inq_kernels as inq
-from fuzz import seeds, structure
+from fuzz import checks, seeds, structure
+from fuzz.checks import Violation
 from inq_kernels.checkpoint import inspect, verify
-from inq_kernels.transcode import quantize
-
-
-class Violation(AssertionError):
-    """A reader said yes to something, or changed something, that it must not."""
+from inq_kernels.integrations import compressed_tensors, exports, imports
+from inq_kernels.transcode import export_dense, quantize
 
 
 @dataclass(frozen=True)
 class Target:
     """A reader of files.
 
-    ``call`` gets the path and returns after its own checks of what came. ``kind`` says which seeds are its, and
-    "directory" that the path is one. ``expected`` are the exact types of errors that it may raise: a subclass, say
+    ``call`` gets the path and returns after its own checks of what came. ``kind`` says which seeds are its, and so
+    whether the path is a directory. ``expected`` are the exact types of errors that it may raise: a subclass, say
     UnicodeDecodeError where ValueError is expected, is not among them.
     """
 
@@ -45,61 +45,14 @@ class Target:
 # --- the readers ------------------------------------------------------------------------------------------------------
 
 
-def _check_entries(entries: dict) -> None:
-    """What was let in is what the format promises."""
-    for name, value in entries.items():
-        if isinstance(value, inq.PackedWeight):
-            plain = inq.PackedWeight(value.weight, value.weight_exp, None, value.format, value.shape)
-            # Every value has one code, so that what is packed again is the same.
-            if not torch.equal(inq.pack(inq.unpack(plain), value.format, value.weight_exp).weight, value.weight):
-                raise Violation(f"{name}: accepted, and packs to other codes")
-        elif not isinstance(value, Tensor):
-            raise Violation(f"{name}: accepted as {type(value)}")
-
-
 def _load(path: Path) -> None:
-    _check_entries(inq.load(path))
+    checks.check_entries(inq.load(path))
 
 
 def _describe(path: Path) -> None:
     summary = inspect(path)
     if verify(path) != summary.tensors:
         raise Violation("inspect and verify count different tensors")
-
-
-class _Objects:
-    """What files are loaded into, made anew after each that was taken over."""
-
-    def __init__(self, make: Callable[[], tuple], tensors: Callable[..., list], others: Callable[..., object]):
-        self._make, self._tensors, self._others = make, tensors, others
-        self.fresh()
-
-    def fresh(self) -> None:
-        self.made = self._make()
-        self._before = [t.clone() for t in self._tensors(*self.made)]
-        self._marks, self._rest = self._marked(), self._others(*self.made)
-
-    def _marked(self) -> list:
-        """What says at once that nothing was written: memory and versions of all tensors."""
-        return [(t.data_ptr(), t._version) for t in self._tensors(*self.made)]
-
-    def _changed(self) -> bool:
-        if self._others(*self.made) != self._rest:
-            return True
-        if (marks := self._marked()) == self._marks:
-            return False
-        # Something was written: the way back, perhaps.
-        self._marks, now = marks, self._tensors(*self.made)
-        return len(now) != len(self._before) or not all(map(torch.equal, now, self._before))
-
-    def load(self, function: Callable) -> None:
-        try:
-            function(*self.made)
-        except Exception as error:
-            if self._changed():
-                raise Violation(f"refused, and something has changed: {error}") from error
-            raise
-        self.fresh()
 
 
 def _model_tensors(model: torch.nn.Module) -> list[Tensor]:
@@ -117,8 +70,8 @@ def _run_others(model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: i
     return groups, run.portion, run.lr_schedulers[0].state_dict()
 
 
-_into = _Objects(lambda: (seeds.model(),), _model_tensors, lambda model: [*map(type, model.children())])
-_resumed = _Objects(seeds.training, _run_tensors, _run_others)
+_into = checks.Objects(lambda: (seeds.model(),), _model_tensors, lambda model: [*map(type, model.children())])
+_resumed = checks.Objects(seeds.training, _run_tensors, _run_others)
 
 
 def _load_into(path: Path) -> None:
@@ -129,9 +82,29 @@ def _load_training(path: Path) -> None:
     _resumed.load(lambda *objects: inq.load_training(path, *objects))
 
 
+def _load_sharded(path: Path) -> None:
+    def check(model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: inq.INQ) -> None:
+        checks.check_sharded(path, model, run)
+
+    _resumed.load(lambda *objects: inq.load_sharded(path, *objects), check)
+
+
 def _quantize(path: Path) -> None:
-    quantize(path, path.with_name("out.safetensors"), inq.Format(4))
-    verify(path.with_name("out.safetensors"))
+    checks.written(
+        path,
+        "out.safetensors",
+        lambda target: quantize(path, target, inq.Format(4)),
+        lambda report, target: checks.loaded(target),
+    )
+
+
+def _import(path: Path) -> None:
+    name = "out" if path.is_dir() else "out.safetensors"
+    checks.written(path, name, partial(imports.import_packed, path), partial(checks.check_import, path))
+
+
+def _export(function: Callable[[Path, Path], object], kind: str, path: Path) -> None:
+    checks.written(path, "out", partial(function, path), partial(checks.check_export, path, kind))
 
 
 # An input begins with its target's number: add at the end.
@@ -144,8 +117,26 @@ TARGETS = (
     Target("load_training", _load_training, "training", (inq.CheckpointError, ValueError)),
     # ValueError: nothing to pack, NaN or Inf.
     Target("quantize", _quantize, "float", (inq.CheckpointError, ValueError)),
+    Target("load_sharded", _load_sharded, "sharded", (inq.CheckpointError, ValueError)),
+    # ValueError: no powers of two, NaN or Inf.
+    Target("import a file", _import, "powers", (inq.CheckpointError, ValueError)),
+    Target("import a directory", _import, "quantized", (inq.CheckpointError, ValueError)),
+    # ValueError: a weight that the other format does not hold.
+    Target(
+        "export to MXFP4",
+        partial(_export, exports.export_mxfp4, compressed_tensors.MXFP4),
+        "packed",
+        (inq.CheckpointError, ValueError),
+    ),
+    Target(
+        "export to FP8",
+        partial(_export, exports.export_fp8, compressed_tensors.FP8),
+        "packed",
+        (inq.CheckpointError, ValueError),
+    ),
+    Target("export to floats", partial(_export, export_dense, "float"), "packed", (inq.CheckpointError, ValueError)),
 )
-DIRECTORIES = {number for number, target in enumerate(TARGETS) if target.kind == "directory"}
+DIRECTORIES = {number for number, target in enumerate(TARGETS) if target.kind in seeds.DIRECTORIES}
 
 
 # --- one execution ----------------------------------------------------------------------------------------------------
@@ -191,7 +182,7 @@ def execute(data: bytes, place: Place) -> tuple[int, Exception | None]:
     """Run one input; the target's number and the expected error, or None where it was accepted. Raises any other."""
     number = data[0] % len(TARGETS) if data else 0
     target = TARGETS[number]
-    path = place.directory(data[1:]) if target.kind == "directory" else place.file(data[1:])
+    path = place.directory(data[1:]) if number in DIRECTORIES else place.file(data[1:])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

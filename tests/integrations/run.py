@@ -26,12 +26,14 @@ PLACE = ROOT / ".integrations"
 
 @dataclass(frozen=True)
 class Environment:
-    """``packages`` from the index; ``bare``: of these the Python alone, without dependencies and compiled parts."""
+    """``packages`` from the index; ``bare``: of these the Python alone, without dependencies and compiled parts.
+    ``own_torch``: with another torch than this repository's, which ``packages`` names."""
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
     bare: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
+    own_torch: bool = False
 
 
 ENVIRONMENTS = {
@@ -47,6 +49,10 @@ ENVIRONMENTS = {
         ("vllm==0.33.0",),
         (("VLLM_TARGET_DEVICE", "cpu"), ("VLLM_LOGGING_LEVEL", "WARNING"), ("VLLM_NO_USAGE_STATS", "1")),
     ),
+    # torchvision is compiled for one torch, and there is none on the index for a CPU build.
+    "torchvision": Environment(
+        ("torch==2.14.1", "torchvision==0.29.1"), ("test_torchvision.py",), own_torch=True
+    ),
 }  # fmt: skip
 # Programs of their own: what loads an export there must not see this package.
 SCRIPTS = {"stock": "stock.py", "pt2-cpp": "pt2_cpp.py"}
@@ -56,9 +62,11 @@ def run(*command: object, **kwargs) -> int:
     return subprocess.run(list(map(str, command)), check=False, **kwargs).returncode
 
 
-def pip(python: Path, *arguments: object) -> None:
-    # torch is pinned: a looser requirement would fetch gigabytes of CUDA libraries.
-    quiet = ("--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt")
+def pip(python: Path, *arguments: object, own_torch: bool = False) -> None:
+    quiet = ("--quiet", "--disable-pip-version-check")
+    if not own_torch:
+        # torch is pinned: a looser requirement would fetch gigabytes of CUDA libraries.
+        quiet += ("-c", ROOT / "constraints.txt")
     if run(python, "-m", "pip", arguments[0], *quiet, *arguments[1:], cwd=ROOT):
         raise SystemExit(f"pip {' '.join(map(str, arguments))}: failed")
 
@@ -78,7 +86,7 @@ def make(name: str, environment: Environment) -> Path:
     own = next(folder.glob("lib/python*/site-packages"))
     # addsitedir, not a plain path: an editable installation is a .pth file in there.
     (own / "parent.pth").write_text(f"import site; site.addsitedir({parent!r})\n")
-    pip(python, "install", *environment.packages)
+    pip(python, "install", *environment.packages, own_torch=environment.own_torch)
     for package in environment.bare:
         wheels = folder / "wheels"
         pip(python, "download", "--no-deps", "--only-binary=:all:", "-d", wheels, package)

@@ -1,7 +1,10 @@
 """transformers itself, the oldest version and the newest: what is packed, written and read again is bit for bit one."""
 
 import json
+import os
+import pickle
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -355,6 +358,48 @@ def test_no_pickle_and_no_bare_state_dict(quantized, copied):
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
     with pytest.raises(inq.CheckpointError, match="never opened"):
         LlamaForCausalLM.from_pretrained(copied)
+
+
+class Payload:
+    """Unpickling this makes a directory."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def asked_for():
+    """What pickles ask for during a test. The audit hook stays for good, and does nothing afterwards."""
+    found, active = [], [True]
+
+    def audit(event, arguments):
+        if active and event == "pickle.find_class":
+            found.append(arguments)
+
+    sys.addaudithook(audit)
+    yield found
+    active.clear()
+
+
+def test_from_pretrained_unpickles_nothing(dense, saved, tmp_path, asked_for):
+    """Packed files, and float ones that are packed as they are read; and directories with a pickle alone."""
+    marker = tmp_path / "unpickled"
+    for source, arguments in ((saved, {}), (dense, {"quantization_config": InqConfig(FMT)})):
+        AutoModelForCausalLM.from_pretrained(source, **arguments)
+        path = shutil.copytree(source, tmp_path / source.name)
+        (path / "model.safetensors").unlink()
+        torch.save(Payload(marker), path / "pytorch_model.bin")
+        with pytest.raises(Exception, match="never opened|weights_only"):
+            AutoModelForCausalLM.from_pretrained(path, **arguments)
+    assert not asked_for
+    assert not marker.exists()
+    # Else the silence would say nothing.
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert asked_for
+    assert marker.exists()
 
 
 def test_saving_refuses_what_it_would_do_wrong(quantized, dense, tmp_path):
