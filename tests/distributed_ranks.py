@@ -27,6 +27,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import inq_kernels as inq
 from inq_kernels import distributed, files, reference, sharded
@@ -230,6 +232,38 @@ def names_do_not_depend_on_ddp(folder):
     assert list(given.run.formats) == list(inner.run.formats)
     next(iter(given.run)), next(iter(inner.run))
     assert torch.equal(given.run.frozen("fc"), inner.run.frozen("fc"))
+
+
+class Exchanged(TorchDispatchMode):
+    """What this rank gives to collectives meanwhile: (operator, how many values)."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.found.append((func.name(), sum(tensor.numel() for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def nothing_is_gathered(folder):
+    """To choose n1 and what freezes, and to report, ranks sum up histograms: as many values for wide layers as for
+    narrow ones, and nothing else."""
+    found = {}
+    for partition, fmt in (("magnitude", inq.Format(4)), ("random", inq.Format(3, granularity="channel"))):
+        for width in (9, 900):
+            t = Training("fsdp2", fmt=fmt, partition=partition, width=width)
+            with Exchanged() as exchanged:
+                for _ in t.run:
+                    pass
+                t.run.report()
+            found[width] = exchanged.found
+            t.run.close()
+        assert found[9] == found[900]
+        assert {name for name, _ in found[9]} == {"c10d::allreduce_"}, found[9]
+        assert len(found[9]) > len(PORTIONS)
 
 
 def after_an_evaluation(folder):
@@ -468,8 +502,8 @@ def saving_fails(folder):
 
 
 PAIR = (
-    *(one_hash, names_do_not_depend_on_ddp, after_an_evaluation, surgery, wrong_models, wrong_states),
-    *(checkpoints, damaged_checkpoints, taking_over_fails, saving_fails),
+    *(one_hash, names_do_not_depend_on_ddp, nothing_is_gathered, after_an_evaluation, surgery),
+    *(wrong_models, wrong_states, checkpoints, damaged_checkpoints, taking_over_fails, saving_fails),
 )
 
 

@@ -10,7 +10,11 @@ In a page, in its order and in one temporary directory:
   extras. Anything else is an error;
 - an HTML comment that begins with "prelude" is Python that runs at its place: what the page's reader has already;
 - ``<!-- needs: transformers -->`` in the line before a fence, or ``<!-- prelude needs: transformers``: the snippet runs
-  only where the caller has that library, in an environment of its own (INQ_DOCS_HAVE for test_docs.py).
+  only where the caller has that, in an environment of its own (INQ_DOCS_HAVE for test_docs.py) or in a test that says
+  so in ``NEEDS``;
+- ``<!-- from: tests/server.py -->`` there: the snippet does not run; its lines are that file's, which a test runs.
+
+Code that is indented instead of fenced would escape, and is an error.
 """
 
 from __future__ import annotations
@@ -26,18 +30,21 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 
 from inq_kernels import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = {"python", "sh", "text", "json", "toml", "cpp", "diff", "prototxt", ""}
-# What a mark may name.
-NEEDS = {"transformers", "peft", "vllm", "accelerate", "torchrun"}
+# What a mark may name. Two processes (torchrun) are tests/integrations/test_tensor_parallel.py's, a compiler that takes
+# a minute (aotinductor) pt2_cpp.py's. vLLM's compiled parts are nowhere: such a snippet is only compiled.
+NEEDS = {"transformers", "compressed-tensors", "peft", "torchrun", "aotinductor", "vllm"}
 LONG = {"demo", "bench"}
 
 _PIECE = re.compile(
     r"^<!-- prelude(?: needs: (?P<prelude_needs>[^\n]*?))?\n(?P<prelude>.*?)^-->[ ]*$"
-    r"|(?:^<!-- needs: (?P<needs>[^\n]*?) -->\n)?^```(?P<language>[^\n]*)\n(?P<body>.*?)^```[ ]*$",
+    r"|(?:^<!-- (?:needs: (?P<needs>[^\n]*?)|from: (?P<source>[^\n]*?)) -->\n)?"
+    r"^```(?P<language>[^\n]*)\n(?P<body>.*?)^```[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -55,6 +62,7 @@ class Snippet:
     language: str
     body: str
     needs: frozenset[str]
+    source: str | None = None
 
     @property
     def where(self) -> str:
@@ -74,16 +82,20 @@ def read(page: Path) -> list[Snippet]:
             raise Broken(f"{page.name}:{line}: expected one of {sorted(LANGUAGES)} after the fence, got {language!r}")
         if unknown := needs - NEEDS:
             raise Broken(f"{page.name}:{line}: expected needs among {sorted(NEEDS)}, got {sorted(unknown)}")
-        found.append(Snippet(page, line, language, body, needs))
+        found.append(Snippet(page, line, language, body, needs, piece["source"]))
     # A mark that stands elsewhere than before a fence would be taken for none.
     marks, used = (
-        re.findall(r"<!--\s*(?:needs|prelude)\b", text),
-        sum(bool(s.needs) or s.language == "prelude" for s in found),
+        re.findall(r"<!--\s*(?:needs|prelude|from)\b", text),
+        sum(bool(s.needs) or s.language == "prelude" or s.source is not None for s in found),
     )
     if len(marks) != used:
         raise Broken(
-            f"{page.name}: expected every needs and prelude where it counts, got {len(marks)} and use for {used}"
+            f"{page.name}: expected every needs, from and prelude where it counts, got {len(marks)} and use for {used}"
         )
+    without = _PIECE.sub(lambda piece: "-\n" * piece[0].count("\n") + "-", text)
+    if indented := re.search(r"(?:\A|\n[ ]*\n)(?: {4}|\t)\s*(\S.*)", without):
+        line = text.count("\n", 0, indented.start(1)) + 1
+        raise Broken(f"{page.name}:{line}: expected code in a fence, got an indented line: {indented[1]}")
     return found
 
 
@@ -102,8 +114,12 @@ def run(page: Path, folder: Path, have: Iterable[str] = (), scope: dict | None =
     try:
         for snippet in read(page):
             if not snippet.needs <= set(have):
+                if snippet.language in ("python", "prelude"):
+                    compiled(snippet)
                 continue
-            if snippet.language in ("python", "prelude"):
+            if snippet.source is not None:
+                check_excerpt(snippet)
+            elif snippet.language in ("python", "prelude"):
                 run_python(snippet, scope)
             elif snippet.language == "sh":
                 run_sh(snippet)
@@ -115,9 +131,23 @@ def run(page: Path, folder: Path, have: Iterable[str] = (), scope: dict | None =
     return ran
 
 
+def check_excerpt(snippet: Snippet) -> None:
+    """Its lines are in the file that it is from, in that order. Raises Broken."""
+    lines = iter((ROOT / snippet.source).read_text().splitlines())
+    theirs = (line.strip() for line in lines)
+    for line in filter(None, map(str.strip, snippet.body.splitlines())):
+        if line not in theirs:
+            raise Broken(f"{snippet.where}: expected lines of {snippet.source} in their order, got {line!r}")
+
+
 def run_python(snippet: Snippet, scope: dict) -> None:
     """Exceptions come through with the page's line in their traceback."""
-    exec(compile("\n" * (snippet.line - 1) + snippet.body, str(snippet.page), "exec"), scope)
+    exec(compiled(snippet), scope)
+
+
+def compiled(snippet: Snippet) -> CodeType:
+    """With the page's lines. Raises SyntaxError."""
+    return compile("\n" * (snippet.line - 1) + snippet.body, str(snippet.page), "exec")
 
 
 def run_sh(snippet: Snippet) -> list[list[str]]:

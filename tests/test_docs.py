@@ -14,7 +14,7 @@ import torch
 from support import compiles
 
 ROOT = snippets.ROOT
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "SECURITY.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "SECURITY.md"]
 HAVE = frozenset(os.environ.get("INQ_DOCS_HAVE", "").split())
 
 
@@ -28,7 +28,7 @@ RUN = [page for page in PAGES if not HAVE or needed(page) & HAVE]
 
 @compiles
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_snippets(page, tmp_path, capsys):
     assert HAVE <= snippets.NEEDS
     threads, state = torch.get_num_threads(), torch.get_rng_state()
@@ -59,7 +59,7 @@ def anchors(text):
     return set(names)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
@@ -167,11 +167,22 @@ def test_a_page_is_one_namespace_in_one_directory(tmp_path):
     assert (tmp_path / "folder" / "made").exists()
 
 
+def test_lines_of_another_file_are_compared_with_it(tmp_path):
+    text = "1. A list:\n\n   on\n\n<!-- from: tests/pt2_server.py -->\n```python\nimport sys\n\nimport torch\n```\n"
+    assert snippets.run(page_of(tmp_path, text), tmp_path) == 1
+    text = text.replace("import sys\n\nimport torch", "import torch\nimport sys")
+    with pytest.raises(snippets.Broken, match="in their order, got 'import sys'"):
+        snippets.run(page_of(tmp_path, text), tmp_path)
+
+
 def test_what_needs_a_library_waits_for_it(tmp_path):
     page = page_of(tmp_path, "<!-- needs: transformers -->\n```python\nraise KeyError\n```\n```python\nx = 1\n```\n")
     assert snippets.run(page, tmp_path) == 1
     with pytest.raises(KeyError):
         snippets.run(page, tmp_path, ["transformers"])
+    # What runs nowhere is Python all the same.
+    with pytest.raises(SyntaxError, match="page.md, line 3"):
+        snippets.run(page_of(tmp_path, "<!-- needs: vllm -->\n```python\nllm = LLM(\n```\n"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +192,12 @@ def test_what_needs_a_library_waits_for_it(tmp_path):
             "<!-- needs: tensorflow -->\n```python\n```\n",
             r"page.md:3: expected needs among .*'transformers'.*tensorflow",
         ),
-        ("<!-- needs: transformers -->\n\n```python\n```\n", "expected every needs and prelude where it counts"),
+        ("<!-- needs: transformers -->\n\n```python\n```\n", "expected every needs, from and prelude where it counts"),
+        ("Text:\n\n    inq doctor\n\n", "page.md:3: expected code in a fence, got an indented line: inq doctor"),
+        (
+            "<!-- from: tests/pt2_server.py -->\n```python\ntorch.ops.load_library(other)\n```\n",
+            r"page.md:3: expected lines of tests/pt2_server.py in their order, got 'torch.ops.load_library\(other\)'",
+        ),
         ("```bash\nls\n```\n", "page.md:2: expected one of .*, got 'bash'"),
         ("```sh\nls\n```\n", "page.md:2: expected inq, make, pip, python or torchrun, got 'ls'"),
         (

@@ -21,11 +21,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, PackedvLLMParameter
 
 from .. import backends, ops
-from ..file_format import CONFIG_FILE, check_packed
+from ..file_format import CONFIG_FILE, check_packed, model_files
 from ..files import CheckpointError
 from ..format import Format
 from ..layouts import STORAGE, layout_of
 from ..ops import PackedWeight
+from .packed_files import PackedFiles
 from .settings import Settings
 
 # Under all exponents.
@@ -64,6 +65,16 @@ class InqConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> InqConfig:
         return cls(Settings.read("quantization_config", config))
+
+    def maybe_update_config(self, model_name: str, hf_config: object = None, revision: str | None = None) -> None:
+        """vLLM calls this before it opens a model's files. In a directory they are checked first, all that needs no
+        tensor: without a .safetensors vLLM would open a .bin, which is a pickle. A name on a hub is not here yet.
+
+        Raises:
+            CheckpointError: a file is not as it should be, or there is no .safetensors.
+        """
+        if (directory := Path(model_name)).is_dir():
+            PackedFiles([str(file) for file in model_files(directory)])
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         old = self.settings

@@ -1,6 +1,6 @@
-"""The C++ loader of docs/export.md, compiled and run on a .pt2: python tests/integrations/pt2_cpp.py
+"""docs/export.md's .pt2, by its own command, and its C++ loader, compiled and run: python tests/integrations/pt2_cpp.py
 
-Its sums must be those of the model in Python. Needs g++ and takes two minutes, most of them in torch's headers.
+The loader's sums must be those of the model in Python. Needs g++ and takes two minutes, most in torch's headers.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
-import inq_kernels as inq
 from inq_kernels.integrations import pt2
 
 HERE = Path(__file__).resolve().parent
-SHAPE = (3, 8, 8)
+sys.path.insert(0, str(HERE.parent))
+import snippets  # noqa: E402
+
+SHAPE = (64,)
 
 
 def main() -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
-    inq.convert(model, inq.Format(4))
     folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        pt2.save_pt2(model, [torch.randn(2, *SHAPE)], work / "net.pt2")
+        scope = {"__name__": "__main__"}
+        snippets.run(snippets.ROOT / "docs" / "export.md", work, ["aotinductor"], scope)
+        model = scope["model"]
         subprocess.run(
             [
                 os.environ.get("CXX", "g++"), "-std=c++20", "-O1", HERE / "pt2_loader.cpp", "-o", work / "pt2_loader",

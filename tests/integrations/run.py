@@ -39,9 +39,9 @@ class Environment:
 ENVIRONMENTS = {
     "transformers-oldest": Environment(("transformers==5.0.0",), ("test_transformers.py",)),
     "transformers-newest": Environment(
-        ("transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"),
+        ("transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "compressed-tensors==0.20.0"),
         ("test_transformers.py", "test_tensor_parallel.py", "test_peft.py", "test_trainer.py", "../test_docs.py"),
-        variables=(("INQ_DOCS_HAVE", "transformers peft"),),
+        variables=(("INQ_DOCS_HAVE", "transformers peft compressed-tensors"),),
     ),
     "vllm": Environment(
         ("--no-deps", "-r", "tests/integrations/vllm-requirements.txt"),

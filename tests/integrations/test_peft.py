@@ -24,11 +24,11 @@ def source(tmp_path_factory):
     return path / "packed"
 
 
-def adapted(source, **changes):
+def adapted(source, prepared=prepare, **changes):
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(source)
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
-    return get_peft_model(model, prepare(config))
+    return get_peft_model(model, prepared(config))
 
 
 def train(model, steps=3):
@@ -104,6 +104,18 @@ def test_merge_and_requantize_rounds_the_sums(source, tmp_path):
     save_pretrained(base, tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(again), logits(base))
+
+
+def test_without_prepare_all_works_but_for_what_merging_says(source):
+    """The same adapters, an error of PEFT that changes nothing, and merge_and_requantize all the same."""
+    models = [adapted(source), adapted(source, prepared=lambda config: config)]
+    assert train(models[0]) == train(models[1])
+    before = codes(models[1])
+    with pytest.raises(RuntimeError):
+        models[1].merge_adapter()
+    assert all(torch.equal(before[n], t) for n, t in codes(models[1]).items())
+    bases = [merge_and_requantize(model)[0] for model in models]
+    assert torch.equal(logits(bases[0]), logits(bases[1]))
 
 
 def test_a_float_layer_is_merged_by_peft_and_row_scales_stay(source):

@@ -7,33 +7,42 @@ import sys
 from pathlib import Path
 
 import pytest
+import snippets
 import tiny
 import torch
 from safetensors.torch import load_file
+from support import same_bits
 from transformers import AutoModelForCausalLM
 
 import inq_kernels as inq
 from inq_kernels import checkpoint
 from inq_kernels.cli import main
-from inq_kernels.integrations import transformers as _  # noqa: F401 - registers the method
+from inq_kernels.integrations.transformers import save_pretrained
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, script=WORKER, folder=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(WORKER), *map(str, arguments)]
+    command += ["--rdzv-endpoint", "localhost:0", str(script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=folder
     )
     return done.returncode, done.stdout + done.stderr
 
 
 def write(path, **changes):
-    """A float model, and packed with another format in one layer, biases and the output layer packed."""
+    """A float model, and packed, its output layer too; two layers have row scales, as calibration leaves them: one is
+    cut by rows, the other by columns."""
     tiny.model(**changes).save_pretrained(path / "dense")
     status = main(["quantize", str(path / "dense"), str(path / "packed"), "--bits", "4", "--granularity", "channel"])
     assert status == 0
+    model = AutoModelForCausalLM.from_pretrained(path / "packed")
+    for layer in (model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.down_proj):
+        scale = torch.linspace(0.5, 1.5, layer.shape[0]).view(-1, 1)
+        layer._set_codes(layer.weight.data, layer.weight_exp.data, scale)
+    save_pretrained(model, path / "packed")
     return path / "packed"
 
 
@@ -54,14 +63,34 @@ def test_two_processes_compute_what_one_does_and_save_the_same_files(tmp_path, c
     checkpoint.verify(tmp_path / "again")
     before, after = inq.load(source), inq.load(tmp_path / "again")
     assert before.keys() == after.keys()
+    scaled = 0
     for name, value in before.items():
-        a, b = (v if isinstance(v, torch.Tensor) else v.weight for v in (value, after[name]))
-        assert torch.equal(a, b), name
-        if not isinstance(value, torch.Tensor):
-            assert torch.equal(value.weight_exp, after[name].weight_exp), name
-            assert (value.format, value.shape) == (after[name].format, after[name].shape)
+        if isinstance(value, torch.Tensor):
+            assert same_bits(value, after[name]), name
+            continue
+        assert (value.format, value.shape) == (after[name].format, after[name].shape)
+        parts = ["weight", "weight_exp"] + ["weight_scale"] * (value.weight_scale is not None)
+        assert all(same_bits(getattr(value, part), getattr(after[name], part)) for part in parts), name
+        assert (value.weight_scale is None) == (after[name].weight_scale is None), name
+        scaled += value.weight_scale is not None
+    assert scaled == 2
     configs = [json.loads((p / "config.json").read_text())["quantization_config"] for p in (source, tmp_path / "again")]
     assert configs[0] == configs[1]
+
+
+def test_the_script_of_the_page(tmp_path):
+    write(tmp_path).rename(tmp_path / "model-inq4")
+    page = snippets.read(snippets.ROOT / "docs" / "serve.md")
+    (snippet,) = [each for each in page if "torchrun" in each.needs]
+    # What the page's reader has imported.
+    before = "from transformers import AutoModelForCausalLM\nimport inq_kernels.integrations.transformers\n"
+    after = (
+        "assert model.model.layers[0].mlp.up_proj.packed.shape == (80, 64)\n"
+        "import torch.distributed\ntorch.distributed.destroy_process_group()\n"
+    )
+    (tmp_path / "serve.py").write_text(before + snippet.body + after)
+    code, text = torchrun(script=tmp_path / "serve.py", folder=tmp_path)
+    assert code == 0, text
 
 
 def test_a_float_model_is_refused(tmp_path):

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import snippets
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -23,35 +25,48 @@ TWO = (
     "--rdzv-endpoint",
     "localhost:0",
 )
+SCRIPT = str(EXAMPLES / "train_trainer.py")
 ARGUMENTS = ("--steps", "4", "--bits", "5")
 
 
-def run(*words, script, arguments=ARGUMENTS, folder=None):
-    command = (sys.executable, *words, str(EXAMPLES / script), *arguments)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def hash_of(*words, folder, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = (sys.executable, *words)
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return re.search(r"^hash ([0-9a-f]{64})$", result.stdout, re.MULTILINE)[1]
 
 
-def test_accelerate_and_ddp_end_in_the_hash_of_the_plain_loop():
-    """In one process and on two ranks. That all weights are on the grid, the examples check."""
-    expected = run(script="train.py")
-    assert run(*TWO, script="train.py", arguments=(*ARGUMENTS, "--wrap", "ddp")) == expected
-    assert run(script="train_accelerate.py") == expected
-    assert run(*TWO, script="train_accelerate.py") == expected
+def test_the_commands_of_the_page(tmp_path):
+    """docs/distributed.md's, with fewer steps: one hash for one process, DDP, FSDP2, Accelerate in one process and two,
+    and FSDP2 with checkpoints. That all weights are on the grid, the examples check. The Trainer's are below."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    environment, hashes, trainer = {}, [], 0
+    page = snippets.read(snippets.ROOT / "docs" / "distributed.md")
+    for line in "".join(each.body for each in page if each.language == "sh").splitlines():
+        program, *words = shlex.split(line, comments=True)
+        if program == "export":
+            name, _, environment[name] = words[0].partition("=")
+            continue
+        launcher = {"python": (), "torchrun": ("-m", "torch.distributed.run")}[program]
+        if words[0] == "examples/train_trainer.py":
+            trainer += 1
+        else:
+            hashes.append(hash_of(*launcher, *words, *ARGUMENTS, folder=tmp_path, **environment))
+    assert (len(hashes), trainer) == (6, 2)
+    assert set(hashes) == {hashes[0]}
 
 
 def test_trainer_and_its_resume(tmp_path):
     """A whole schedule, one that goes on from a checkpoint in its middle to the same end, and one on two ranks."""
     arguments = (*ARGUMENTS, "--save-every", "6", "--dir", "trainer")
-    first = run(script="train_trainer.py", arguments=arguments, folder=tmp_path)
+    first = hash_of(SCRIPT, *arguments, folder=tmp_path)
     saved = sorted(p.name for p in (tmp_path / "trainer").iterdir())
     assert {"checkpoint-6", "checkpoint-12", "checkpoint-18"} <= set(saved)
     files = {p.suffix for p in (tmp_path / "trainer" / "checkpoint-12").iterdir()}
     assert ".pt" not in files
     assert ".pth" not in files
     again = (*arguments, "--resume", "trainer/checkpoint-12")
-    assert run(script="train_trainer.py", arguments=again, folder=tmp_path) == first
+    assert hash_of(SCRIPT, *again, folder=tmp_path) == first
     (tmp_path / "two").mkdir()
-    run(*TWO, script="train_trainer.py", arguments=arguments, folder=tmp_path / "two")
+    hash_of(*TWO, SCRIPT, *arguments, folder=tmp_path / "two")

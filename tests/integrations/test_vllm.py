@@ -1,6 +1,8 @@
-"""vLLM's own loader, by one process and by two: each process has the slices of the files' bytes that are its, and its
-layers compute what these bytes mean. Without vLLM's compiled parts; a model's forward needs those."""
+"""vLLM's own loader, by one process and by two, on a directory that transformers loads as well: each process has the
+slices of the files' bytes that are its, and its layers compute what these bytes mean. Without vLLM's compiled parts; a
+model's forward needs those."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,9 +12,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import inq_kernels as inq
 from inq_kernels.cli import main
+from inq_kernels.integrations.transformers import save_pretrained
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 BOTH = (
@@ -39,26 +43,18 @@ def quantize(source, target, *arguments):
     return target
 
 
-def scaled(path):
-    """Give one weight row scales, as batch norms or calibration leave them."""
-    entries = inq.load(path)
-    name = "model.layers.0.mlp.up_proj.weight"
-    packed = entries[name]
-    scale = torch.linspace(0.5, 1.5, 160).view(160, 1)
-    entries[name] = inq.PackedWeight(packed.weight, packed.weight_exp, scale, packed.format, packed.shape)
-    inq.save(entries, path / "new.safetensors")
-    (path / "model.safetensors").unlink()
-    save_file(load_file(path / "new.safetensors"), path / "model.safetensors", {"format": "pt"})
-    (path / "new.safetensors").unlink()
-    return entries
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    """A directory as transformers writes and loads it, in shards, and its entries; one weight has row scales."""
     path = tmp_path_factory.mktemp("vllm")
     tiny.model(attention_bias=True).save_pretrained(path / "dense")
-    quantize(path / "dense", path / "packed")
-    return path / "packed", scaled(path / "packed")
+    packed = AutoModelForCausalLM.from_pretrained(quantize(path / "dense", path / "quantized"))
+    layer = packed.model.layers[0].mlp.up_proj
+    layer._set_codes(layer.weight.data, layer.weight_exp.data, torch.linspace(0.5, 1.5, 160).view(160, 1))
+    save_pretrained(packed, path / "packed", max_shard_size="12KB")
+    assert len(list((path / "packed").glob("*.safetensors"))) > 3
+    assert tiny.same_state(AutoModelForCausalLM.from_pretrained(path / "packed"), packed)
+    return path / "packed", inq.load(path / "packed")
 
 
 def part(entries, name, rank, processes):
@@ -103,13 +99,35 @@ def test_each_process_has_its_slices_and_computes_with_them(model, processes):
     assert not weight[96:].any()
 
 
-def test_the_installation_has_the_entry_point_and_registering_twice_is_fine():
+def surface():
+    """vLLM's functions, classes and what these define, by name."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "vllm":
+            continue
+        for key, value in list(vars(module).items()):
+            if callable(value):
+                found[name, key] = value
+            if isinstance(value, type):
+                found |= {(name, key, attribute): member for attribute, member in vars(value).items()}
+    return found
+
+
+def test_the_entry_point_is_installed_and_registers_twice_and_patches_nothing():
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.plugins import load_plugins_by_group
 
     plugins = load_plugins_by_group("vllm.general_plugins")
     assert "inq" in plugins, "installed before pyproject.toml had it? make installs again"
+    # What the plugin imports, so that only the plugin's own doing comes after.
+    for module in ("linear", "quantization.base_config", "vocab_parallel_embedding"):
+        importlib.import_module(f"vllm.model_executor.layers.{module}")
+    importlib.import_module("vllm.model_executor.parameter")
+    before = surface()
+    assert len(before) > 1000
     plugins["inq"]()
+    after = surface()
+    assert [name for name, value in before.items() if after.get(name) is not value] == []
     first = get_quantization_config("inq")
     plugins["inq"]()
     assert get_quantization_config("inq") is first
@@ -145,6 +163,17 @@ def test_packed_experts_are_refused(tmp_path):
     code, text, _ = load(quantize(tmp_path / "dense", tmp_path / "packed"), 1)
     assert code != 0
     assert "expected float experts, got packed ones, which the vLLM plugin cannot run yet" in text
+
+
+def test_a_directory_with_pickles_instead_is_refused(tmp_path):
+    """vLLM itself would open the .bin."""
+    tiny.model().save_pretrained(tmp_path / "dense")
+    path = quantize(tmp_path / "dense", tmp_path / "packed")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    code, text, _ = load(path, 1)
+    assert code != 0
+    assert "pickles are never opened: 'pytorch_model.bin'" in text
 
 
 def test_codes_that_are_not_canonical_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import get_model
 from vllm.plugins import load_general_plugins
 
+from inq_kernels import backends
 from inq_kernels.integrations.vllm import register
 from inq_kernels.layouts import STORAGE, layout_of
 from inq_kernels.ops import PackedWeight, prepack
@@ -42,6 +43,9 @@ try:
         for name in names:
             layer = model.get_submodule(name)
             method = layer.quant_method
+            # Laid out for the kernels, once, after loading.
+            preferred = backends.preferred_layout("cpu", torch.float32, method.format)
+            assert layout_of(layer.weight) == preferred != STORAGE, (name, layout_of(layer.weight))
             packed = PackedWeight(
                 layer.weight,
                 layer.weight_exp,
