@@ -528,6 +528,7 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path, content):
         ["inq.json", "model.safetensors"],
         ["config.json", "model.safetensors"],
         ["inq_training.json", "log.txt"],
+        ["rank-00000.json"],
         ["inq_training.json", "model.safetensors"],
         ["inq_training.json", "shards/rank-00000.json"],
     ],
