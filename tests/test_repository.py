@@ -25,6 +25,7 @@ LAYERS = [
         "optim",
         "inq",
         "files",
+        "compression",
         "file_format",
         "checkpoint",
         "transcode",
