@@ -1,12 +1,15 @@
 """Entropy-coded codes: a packed weight's storage layout in fewer bytes, for files alone, and bit for bit back again.
 
 The codes of a weight, row after row without their padding, become *symbols* of a byte each: as many neighbouring codes
-as a byte holds (4, 2, 2 and 1 at 2, 3, 4 and 5 bits), the first in the lowest bits. zstd codes them: a Huffman code
-for every 128 KiB, and references where bytes repeat. No symbol takes less than a bit of it, so it is far from the
-entropy where most codes are zero. There the zeros are taken out first: a *mask* has one bit a code, the first code's
-the lowest of a byte, set where the code is not zero; and the codes that are left are symbols of their own, as numbers
-in the list of those that occur, 8, 4, 2 or 1 to a byte. Where the bytes of the mask are mostly zero, the same is done
-to them.
+as a byte holds (4, 2, 2 and 1 at 2, 3, 4 and 5 bits), the first in the lowest bits. At 3 and 5 bits, where they do not
+fill the byte, each block of 131,072 symbols, with zeros up to a multiple of eight, is in the order 0, 8, 16, …, 1, 9,
+…, so that whole rows of symbols make the layout's bytes. zstd codes the symbols: a Huffman code for every 128 KiB, and
+references where bytes repeat.
+
+No symbol takes less than a bit of it, so it is far from the entropy where most codes are zero. There the zeros are
+taken out first: a *mask* has one bit a code, the first code's the lowest of a byte, set where the code is not zero; and
+the codes that are left are symbols of their own, as numbers in the list of those that occur, 8, 4, 2 or 1 to a byte.
+Where the bytes of the mask are mostly zero, the same is done to them.
 
 What is stored of a weight is its *streams*, each one zstd frame or, without a symbol, nothing: the last mask, the bytes
 of the mask before it that are not zero, …, the codes that are not zero. How many symbols a stream must hold follows
@@ -43,8 +46,8 @@ MAX_RATIO = 64
 _WINDOW_LOG = 17
 # Where more symbols than this are not zero, taking out zeros makes nothing smaller: by measurement.
 _FEW_ZEROS = 0.75
-# Symbols that are decoded at a time: they and what is made of them stay in a cache. A multiple of 8.
-_CHUNK = 1 << 16
+# Symbols of a block, which are decoded at a time: they and what is made of them stay in a cache.
+_BLOCK = 1 << 17
 _KEYS = {"coder", "zeros", "values", "streams", "sha256"}
 
 
@@ -123,46 +126,51 @@ def _bits_a_value(values: Sequence[int]) -> int:
     return next(width for width in (1, 2, 4, 8) if len(values) <= 1 << width)
 
 
-def _merges(bits: int) -> list[tuple[int, int, int]]:
-    """How eight values of ``bits`` bits, in the eight bytes of a word, move together: three times, neighbours do. Each
-    time a shift to the right of the upper one's bits, and the bits of the lower and of the upper one afterwards."""
-    steps = []
-    for width in (8, 16, 32):
-        used = bits * width // 8
-        lower = sum(((1 << used) - 1) << at for at in range(0, 64, 2 * width))
-        steps.append((width - used, lower, lower << used))
-    return steps
-
-
-def _narrow(values: ndarray, bits: int) -> ndarray:
-    """uint8 values of ``bits`` bits, a multiple of eight of them, as one little-endian bit stream."""
+def _narrow(places: ndarray, bits: int) -> ndarray:
+    """One little-endian bit stream of values of ``bits`` bits, uint8 [8, n]: the first of every eight, the second, …"""
     import numpy as np
 
-    if bits == 8:
-        return values
-    words = values.view("<u8").copy()
-    upper, stream = np.empty_like(words), np.empty((words.size, bits), np.uint8)
-    for shift, low, high in _merges(bits):
-        np.bitwise_and(np.right_shift(words, shift, out=upper), high, out=upper)
-        np.bitwise_or(np.bitwise_and(words, low, out=words), upper, out=words)
-    for byte in range(bits):  # a column at a time: numpy's inner loop is as long as the words are many
-        stream[:, byte] = words.view(np.uint8)[byte::8]
+    count = places.shape[1]
+    # Words of eight bytes at a time; what a shift brings in from the next byte is masked away.
+    words = np.ascontiguousarray(np.pad(places, ((0, 0), (0, -count % 8))) if count % 8 else places).view("<u8")
+    stream, part, column = np.empty((count, bits), np.uint8), np.empty_like(words[0]), np.empty_like(words[0])
+    for byte in range(bits):
+        into = column
+        for place in range(8 * byte // bits, min((8 * byte + 7) // bits, 7) + 1):
+            shift = place * bits - 8 * byte
+            if shift >= 0:
+                np.left_shift(words[place], shift, out=into)
+                kept = ((1 << bits) - 1) << shift & 0xFF
+            else:
+                np.right_shift(words[place], -shift, out=into)
+                kept = ((1 << bits) - 1) >> -shift
+            np.bitwise_and(into, kept * 0x0101010101010101, out=into)
+            if into is part:
+                np.bitwise_or(column, part, out=column)
+            into = part
+        # A column at a time: numpy's inner loop is as long as there are groups of eight.
+        stream[:, byte] = column.view(np.uint8)[:count]
     return stream.reshape(-1)
 
 
 def _widen(stream: ndarray, bits: int) -> ndarray:
-    """The inverse of ``_narrow``."""
+    """The values of a bit stream, in their order: uint8 [8n]."""
     import numpy as np
 
-    if bits == 8:
-        return stream
-    groups = np.zeros((stream.size // bits, 8), np.uint8)
-    for byte in range(bits):
-        groups[:, byte] = stream[byte::bits]
-    words = groups.view("<u8").reshape(-1)
-    for shift, low, high in reversed(_merges(bits)):
-        words = words & low | (words & high) << shift
-    return words.view(np.uint8)
+    groups = stream.reshape(-1, bits)
+    values = np.empty((groups.shape[0], 8), np.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        part = groups[:, byte] >> shift
+        if shift + bits > 8:
+            part |= groups[:, byte + 1] << 8 - shift
+        values[:, place] = part & (1 << bits) - 1
+    return values.reshape(-1)
+
+
+def _eights(values: ndarray) -> ndarray:
+    """Values in their order as ``_narrow`` takes them, with zeros up to a multiple of eight."""
+    return _padded(values, 8).reshape(-1, 8).T
 
 
 def _padded(values: ndarray, multiple: int) -> ndarray:
@@ -181,7 +189,7 @@ def _layout(codes: ndarray, k: int, bits: int) -> ndarray:
     import numpy as np
 
     rows = np.pad(codes.reshape(-1, k), ((0, 0), (0, -k % 8)))
-    return _narrow(rows.reshape(-1), bits).reshape(rows.shape[0], -1)
+    return _narrow(_eights(rows.reshape(-1)), bits).reshape(rows.shape[0], -1)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -199,11 +207,7 @@ def encode(where: str, weight: Tensor, shape: tuple[int, ...], fmt: Format) -> t
     check_available(where)
     k = math.prod(shape[1:])
     codes = _codes(weight.numpy(), k, fmt.bits)
-    together = _codes_a_symbol(fmt.bits)
-    symbols = np.zeros(-(-codes.size // together), np.uint8)
-    for place in range(together):
-        symbols[: codes[place::together].size] |= codes[place::together] << place * fmt.bits
-    best = (0, (), [_compress(symbols)])
+    best = (0, (), [_compress(_symbols(codes, fmt.bits))])
     level, values, streams = codes, (), []
     for zeros in range(1, MAX_ZEROS + 1):
         flags = level != 0
@@ -227,6 +231,21 @@ def encode(where: str, weight: Tensor, shape: tuple[int, ...], fmt: Format) -> t
     return stored, coding
 
 
+def _symbols(codes: ndarray, bits: int) -> ndarray:
+    """As many codes a byte as it holds, in the order of the file."""
+    import numpy as np
+
+    together = _codes_a_symbol(bits)
+    symbols = np.zeros(-(-codes.size // together), np.uint8)
+    for place in range(together):
+        part = codes[place::together]
+        symbols[: part.size] |= part << place * bits
+    if bits * together == 8:
+        return symbols
+    blocks = (symbols[at : at + _BLOCK] for at in range(0, symbols.size, _BLOCK))
+    return np.concatenate([_eights(block).reshape(-1) for block in blocks])
+
+
 def _size(streams: Sequence[bytes]) -> int:
     return sum(map(len, streams))
 
@@ -235,9 +254,9 @@ def _numbers(left: ndarray, values: Sequence[int]) -> ndarray:
     """Codes as symbols: their numbers in ``values``, as many as a byte holds."""
     import numpy as np
 
-    numbers = np.zeros(256, np.uint8)
+    width, numbers = _bits_a_value(values), np.zeros(256, np.uint8)
     numbers[list(values)] = np.arange(len(values))
-    return _narrow(_padded(numbers[left], 8), _bits_a_value(values))[: -(-left.size * _bits_a_value(values) // 8)]
+    return _narrow(_eights(numbers[left]), width)[: -(-left.size * width // 8)]
 
 
 def _compress(symbols: ndarray) -> bytes:
@@ -279,7 +298,7 @@ def decode(where: str, stored: Tensor, coding: Coding, shape: tuple[int, ...], f
     ]
     count = n * k
     # Codes as one bit stream without the padding of rows; it is the layout itself where rows have no padding.
-    flat = np.empty((count + 7) // 8 * fmt.bits, np.uint8)
+    flat = np.zeros((count + 7) // 8 * fmt.bits, np.uint8)
     if coding.zeros:
         _decode_masked(streams, coding, count, fmt.bits, flat)
     else:
@@ -340,16 +359,20 @@ class _Stream:
 def _decode_symbols(stream: _Stream, count: int, bits: int, flat: ndarray) -> None:
     """``count`` codes, as they are in the symbols of one stream, into the bit stream ``flat``."""
     together = _codes_a_symbol(bits)
-    used, total, at = bits * together, -(-count // together), 0
-    for start in range(0, total, _CHUNK):
-        symbols = stream.read(min(_CHUNK, total - start))
-        rest = (count - 1) % together + 1 if start + symbols.size == total else together
-        if int(symbols.max()) >> used or int(symbols[-1]) >> bits * rest:
-            raise CheckpointError(f"{stream.where}: expected {together} codes a symbol and {count} in all, got more")
-        piece = _narrow(_padded(symbols, 8), used)[: flat.size - at]
+    used, total, at, surplus = bits * together, -(-count // together), 0, False
+    for start in range(0, total, _BLOCK):
+        size = min(_BLOCK, total - start)
+        symbols = stream.read(size if used == 8 else -(-size // 8) * 8)
+        if int(symbols.max()) >> used:
+            raise CheckpointError(f"{stream.where}: expected symbols of {used} bits, got {int(symbols.max())}")
+        piece = symbols if used == 8 else _narrow(symbols.reshape(8, -1), used)
+        surplus |= bool(piece[flat.size - at :].any())
+        piece = piece[: flat.size - at]
         flat[at : at + piece.size] = piece
         at += piece.size
     stream.end()
+    if surplus or int.from_bytes(flat[-bits:].tobytes(), "little") >> bits * ((count - 1) % 8 + 1):
+        raise CheckpointError(f"{stream.where}: expected {count} codes and zeros behind them, got more")
 
 
 def _decode_masked(streams: Sequence[_Stream], coding: Coding, count: int, bits: int, flat: ndarray) -> None:
@@ -377,8 +400,8 @@ def _place(stream: _Stream, mask: ndarray, values: Sequence[int], bits: int, fla
     """Codes from a stream of their numbers in ``values`` to where ``mask`` has a bit, as a bit stream."""
     import numpy as np
 
-    pieces = range(0, mask.size, _CHUNK // 8)
-    total = sum(int(np.count_nonzero(np.unpackbits(mask[at : at + _CHUNK // 8]))) for at in pieces)
+    pieces = range(0, mask.size, _BLOCK // 8)
+    total = sum(int(np.count_nonzero(np.unpackbits(mask[at : at + _BLOCK // 8]))) for at in pieces)
     width = _bits_a_value(values)
     together = 8 // width
     symbols = stream.read(-(-total // together))
@@ -392,12 +415,12 @@ def _place(stream: _Stream, mask: ndarray, values: Sequence[int], bits: int, fla
         table[:, place] = np.array([*values, *[0] * (256 - len(values))], np.uint8)[numbers]
     done = 0
     for at in pieces:
-        flags = np.unpackbits(mask[at : at + _CHUNK // 8], bitorder="little").view(bool)
+        flags = np.unpackbits(mask[at : at + _BLOCK // 8], bitorder="little").view(bool)
         here, first = int(np.count_nonzero(flags)), done // together
         left = table[symbols[first : -(-(done + here) // together)]].reshape(-1)[done - first * together :][:here]
         if not left.all():
             raise CheckpointError(f"{stream.where}: expected numbers of the {len(values)} values, got others")
         codes = np.zeros(flags.size, np.uint8)
         codes[flags] = left
-        flat[at * bits : at * bits + mask[at : at + _CHUNK // 8].size * bits] = _narrow(codes, bits)
+        flat[at * bits : at * bits + mask[at : at + _BLOCK // 8].size * bits] = _narrow(_eights(codes), bits)
         done += here

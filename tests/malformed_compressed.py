@@ -279,6 +279,11 @@ def last(change):
     return lambda symbols: [*map(frame, symbols[:-1]), change(symbols[-1])]
 
 
+def place(number):
+    """Where the symbol of a number is among the 8 times 191 of "a", which are in another order."""
+    return number % 8 * 191 + number // 8
+
+
 def edited(at, value):
     """Symbols with another one, as a frame."""
 
@@ -299,11 +304,11 @@ A = r"tensor 'a.weight': stream 0: "
 _NO_FRAME = A + r"expected a zstd frame, got: "
 streamed("stream_of_noise", _NO_FRAME + ".*Unknown frame descriptor", "a", only(lambda s: bytes(range(1, 200))))
 streamed("stream_of_another_coder", _NO_FRAME + ".*Unknown frame descriptor", "a", only(lambda s: zlib.compress(s)))
-streamed("stream_empty", A + "expected 1523 symbols, got 0", "a", only(lambda s: b""))
-streamed("stream_cut_short", A + r"expected 1523 symbols, got \d+", "a", only(lambda s: frame(s)[:-5]))
-streamed("stream_of_fewer", A + "expected 1523 symbols, got 1522", "a", only(lambda s: frame(s[:-1])))
-streamed("stream_of_more", A + "expected 1523 symbols, got more", "a", only(lambda s: frame(s + b"\0")))
-streamed("stream_with_a_frame_behind", A + "expected 1523 symbols, got more", "a",
+streamed("stream_empty", A + "expected 1528 symbols, got 0", "a", only(lambda s: b""))
+streamed("stream_cut_short", A + r"expected 1528 symbols, got \d+", "a", only(lambda s: frame(s)[:-5]))
+streamed("stream_of_fewer", A + "expected 1528 symbols, got 1527", "a", only(lambda s: frame(s[:-1])))
+streamed("stream_of_more", A + "expected 1528 symbols, got more", "a", only(lambda s: frame(s + b"\0")))
+streamed("stream_with_a_frame_behind", A + "expected 1528 symbols, got more", "a",
          only(lambda s: frame(s) + frame(b"\1")))  # fmt: skip
 streamed("stream_with_noise_behind", _NO_FRAME + ".*Unknown frame descriptor", "a",
          only(lambda s: frame(s) + b"some noise"))  # fmt: skip
@@ -313,17 +318,19 @@ streamed("bomb_of_size", _NO_FRAME + ".*too much memory", "a",
          only(lambda s: raw_frame(s, size=1 << 60, window=None)))  # fmt: skip
 streamed("bomb_of_window", _NO_FRAME + ".*too much memory", "a", only(lambda s: raw_frame(s, window=41)))
 streamed("window_just_too_large", _NO_FRAME + ".*too much memory", "a", only(lambda s: raw_frame(s, window=18)))
-streamed("bomb_of_zeros", A + "expected 1523 symbols, got more", "a", only(lambda s: bomb()))
-streamed("bomb_of_zeros_behind", A + "expected 1523 symbols, got more", "a", only(lambda s: frame(s) + bomb()))
+streamed("bomb_of_zeros", A + "expected 1528 symbols, got more", "a", only(lambda s: bomb()))
+streamed("bomb_of_zeros_behind", A + "expected 1528 symbols, got more", "a", only(lambda s: frame(s) + bomb()))
 streamed("bomb_in_a_mask", r"tensor 'm.weight': stream 0: expected 804 symbols, got more", "m", only(lambda s: bomb()))
 streamed("bomb_in_values", r"tensor 'm.weight': stream 1: expected \d+ symbols, got more", "m",
          last(lambda s: frame(s) + bomb()))  # fmt: skip
-streamed("symbol_of_seven_bits", A + "expected 2 codes a symbol and 3045 in all, got more", "a",
+streamed("symbol_of_seven_bits", A + "expected symbols of 6 bits, got", "a",
          only(edited(5, lambda s: s | 64)))  # fmt: skip
-streamed("symbol_of_six_bits", r"tensor 'five.weight': stream 0: expected 1 codes a symbol and 2048 in all, got more",
+streamed("symbol_of_six_bits", r"tensor 'five.weight': stream 0: expected symbols of 5 bits, got",
          "five", only(edited(-1, lambda s: s | 32)))  # fmt: skip
-streamed("code_behind_the_last", A + "expected 2 codes a symbol and 3045 in all, got more", "a",
-         only(edited(-1, lambda s: s | 0b010_000)))  # fmt: skip
+streamed("code_behind_the_last", A + "expected 3045 codes and zeros behind them, got more$", "a",
+         only(edited(place(1522), lambda s: s | 0b010_000)))  # fmt: skip
+streamed("symbol_behind_the_last", A + "expected 3045 codes and zeros behind them, got more", "a",
+         only(edited(place(1523), lambda s: 0b000_010)))  # fmt: skip
 streamed("mask_too_long", r"tensor 'm.weight': stream 0: expected 804 symbols, got more", "m",
          only(lambda s: frame(s + b"\0")))  # fmt: skip
 streamed("mask_too_short", r"tensor 'm.weight': stream 0: expected 804 symbols, got 803", "m",
@@ -387,7 +394,8 @@ def reserved_code_forged(directory):
     file = File()
     symbols = file.symbols("a")[0]
     symbols[5] = symbols[5] & 0b111_000 | 0b001
-    codes = torch.tensor([code for s in symbols for code in (s & 7, s >> 3)][:3045], dtype=torch.uint8).view(15, 203)
+    ordered = [symbols[place(number)] for number in range(1528)]
+    codes = torch.tensor([code for s in ordered for code in (s & 7, s >> 3)][:3045], dtype=torch.uint8).view(15, 203)
     packed = reference.pack_codes(codes, 3)
     file.coding("a")["sha256"] = hashlib.sha256(bytes(packed.flatten().tolist())).hexdigest()
     return file.put("a", [frame(symbols)]).write(directory)

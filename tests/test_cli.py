@@ -499,11 +499,11 @@ def test_save_compresses_and_writes_plain_again(capsys, tmp_path):
     inq.save({"a.weight": inq.pack(inq.quantize(w, fmt), fmt)}, tmp_path / "plain.safetensors")
     small, plain = tmp_path / "small", tmp_path / "back.safetensors"
     out = succeeds(capsys, "save", tmp_path / "plain.safetensors", small, "--compress")
-    assert re.fullmatch(r".*/small: 6\.\d KiB -> 5\.\d KiB, bit-exact\n", out)
+    assert re.fullmatch(r".*/small: 6\.\d KiB -> 4\.\d KiB, bit-exact\n", out)
     shown = succeeds(capsys, "inspect", small)
-    assert re.search(r"^a +64×128 +5-bit paper.*  zstd +4\.\d KiB +3\.\d\d ", shown, re.MULTILINE)
+    assert re.search(r"^a +64×128 +5-bit paper.*  zstd +3\.\d KiB +3\.\d\d ", shown, re.MULTILINE)
     assert re.search(
-        r"^packed weights: 4\.\d KiB, 3\.\d{3} bits a weight .* entropy of the codes 3\.\d{3}$", shown, re.MULTILINE
+        r"^packed weights: 3\.\d KiB, 3\.\d{3} bits a weight .* entropy of the codes 3\.\d{3}$", shown, re.MULTILINE
     )
     succeeds(capsys, "save", small, plain)
     assert plain.read_bytes() == (tmp_path / "plain.safetensors").read_bytes()

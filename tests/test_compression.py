@@ -47,7 +47,7 @@ def entropy(packed):
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_narrow_and_widen_are_one_bit_stream(bits):
     values = np.random.default_rng(bits).integers(0, 1 << bits, 8 * 37, np.uint8)
-    stream = compression._narrow(values, bits)
+    stream = compression._narrow(compression._eights(values), bits)
     assert int.from_bytes(stream.tobytes(), "little") == sum(int(v) << bits * i for i, v in enumerate(values))
     assert (compression._widen(stream, bits) == values).all()
 
@@ -77,11 +77,11 @@ def test_every_depth_of_masks_and_pieces_of_any_size(monkeypatch, zeros):
     # The smallest is the one of so many streams.
     monkeypatch.setattr(compression, "_size", lambda streams: abs(len(streams) - zeros - 1))
     monkeypatch.setattr(compression, "_FEW_ZEROS", 1)
-    monkeypatch.setattr(compression, "_CHUNK", 64)
+    monkeypatch.setattr(compression, "_BLOCK", 64)
     stored, coding = encode("here", weight, shape, fmt)
     assert (coding.zeros, len(coding.streams)) == (zeros, zeros + 1)
     for chunk in (8, 72, 1 << 16):
-        monkeypatch.setattr(compression, "_CHUNK", chunk)
+        monkeypatch.setattr(compression, "_BLOCK", chunk)
         assert torch.equal(decode("here", stored, coding, shape, fmt), weight)
 
 

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 # Coverage of what reads files. Of the others it would cost time, and say nothing about files.
-READERS = {"files", "file_format", "checkpoint", "training", "transcode", "inq"}
+READERS = {"files", "compression", "file_format", "checkpoint", "training", "transcode", "inq"}
 others = [f"inq_kernels.{p.stem}" for p in (ROOT / "inq_kernels").iterdir() if p.stem not in READERS]
 with atheris.instrument_imports(include=["inq_kernels"], exclude=others):
     import inq_kernels
