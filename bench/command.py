@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
             Path(path).write_text(json.dumps(_section(args, isa)))
             return 0
         return _bench(args)
-    except (BenchError, OSError, ValueError) as error:
+    except (BenchError, OSError, ValueError, ImportError) as error:
         print(f"inq bench: {error}", file=sys.stderr)
         return 1
 

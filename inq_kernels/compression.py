@@ -303,11 +303,23 @@ def decode(where: str, stored: Tensor, coding: Coding, shape: tuple[int, ...], f
         _decode_masked(streams, coding, count, fmt.bits, flat)
     else:
         _decode_symbols(streams[0], count, fmt.bits, flat)
-    layout = flat.reshape(n, -1) if k % 8 == 0 else _layout(_widen(flat, fmt.bits)[:count], k, fmt.bits)
-    weight = torch.from_numpy(layout)
+    weight = torch.from_numpy(flat.reshape(n, -1) if k % 8 == 0 else _with_padding(flat, n, k, fmt.bits))
     if (got := files.sha256(weight)) != coding.sha256:
         raise CheckpointError(f"{where}: coding: expected codes of sha256 {coding.sha256}, got {got}")
     return weight
+
+
+def _with_padding(flat: ndarray, n: int, k: int, bits: int) -> ndarray:
+    """The storage layout of a bit stream of codes, some rows at a time: each code takes bytes meanwhile."""
+    import numpy as np
+
+    layout = np.empty((n, (k + 7) // 8 * bits), np.uint8)
+    rows = max(_BLOCK // k // 8, 1) * 8  # eight rows begin where a byte does
+    for start in range(0, n, rows):
+        count = min(rows, n - start) * k
+        piece = flat[start * k // 8 * bits :][: (count + 7) // 8 * bits]
+        layout[start : start + rows] = _layout(_widen(piece, bits)[:count], k, bits)
+    return layout
 
 
 class _Stream:

@@ -4,15 +4,18 @@ as they were."""
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import malformed
 import malformed_compressed
 import numpy as np
 import pytest
 import torch
+from inq_kernels.bench import compress as bench_compress
 from malformed_compressed import CASES, File, frame, raw_frame
 from support import FORMATS, generator, random_packed
 from test_checkpoint import at_most, converted, same_entries, same_state, small_model, snapshot
@@ -21,6 +24,7 @@ from torch import nn
 import inq_kernels as inq
 from inq_kernels import compression, file_format, files, reference
 from inq_kernels.checkpoint import inspect, verify
+from inq_kernels.cli import main
 from inq_kernels.compression import MAX_RATIO, decode, encode
 from inq_kernels.transcode import rewrite
 
@@ -72,7 +76,7 @@ def test_what_is_encoded_decodes_to_the_same(fmt, shape):
 @pytest.mark.parametrize("zeros", range(4))
 def test_every_depth_of_masks_and_pieces_of_any_size(monkeypatch, zeros):
     """Whatever encode would choose: taking out zeros once, twice, three times; and pieces that end anywhere."""
-    fmt, shape = inq.Format(4), (7, 411)
+    fmt, shape = inq.Format(4), (27, 411)
     weight = trained(fmt, shape, 0.97).weight
     # The smallest is the one of so many streams.
     monkeypatch.setattr(compression, "_size", lambda streams: abs(len(streams) - zeros - 1))
@@ -352,3 +356,41 @@ def test_a_frame_is_what_the_library_writes():
         stream = compression._Stream("here", np.frombuffer(made, np.uint8))
         assert stream.read(256).tobytes() == symbols
         stream.end()
+
+
+# --- inq bench compress -----------------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "compress"
+
+
+def test_bench_compress_measures_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_compress, "_SHAPE_QUICK", (8, 256))
+    monkeypatch.setattr(bench_compress, "_FORMATS", [inq.Format(4)])
+    assert main(["bench", "compress", "--quick", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "4 paper tensor, 90% pruned  zstd, zeros out" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    dense = results["rows"][0]
+    assert dense["over_percent"] == pytest.approx(100 * (dense["bits"] / dense["entropy"] - 1))
+    assert dense["others"]["zlib -6, packed"]["bits"] > dense["entropy"]
+    assert results["machine"]["cpu"]
+    assert (tmp_path / "out" / "results.txt").read_text() == out == bench_compress.text(results["rows"]) + "\n"
+
+
+def test_bench_compress_takes_a_checkpoint_and_no_wrong_coder(tmp_path, monkeypatch, capsys):
+    inq.save({"a.weight": trained(inq.Format(3), (64, 64))}, tmp_path / "x.safetensors", compress=True)
+    assert main(["bench", "compress", "--quick", "--model", str(tmp_path / "x.safetensors")]) == 0
+    assert re.search(r"^a\.weight +zstd ", capsys.readouterr().out, re.MULTILINE)
+    wrong = {"wrong": ("codes", lambda symbols: (1, lambda: symbols + 1))}
+    monkeypatch.setattr(bench_compress, "OTHERS", wrong)
+    assert main(["bench", "compress", "--quick", "--model", str(tmp_path / "x.safetensors")]) == 1
+    assert "a.weight: wrong: expected the same symbols after decoding, got others" in capsys.readouterr().err
+
+
+def test_the_documented_table_is_that_of_the_committed_results():
+    rows = json.loads((RESULTS / "results.json").read_text())["rows"]
+    assert (RESULTS / "results.txt").read_text() == bench_compress.text(rows) + "\n"
+    table = bench_compress.text(rows).split("\n\n")[0]
+    page = (RESULTS.parent.parent.parent / "docs" / "bench.md").read_text()
+    assert f"<!-- RESULTS: bench/results/compress -->\n```text\n{table}\n```" in page
+    assert all(row["over_percent"] < 3 for row in rows)
