@@ -15,9 +15,10 @@ import malformed_compressed
 import numpy as np
 import pytest
 import torch
+from golden import v2
 from inq_kernels.bench import compress as bench_compress
 from malformed_compressed import CASES, File, frame, raw_frame
-from support import FORMATS, generator, random_packed
+from support import FORMATS, generator, random_packed, same_bits
 from test_checkpoint import at_most, converted, same_entries, same_state, small_model, snapshot
 from torch import nn
 
@@ -239,6 +240,27 @@ def test_inspect_shows_what_is_stored(tmp_path):
     assert summary.weights == 6464
     assert summary.bits == pytest.approx(8 * (a.bytes + b.bytes) / 6464)
     assert summary.entropy == pytest.approx((6400 * a.entropy + 64 * b.entropy) / 6464)
+
+
+# --- the golden file --------------------------------------------------------------------------------------------------
+
+
+def test_the_golden_file_of_version_2_holds_what_it_always_held():
+    digest = hashlib.sha256(v2.PATH.read_bytes()).hexdigest()
+    assert digest == "66e6c7fed437766e65ac0a4c5953fe2ac6428fd2abc8dbf4741e6b7298bd0e3a"
+    manifest = file_format.open_checkpoint(v2.PATH).manifest
+    assert {manifest[name].coding.zeros for name in v2.WEIGHTS} == {0, 1, 2, 3}
+    entries, expected = inq.load(v2.PATH), v2.expected()
+    assert list(entries) == list(expected)
+    for name, value in expected.items():
+        if not isinstance(value, tuple):
+            assert same_bits(entries[name], value), name
+            continue
+        w, n1, bits, levels = value
+        got = entries[name]
+        assert (got.format.bits, got.format.levels, got.shape) == (bits, levels, tuple(w.shape)), name
+        assert got.weight_exp.flatten().tolist() == n1, name
+        assert same_bits(inq.unpack(got), w), name
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
