@@ -70,9 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``inq bench``."""
     many = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument(
-        "what", nargs="?", choices=("static", "tune"), metavar="static|tune",
+        "what", nargs="?", choices=("static", "tune", "compress"), metavar="static|tune|compress",
         help="static: compile the Triton kernels for every kind of GPU and count their instructions; needs no GPU. "
-        "tune: time the tiles of products on this GPU (--device cuda), and write tiles.json for INQ_TRITON_TILES",
+        "tune: time the tiles of products on this GPU (--device cuda), and write tiles.json for INQ_TRITON_TILES. "
+        "compress: entropy-coded files beside the entropy of their codes and other coders",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small grid, about a minute")
     parser.add_argument("--op", choices=ALL, metavar="NAME", help=f"only these: {' '.join(ALL)}", **many)
@@ -111,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--library", action="store_true", help="of static: the compiled CUDA library's kernels, instead of Triton's"
     )
+    parser.add_argument("--model", type=Path, metavar="FILE", help="of compress: the layers of a packed checkpoint")
     parser.add_argument("--section", nargs=2, metavar=("ISA", "FILE"), help=argparse.SUPPRESS)
 
 
@@ -129,6 +131,10 @@ def run(args: argparse.Namespace) -> int:
             return static.run(args.out, args.sm or CAPABILITIES, args.only, args.jobs, args.check)
         if args.what == "tune":
             return _tune(args)
+        if args.what == "compress":
+            from . import compress
+
+            return compress.run(args.out, args.model, args.quick)
         if args.compare:
             files = [report.read(path) for path in args.compare]
             with _whole(*args.compare):
@@ -143,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
             Path(path).write_text(json.dumps(_section(args, isa)))
             return 0
         return _bench(args)
-    except (BenchError, OSError, ValueError) as error:
+    except (BenchError, OSError, ValueError, ImportError) as error:
         print(f"inq bench: {error}", file=sys.stderr)
         return 1
 

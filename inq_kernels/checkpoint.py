@@ -35,7 +35,9 @@ from .nn import _PackedModule, _why_not, prepack, replacement
 from .ops import PackedWeight
 
 
-def save(model: nn.Module | Mapping[str, PackedWeight | Tensor], path: str | os.PathLike) -> None:
+def save(
+    model: nn.Module | Mapping[str, PackedWeight | Tensor], path: str | os.PathLike, compress: bool = False
+) -> None:
     """Write a converted model, whole or not at all: after any error an older file or directory is as it was.
 
     Args:
@@ -43,11 +45,13 @@ def save(model: nn.Module | Mapping[str, PackedWeight | Tensor], path: str | os.
             or a mapping as ``load`` returns it. Parameters and persistent buffers are stored; tied ones for each name.
         path: a name ending in ``.safetensors``: one file. Else a directory with model.safetensors and inq.json, which
             may replace an older checkpoint. The parent directory must exist.
+        compress: entropy-code the codes, losslessly: a smaller file, of format version 2, that ``load`` decodes. Needs
+            zstandard (the extra ``compress``), here and wherever the file is read.
 
     Raises:
         CheckpointError: a name that files cannot have, codes that are not canonical, or a directory at ``path`` that is
             no checkpoint. ValueError, TypeError: nothing is packed, or state that is no tensor with values.
-        OSError: no space, no directory, no permission.
+        OSError: no space, no directory, no permission. ImportError: zstandard is missing.
     """
     path = Path(path)
     if isinstance(model, nn.Module):
@@ -60,14 +64,14 @@ def save(model: nn.Module | Mapping[str, PackedWeight | Tensor], path: str | os.
     formats = {module_name(name): value.format for name, value in entries.items() if isinstance(value, PackedWeight)}
     if not formats:
         raise ValueError("inq.save: model: expected at least one packed module, got none: call inq.convert first")
-    configuration = config(formats, ignore)
+    configuration = config(formats, ignore, compress)
     dtypes = _source_dtypes(path, entries)
     if path.suffix == ".safetensors":
-        write_file(path, entries, dtypes, configuration)
+        write_file(path, entries, dtypes, configuration, compress)
         return
 
     def fill(directory: Path) -> None:
-        write_file(directory / MODEL_FILE, entries, dtypes)
+        write_file(directory / MODEL_FILE, entries, dtypes, compress=compress)
         files.write_text(directory / CONFIG_FILE, json_text(configuration))
         open_checkpoint(directory)
 
@@ -145,7 +149,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> Entries | n
         place; after any error it is bit for bit as it was.
 
     Raises:
-        CheckpointError: a file or the model is not as expected. OSError: a file cannot be read.
+        CheckpointError: a file or the model is not as expected. OSError: a file cannot be read. ImportError: it is
+            entropy-coded, and zstandard is not installed.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"inq.load: model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -344,7 +349,8 @@ class _Undo:
 @dataclass(frozen=True)
 class Layer:
     """One packed weight: stored bits a weight (with exponents and scales), the range of its exponents, the fraction of
-    zeros, and the entropy of its codes in bits a weight, under which no lossless code of single weights can go."""
+    zeros, the entropy of its codes in bits a weight, under which no lossless code of single weights can go, the stored
+    bytes (again with exponents and scales), and how the codes are stored: "packed", or the name of their coder."""
 
     name: str
     shape: tuple[int, ...]
@@ -353,6 +359,8 @@ class Layer:
     exponents: tuple[int, int]
     zeros: float
     entropy: float
+    bytes: int
+    coding: str
 
 
 @dataclass(frozen=True)
@@ -368,6 +376,21 @@ class Summary:
     float32_bytes: int
 
     @property
+    def weights(self) -> int:
+        """How many weights are packed."""
+        return sum(math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits of a packed weight, as ``Layer.bits``, over all layers."""
+        return 8 * sum(layer.bytes for layer in self.layers) / self.weights
+
+    @property
+    def entropy(self) -> float:
+        """The bound of ``Layer.entropy`` over all layers: each coded by itself."""
+        return sum(layer.entropy * math.prod(layer.shape) for layer in self.layers) / self.weights
+
+    @property
     def ratio(self) -> float:
         """How many times smaller than float32 the files are."""
         return self.float32_bytes / self.file_bytes
@@ -379,7 +402,7 @@ def inspect(path: str | os.PathLike) -> Summary:
     layers, float32_bytes = [], 0
     for name, value in checkpoint.entries():
         if isinstance(value, PackedWeight):
-            layers.append(_layer(module_name(name), value))
+            layers.append(_layer(checkpoint, name, value))
             float32_bytes += 4 * math.prod(value.shape)
         else:
             float32_bytes += value.numel() * (4 if value.is_floating_point() else value.element_size())
@@ -395,20 +418,24 @@ def verify(path: str | os.PathLike) -> int:
     return len(checkpoint.manifest)
 
 
-def _layer(name: str, packed: PackedWeight) -> Layer:
+def _layer(checkpoint: Checkpoint, name: str, packed: PackedWeight) -> Layer:
     counts = torch.zeros(1 << packed.format.bits, dtype=torch.int64, device=packed.weight.device)
     for rows in row_chunks(packed):
         codes = reference.unpack_codes(packed.weight[rows], packed.format.bits, packed.k)
         counts += torch.bincount(codes.reshape(-1), minlength=counts.numel())
     numel = math.prod(packed.shape)
     portions = [count / numel for count in counts.tolist() if count]
-    stored = sum(t.nbytes for t in (packed.weight, packed.weight_exp, packed.weight_scale) if t is not None)
+    infos = [checkpoint.headers[checkpoint.file_of[part]].tensors[part] for part in checkpoint.parts[name]]
+    stored = sum(info.end - info.begin for info in infos)
+    coding = checkpoint.manifest[name].coding
     return Layer(
-        name,
+        module_name(name),
         packed.shape,
         packed.format,
         8 * stored / numel,
         (int(packed.weight_exp.min()), int(packed.weight_exp.max())),
         int(counts[0]) / numel,
         -sum(p * math.log2(p) for p in portions) + 0.0,
+        stored,
+        "packed" if coding is None else coding.name,
     )

@@ -1,4 +1,4 @@
-"""The command line: ``inq demo | quantize | inspect | verify | bench | export | import | doctor``.
+"""The command line: ``inq demo | quantize | save | inspect | verify | bench | export | import | doctor``.
 
 Heavy imports happen when used.
 """
@@ -92,6 +92,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
         add_arguments(bench)
     _quantize_arguments(add("quantize", _quantize, "pack the weights of a model's files in one shot"))
+    save = add("save", _save, "write a packed checkpoint again, entropy-coded or plain, bit for bit the same model")
+    save.add_argument("source", metavar="SRC", help="a packed .safetensors file or directory")
+    save.add_argument("target", metavar="OUT", help="a new .safetensors file or directory")
+    save.add_argument("--compress", action="store_true", help="entropy-code the codes; needs inq_kernels[compress]")
     inspect = add("inspect", _inspect, "show the layers of a packed checkpoint, after checking all of it")
     inspect.add_argument("file", metavar="FILE", help="a .safetensors file or a directory")
     verify = add("verify", _verify, "check a packed checkpoint: structure, checksums, codes, exponents")
@@ -191,6 +195,15 @@ def _print_float(rows: Sequence) -> None:
         _print_table(("stayed float because", "tensors", "size", "names"), lines)
 
 
+def _save(args: argparse.Namespace) -> int:
+    from .transcode import rewrite
+
+    with _progress("writing") as progress:
+        before, after = rewrite(args.source, args.target, args.compress, progress)
+    print(f"{args.target}: {bytes_text(before)} -> {bytes_text(after)}, bit-exact")
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from .checkpoint import inspect
 
@@ -200,11 +213,17 @@ def _inspect(args: argparse.Namespace) -> int:
         low, high = layer.exponents
         rows.append(
             (
-                layer.name or "(model)", _shape(layer.shape), layer.format, f"{layer.bits:.2f}",
+                layer.name or "(model)", _shape(layer.shape), layer.format, layer.coding, bytes_text(layer.bytes),
+                f"{layer.bits:.2f}",
                 f"{low}" if low == high else f"{low} to {high}", f"{100 * layer.zeros:.1f}", f"{layer.entropy:.2f}",
             )
         )  # fmt: skip
-    _print_table(("layer", "shape", "format", "bits/weight", "exponents", "zeros %", "entropy bits"), rows)
+    headers = ("layer", "shape", "format", "codes", "size", "bits/weight", "exponents", "zeros %", "entropy bits")
+    _print_table(headers, rows)
+    print(
+        f"packed weights: {bytes_text(sum(layer.bytes for layer in summary.layers))}, {summary.bits:.3f} bits a weight "
+        f"with exponents and scales; entropy of the codes {summary.entropy:.3f}"
+    )
     print(
         f"float32 {bytes_text(summary.float32_bytes)}, in {summary.files} file(s) {bytes_text(summary.file_bytes)}: "
         f"{summary.ratio:.2f} times smaller"
@@ -249,7 +268,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     line("inq_kernels", __version__)
     line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("torch", "triton", "safetensors", "numpy", "transformers", "rich"):
+    for package in ("torch", "triton", "safetensors", "numpy", "zstandard", "transformers", "rich"):
         try:
             line(package, version(package))
         except PackageNotFoundError:

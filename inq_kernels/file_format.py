@@ -1,17 +1,20 @@
-"""The file format, version 1: what is in the files of a packed model, and every check of it. Safetensors, never pickle.
+"""The file format: what is in the files of a packed model, and every check of it. Safetensors, never pickle.
 
 A packed weight NAME.weight is stored as NAME.weight, uint8 [N, ceil(K/8)·bits]; NAME.weight_exp, int8 [N, 1]; and where
 there is one NAME.weight_scale, float32 [N, 1]. All else is stored as it is, under its own name; tensors that share
 memory are stored once for each name. The header's ``__metadata__`` holds
 
-- ``inq_format_version``: "1";
+- ``inq_format_version``: "1", or "2" where codes may be entropy-coded;
 - ``inq_manifest``: JSON, for each tensor of the file ``sha256``, ``dtype`` and ``shape``; for packed weights dtype and
   shape are those of the unpacked weight, and beside them are the format (``bits``, ``levels``,
   ``exponent_granularity``, ``exponent_rule``) and ``exponent_range``, the least and the largest value of weight_exp;
+  In version 2 a packed weight may have ``coding`` beside them; then NAME.weight is uint8 [bytes], what compression.py
+  makes of the codes, ``sha256`` is of those bytes, and ``coding`` says how to decode them and to what;
 - ``inq_manifest_sha256``: of that text, since a changed shape would leave every tensor's checksum as it is.
 
 The configuration (``quant_method``, the most common format, ``overrides``, ``ignore``) is ``inq.json`` in a directory,
-or ``quantization_config`` in its config.json; in a single file it is ``inq_config`` in ``__metadata__``.
+or ``quantization_config`` in its config.json; in a single file it is ``inq_config`` in ``__metadata__``. Its
+``format_version`` is that of the files: what reads a configuration alone must know from it what it cannot read.
 """
 
 from __future__ import annotations
@@ -30,13 +33,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import files, ops, reference
+from . import compression, cpu, files, ops, reference
+from .compression import Coding
 from .files import CheckpointError, Header
 from .format import N1_MAX, N1_MIN, Format
 from .layouts import STORAGE
 from .ops import PackedWeight, prepack
 
 FORMAT_VERSION = 1
+# Of files with entropy-coded codes, and the newest that this version reads. Others stay as they were, byte for byte.
+COMPRESSED_VERSION = 2
 CONFIG_FILE = "inq.json"
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,7 +56,6 @@ _FORMAT_KEYS = {"bits": "bits", "levels": "levels", "granularity": "exponent_gra
 _PLAIN_ENTRY = {"sha256", "dtype", "shape"}
 _PACKED_ENTRY = {*_PLAIN_ENTRY, *_FORMAT_KEYS.values(), "exponent_range"}
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in files.DTYPES.values()}
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}\.safetensors")
 # Rows of a weight are checked and counted in pieces of about this many codes, since each takes many bytes meanwhile.
 _CHUNK = 1 << 22
@@ -62,13 +67,14 @@ Entries = dict[str, "PackedWeight | Tensor"]
 @dataclass(frozen=True)
 class Entry:
     """What the manifest says of one tensor. ``format`` and ``exponents`` (least, largest) only for packed weights,
-    whose ``shape`` and ``dtype`` are those of the weight before packing."""
+    whose ``shape`` and ``dtype`` are those of the weight before packing; ``coding`` where codes are entropy-coded."""
 
     sha256: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     format: Format | None = None
     exponents: tuple[int, int] | None = None
+    coding: Coding | None = None
 
 
 def module_name(weight: str) -> str:
@@ -102,6 +108,18 @@ def row_chunks(packed: PackedWeight) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
+def _invalid_codes(packed: PackedWeight, rows: slice) -> int:
+    """How many codes of some rows are not canonical. The compiled library decodes and encodes them first, many times
+    faster than they are looked at one by one: what comes back the same is canonical."""
+    weight, n1, fmt = packed.weight[rows], packed.weight_exp[rows], packed.format
+    # Of rows whose smallest levels do not exist, the definition alone is asked.
+    if cpu.unavailable() is None and weight.device.type == "cpu" and fmt.n2(int(n1.min())) >= N1_MIN:
+        values = torch.ops.inq.unpack(weight, n1, None, packed.k, fmt.bits, fmt.levels, torch.float32)
+        if torch.equal(torch.ops.inq.pack(values, n1, fmt.bits, fmt.levels), weight):
+            return 0
+    return reference.invalid_codes(weight, n1, packed.k, fmt)
+
+
 def check_packed(path: Path, name: str, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
     """A CheckpointError unless exponents are those of ``dtype``, all codes canonical and all row scales finite."""
     weight, weight_exp, weight_scale = (f"{path}: tensor {part!r}" for part in part_names(name))
@@ -111,10 +129,7 @@ def check_packed(path: Path, name: str, packed: PackedWeight, dtype: torch.dtype
     least, largest = reference.exponent_limits(dtype)
     if low < least or high > largest:
         raise CheckpointError(f"{weight_exp}: expected exponents in [{least}, {largest}], got [{low}, {high}]")
-    bad = sum(
-        reference.invalid_codes(packed.weight[rows], packed.weight_exp[rows], packed.k, packed.format)
-        for rows in row_chunks(packed)
-    )
+    bad = sum(_invalid_codes(packed, rows) for rows in row_chunks(packed))
     if bad:
         raise CheckpointError(
             f"{weight}: expected canonical codes of {packed.format} and zero padding, got {bad} that are not"
@@ -131,15 +146,20 @@ def format_json(fmt: Format) -> dict[str, object]:
     return {key: getattr(fmt, field) for field, key in _FORMAT_KEYS.items()}
 
 
-def config(formats: Mapping[str, Format], ignore: Iterable[str]) -> dict[str, object]:
+def version_of(compress: bool) -> int:
+    """The format version of files that are written so."""
+    return COMPRESSED_VERSION if compress else FORMAT_VERSION
+
+
+def config(formats: Mapping[str, Format], ignore: Iterable[str], compress: bool = False) -> dict[str, object]:
     """The configuration as JSON: ``formats`` of the packed modules by name (at least one), and ``ignore``, the names of
-    those that stayed float."""
+    those that stayed float; ``compress`` as in ``write_file``."""
     from . import __version__
 
     default = Counter(formats.values()).most_common(1)[0][0]
     return {
         "quant_method": "inq",
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(compress),
         **format_json(default),
         "ignore": sorted(ignore),
         "overrides": {name: format_json(fmt) for name, fmt in sorted(formats.items()) if fmt != default},
@@ -162,13 +182,18 @@ def write_file(
     entries: Mapping[str, PackedWeight | Tensor],
     dtypes: Mapping[str, torch.dtype],
     configuration: Mapping[str, object] | None = None,
+    compress: bool = False,
 ) -> None:
     """Write one file of the format: ``entries`` by name, packed weights with their dtype before packing in ``dtypes``
-    (else float32), and in a file that stands alone its configuration.
+    (else float32), and in a file that stands alone its configuration. ``compress``: with entropy-coded codes, where
+    that is smaller.
 
     Raises:
         CheckpointError: a name that files cannot have, or codes that are not canonical. And ``write_safetensors``'s.
+        ImportError: to compress needs zstandard.
     """
+    if compress:
+        compression.check_available(str(path))
     tensors: dict[str, Tensor] = {}
     manifest: dict[str, dict[str, object]] = {}
     for name, value in entries.items():
@@ -201,10 +226,15 @@ def write_file(
                 **format_json(value.format),
                 "exponent_range": [int(exponents.min()), int(exponents.max())],
             }
+            if compress and (
+                coded := compression.encode(f"{path}: tensor {name!r}", pieces[name], value.shape, value.format)
+            ):
+                tensors[name], coding = coded
+                manifest[name] |= {"sha256": files.sha256(tensors[name]), "coding": coding.to_json()}
     text = json.dumps(manifest, separators=(",", ":"))
     metadata = {
         "format": "pt",
-        VERSION_KEY: str(FORMAT_VERSION),
+        VERSION_KEY: str(version_of(compress)),
         _MANIFEST_KEY: text,
         _DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest(),
     }
@@ -291,6 +321,8 @@ class Checkpoint:
                 tensors.append(files.read_tensors(other, self.headers[other], checksums, [part])[part])
         weight, weight_exp, weight_scale = [*tensors, None][:3]
         where = f"{path}: tensor {name!r}"
+        if entry.coding is not None:
+            weight = compression.decode(where, weight, entry.coding, entry.shape, entry.format)
         found = (int(weight_exp.min()), int(weight_exp.max()))
         packed = PackedWeight(weight, weight_exp, weight_scale, entry.format, entry.shape)
         check_packed(path, name, packed, entry.dtype)
@@ -320,12 +352,19 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     check_version(where, configuration)
     manifest: dict[str, Entry] = {}
     for file, header in headers.items():
-        _check_is_inq(file, header)
+        version = _check_is_inq(file, header)
+        if version != configuration["format_version"]:
+            raise CheckpointError(
+                f"{file}: {VERSION_KEY}: expected format version {configuration['format_version']} of {where}, "
+                f"got {version}"
+            )
         manifest |= _manifest(file, header)
     checkpoint = Checkpoint(path, headers, manifest, configuration)
     for name, entry in manifest.items():
         _check_parts(checkpoint, name, entry)
     _check_config(where, configuration, checkpoint)
+    if any(entry.coding is not None for entry in manifest.values()):
+        compression.check_available(str(path))
     return checkpoint
 
 
@@ -413,33 +452,42 @@ def _directory_config(directory: Path) -> tuple[str, object]:
     return found[0]
 
 
-def _check_is_inq(path: Path, header: Header) -> None:
+def _check_is_inq(path: Path, header: Header, newest: int = COMPRESSED_VERSION) -> int:
+    """The format version of a file of ours, which is ``newest`` at most."""
     version = header.metadata.get(VERSION_KEY)
     if version is None:
         raise CheckpointError(
             f"{path}: expected an inq file, got plain safetensors without {VERSION_KEY} (`inq quantize` makes one)"
         )
-    _check_version_number(f"{path}: {VERSION_KEY}", int(version) if re.fullmatch(r"[0-9]{1,9}", version) else version)
+    number = int(version) if re.fullmatch(r"[0-9]{1,9}", version) else version
+    return _check_version_number(f"{path}: {VERSION_KEY}", number, newest)
 
 
-def _check_version_number(where: str, version: object) -> None:
+def _check_version_number(where: str, version: object, newest: int) -> int:
     from . import __version__
 
     if not files.is_int(version, 1, 10**9):
         raise CheckpointError(f"{where}: expected an integer ≥ 1, got {version!r}")
-    if version > FORMAT_VERSION:
+    if version > COMPRESSED_VERSION:
         raise CheckpointError(
-            f"{where}: expected format version {FORMAT_VERSION} at most, which inq_kernels {__version__} reads, "
+            f"{where}: expected format version {COMPRESSED_VERSION} at most, which inq_kernels {__version__} reads, "
             f"got {version}: a newer inq_kernels is needed"
         )
+    if version > newest:
+        raise CheckpointError(
+            f"{where}: expected format version {newest} at most, got {version}, whose codes may be entropy-coded: "
+            "`inq save SRC OUT` writes them plain again"
+        )
+    return version
 
 
-def check_version(where: str, configuration: object) -> None:
+def check_version(where: str, configuration: object, newest: int = COMPRESSED_VERSION) -> None:
+    """That a configuration is of this method, and of a format version of ``newest`` at most."""
     if not isinstance(configuration, dict):
         raise CheckpointError(f"{where}: expected an object, got {type(configuration).__name__}")
     if (method := configuration.get("quant_method")) != "inq":
         raise CheckpointError(f"{where}: quant_method: expected 'inq', got {method!r}")
-    _check_version_number(f"{where}: format_version", configuration.get("format_version"))
+    _check_version_number(f"{where}: format_version", configuration.get("format_version"), newest)
 
 
 def read_format(where: str, values: Mapping[str, object]) -> Format:
@@ -465,8 +513,11 @@ def _manifest(path: Path, header: Header) -> dict[str, Entry]:
             f"got besides {some(more) or 'none'}"
         )
     manifest = {}
+    version = header.metadata[VERSION_KEY]
     for name, value in content.items():
         manifest[name] = entry = _entry(f"{where}: tensor {name!r}", value)
+        if entry.coding is not None and int(version) < COMPRESSED_VERSION:
+            raise CheckpointError(f"{where}: tensor {name!r}: expected no coding in format version {version}, got one")
         info = header.tensors[name]
         if entry.format is None and (entry.dtype, entry.shape) != (info.dtype, info.shape):
             raise CheckpointError(
@@ -477,12 +528,10 @@ def _manifest(path: Path, header: Header) -> dict[str, Entry]:
 
 
 def _entry(where: str, value: object) -> Entry:
-    if not isinstance(value, dict) or set(value) not in (_PLAIN_ENTRY, _PACKED_ENTRY):
+    if not isinstance(value, dict) or set(value) not in (_PLAIN_ENTRY, _PACKED_ENTRY, {*_PACKED_ENTRY, "coding"}):
         keys = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise CheckpointError(f"{where}: expected the keys of a plain or of a packed tensor, got {keys}")
-    checksum, dtype_name = value["sha256"], value["dtype"]
-    if not isinstance(checksum, str) or not _SHA256.fullmatch(checksum):
-        raise CheckpointError(f"{where}: sha256: expected 64 hexadecimal digits, got {checksum!r}")
+    checksum, dtype_name = files.check_sha256(where, value["sha256"]), value["dtype"]
     dtype = _DTYPE_NAMES.get(dtype_name) if isinstance(dtype_name, str) else None
     packed = len(value) > len(_PLAIN_ENTRY)
     if dtype is None or (packed and dtype not in ops.FLOATS):
@@ -502,7 +551,9 @@ def _entry(where: str, value: object) -> Entry:
         raise CheckpointError(
             f"{where}: exponent_range: expected [least, largest] within [{N1_MIN}, {N1_MAX}], got {bounds!r}"
         )
-    return Entry(checksum, dtype, shape, read_format(where, value), (bounds[0], bounds[1]))
+    fmt = read_format(where, value)
+    coding = compression.read_coding(where, value["coding"], fmt.bits) if "coding" in value else None
+    return Entry(checksum, dtype, shape, fmt, (bounds[0], bounds[1]), coding)
 
 
 def _check_parts(checkpoint: Checkpoint, name: str, entry: Entry) -> None:
@@ -516,21 +567,25 @@ def _check_parts(checkpoint: Checkpoint, name: str, entry: Entry) -> None:
     if not is_weight(name):
         raise CheckpointError(f"{where}: expected a packed weight's name to end in 'weight'")
     n, k = entry.shape[0], math.prod(entry.shape[1:])
+    codes = (n, entry.format.row_bytes(k))
+    if entry.coding is not None:
+        codes = (compression.stored_bytes(entry.coding, entry.shape, entry.format),)
     expected = {
-        name: (torch.uint8, (n, entry.format.row_bytes(k))),
+        name: (torch.uint8, codes),
         f"{name}_exp": (torch.int8, (n, 1)),
         f"{name}_scale": (torch.float32, (n, 1)),
     }
     if f"{name}_exp" not in stored:
         raise CheckpointError(f"{where}: expected its exponents {name + '_exp'!r} in the checkpoint, got none")
+    coded = "" if entry.coding is None else f", in streams of {list(entry.coding.streams)} bytes"
     for part, info in stored.items():
         dtype, shape = expected[part]
         if (info.dtype, info.shape) != (dtype, shape) or (
             part != name and checkpoint.manifest[part].format is not None
         ):
             raise CheckpointError(
-                f"{checkpoint.file_of[part]}: tensor {part!r}: expected {dtype} {list(shape)} "
-                f"for a weight of shape {list(entry.shape)} in {entry.format}, got {info.dtype} {list(info.shape)}"
+                f"{checkpoint.file_of[part]}: tensor {part!r}: expected {dtype} {list(shape)} for a weight of shape "
+                f"{list(entry.shape)} in {entry.format}{coded}, got {info.dtype} {list(info.shape)}"
             )
 
 

@@ -49,6 +49,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,512}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 # What torch.load or pickle would open, and run code from.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".zip")
 # Weights in formats that this package neither reads nor writes.
@@ -258,6 +259,13 @@ def check_shape(where: str, shape: object) -> tuple[int, ...]:
     if math.prod(max(d, 1) for d in shape) > MAX_ELEMENTS:
         raise CheckpointError(f"{where}: shape: expected a product of at most {MAX_ELEMENTS}, got {shape}")
     return tuple(shape)
+
+
+def check_sha256(where: str, checksum: object) -> str:
+    """``checksum`` if it is a SHA-256 in hex, else CheckpointError."""
+    if not isinstance(checksum, str) or not _SHA256.fullmatch(checksum):
+        raise CheckpointError(f"{where}: sha256: expected 64 hexadecimal digits, got {checksum!r}")
+    return checksum
 
 
 def _tensor_info(path: str, name: str, entry: object) -> TensorInfo:

@@ -1,4 +1,5 @@
-"""Model files to model files, one tensor at a time, without the model's code: ``quantize`` and ``export_dense``."""
+"""Model files to model files, one tensor at a time, without the model's code: ``quantize``, ``rewrite`` and
+``export_dense``."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from .file_format import (
     QUANTIZATION_CONFIG,
     TRANSFORMERS_CONFIG,
     VERSION_KEY,
+    Checkpoint,
     check_suffix,
     config,
     folder_root,
@@ -30,6 +32,7 @@ from .file_format import (
     open_checkpoint,
     part_names,
     row_chunks,
+    version_of,
     write_file,
 )  # fmt: skip
 from .files import CheckpointError, Header, TensorInfo
@@ -281,6 +284,78 @@ def _quantize_tensor(
     return packed, Row(name, info.shape, w.nbytes, after, fmt, "", sqnr_db(signal, noise), zeros)
 
 
+# --- rewrite ----------------------------------------------------------------------------------------------------------
+
+
+def rewrite(
+    source: str | os.PathLike, target: str | os.PathLike, compress: bool, progress: Progress | None = None
+) -> tuple[int, int]:
+    """Write an inq checkpoint again, with entropy-coded codes or plain ones, bit for bit the same model. Whole or not
+    at all. Memory: one source file's packed tensors.
+
+    Args:
+        source: what ``inq.load`` reads.
+        target: a .safetensors file (for a source of one file), or a directory with the source's file names, its
+            configuration and its other files.
+        compress: as of ``inq.save``.
+        progress: called before each tensor.
+
+    Returns:
+        The bytes of the source's safetensors files, and of the target's.
+
+    Raises:
+        CheckpointError: the source is not as it should be. ValueError: ``target`` overlaps ``source``. OSError.
+        ImportError: zstandard is missing.
+    """
+    source, target = Path(source), Path(target)
+    _check_apart(source, target)
+    checkpoint = open_checkpoint(source)
+    _check_target(target, len(checkpoint.headers))
+    configuration = {**checkpoint.config, "format_version": version_of(compress)}
+    dtypes = {name: checkpoint.manifest[name].dtype for name in checkpoint.parts}
+    done = 0
+
+    def write(file: Path, path: Path, own_config: Mapping[str, object] | None) -> int:
+        nonlocal done
+        entries = {}
+        for name, value in checkpoint.entries(file):
+            if progress is not None:
+                progress(name, done, len(checkpoint.names))
+            done += 1
+            entries[name] = value
+        write_file(path, entries, dtypes, own_config, compress)
+        return path.stat().st_size
+
+    def fill(directory: Path) -> None:
+        nonlocal after
+        names = _file_names(checkpoint, source)
+        after = sum(write(file, directory / name, None) for file, name in names.items())
+        if (source / INDEX_FILE).is_file():
+            _write_index(directory, {name: files.read_header(directory / name) for name in names.values()})
+        if (model_config := _read_config(source)) is not None and model_config.get(QUANTIZATION_CONFIG) is not None:
+            model_config[QUANTIZATION_CONFIG] = configuration
+            files.write_text(directory / TRANSFORMERS_CONFIG, json_text(model_config))
+        if model_config is None or os.path.lexists(source / CONFIG_FILE):
+            files.write_text(directory / CONFIG_FILE, json_text(configuration))
+        if source.is_dir():
+            _copy_others(source, directory, names.values())
+        open_checkpoint(directory)
+
+    after = 0
+    if target.suffix == ".safetensors":
+        after = write(next(iter(checkpoint.headers)), target, configuration)
+    else:
+        files.write_directory(target, fill)
+    return sum(file.stat().st_size for file in checkpoint.headers), after
+
+
+def _file_names(checkpoint: Checkpoint, source: Path) -> dict[Path, str]:
+    """The files of a checkpoint that is written again, by their new names: without those of nothing but exponents,
+    which go where their weights are."""
+    used = dict.fromkeys(checkpoint.file_of[name] for name in checkpoint.names)
+    return {file: file.name if source.is_dir() else MODEL_FILE for file in used}
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -325,9 +400,7 @@ def export_dense(
         files.write_safetensors(path, tensors, {"format": "pt"})
 
     def fill(directory: Path) -> None:
-        # A shard of nothing but exponents leaves nothing to write.
-        used = dict.fromkeys(checkpoint.file_of[name] for name in checkpoint.names)
-        names = {file: file.name if source.is_dir() else MODEL_FILE for file in used}
+        names = _file_names(checkpoint, source)
         for file, name in names.items():
             write(file, directory / name)
         if (source / INDEX_FILE).is_file():

@@ -8,9 +8,10 @@ import sys
 
 import mutants
 
-F, C, K = "test_files.py", "test_checkpoint.py", "test_cli.py"
+F, C, K, E = "test_files.py", "test_checkpoint.py", "test_cli.py", "test_compression.py"
 Z, X, N = "test_fuzz.py", "test_faults.py", "test_no_pickle.py"
 files, ff, ck, tr, cli, tn = "files.py", "file_format.py", "checkpoint.py", "transcode.py", "cli.py", "training.py"
+co = "compression.py"
 
 # (test, file, [(text, replacement), …])
 MUTANTS = [
@@ -67,7 +68,7 @@ MUTANTS = [
     (f"{C}::malformed", ff, [("    if low < least or high > largest:","    if False:")]),
     (f"{C}::malformed", ff, [("    if bad:\n        raise CheckpointError(\n            f\"{weight}: expected canonical","    if False:\n        raise CheckpointError(\n            f\"{weight}: expected canonical")]),
     (f"{C}::malformed", ff, [("if scale is not None and (bad := ","if False and (bad := ")]),
-    (f"{C}::malformed", ff, [("    if version > FORMAT_VERSION:","    if False:")]),
+    (f"{C}::malformed", ff, [("    if version > COMPRESSED_VERSION:","    if False:")]),
     (f"{C}::malformed", ff, [("if not isinstance(file, str) or not _SHARD.fullmatch(file):","if not isinstance(file, str):")]),
     (f"{C}::malformed", ff, [("        if found != names:","        if names - found:")]),
     (f"{C}::malformed", ff, [("        if got != expected:\n","        if False:\n")]),
@@ -91,6 +92,34 @@ MUTANTS = [
     (f"{C}::dtype_before", ck, [("dtype if fits and value.weight_scale is None else torch.float32","dtype")]),
     (f"{C}::state_dict or refuses", ck, [("if odd := set(model.state_dict()) ^ set(slots):","if odd := set():")]),
     (f"{C}::inspect_counts", ck, [("8 * stored / numel","8 * packed.weight.nbytes / numel")]),
+    # compression
+    (f"{E}::malformed", co, [("    if (got := files.sha256(weight)) != coding.sha256:","    if (got := \"\"):")]),
+    (f"{E}::malformed", co, [("            if not got:","            if not got and not at:")]),
+    (f"{E}::malformed", co, [("        if self._into(np.empty(1, np.uint8)):","        if False:")]),
+    (f"{E}::malformed", co, [("max_window_size=1 << _WINDOW_LOG","max_window_size=1 << 31")]),
+    (f"{E}::malformed", co, [("read_across_frames=True","read_across_frames=False")]),
+    (f"{E}::malformed", co, [("    if data[ends[-1] :].any():","    if False:")]),
+    (f"{E}::malformed", co, [("        if int(symbols.max()) >> used:","        if False:")]),
+    (f"{E}::malformed", co, [("    if surplus or int","    if int")]),
+    (f"{E}::malformed", co, [("    if surplus or int.from_bytes(flat[-bits:].tobytes(), \"little\") >> bits * ((count - 1) % 8 + 1):","    if surplus:")]),
+    (f"{E}::malformed", co, [("        if size % 8 and mask[-1] >> size % 8:","        if False:")]),
+    (f"{E}::malformed", co, [("            raise CheckpointError(f\"{stream.where}: expected no zeros, which are taken out, got some\")","            pass")]),
+    (f"{E}::malformed", co, [("            raise CheckpointError(f\"{stream.where}: expected numbers of the","            print(f\"{stream.where}: expected numbers of the")]),
+    (f"{E}::malformed", co, [("MAX_RATIO = 64","MAX_RATIO = 65")]),
+    (f"{E}::malformed", co, [(" or (values and not zeros)","")]),
+    (f"{E}::malformed", co, [("any(a >= b for a, b in pairwise(values))","any(a > b for a, b in pairwise(values))")]),
+    (f"{E}::malformed", ff, [("        if version != configuration[\"format_version\"]:","        if False:")]),
+    (f"{E}::malformed", ff, [("        if entry.coding is not None and int(version) < COMPRESSED_VERSION:","        if False:")]),
+    (f"{E}::malformed", ff, [("        check_packed(path, name, packed, entry.dtype)\n","")]),
+    (f"{E}::refuse_it_by_name", ff, [("    if version > newest:","    if False:")]),
+    (f"{E}::zstandard", ff, [("        compression.check_available(str(path))\n    return checkpoint","        pass\n    return checkpoint")]),
+    (f"{E}::counted_as", ff, [("fmt.n2(int(n1.min())) >= N1_MIN:","True:")]),
+    (f"{E}::counted_as", ff, [("        if torch.equal(torch.ops","        if not torch.equal(torch.ops")]),
+    (f"{E}::does_not_decode", co, [("    if not torch.equal(decode(where, stored, coding, shape, fmt), weight):","    if False:")]),
+    (f"{E}::byte_for_byte", ff, [("return COMPRESSED_VERSION if compress else FORMAT_VERSION","return COMPRESSED_VERSION")]),
+    (f"{E}::rewriting", tr, [('"format_version": version_of(compress)}','"format_version": 2}')]),
+    (f"{E}::within_3", co, [("min_match=7","min_match=3")]),
+    (f"{E}::within_3", co, [("_FEW_ZEROS = 0.75","_FEW_ZEROS = 0.0")]),
     # transcode, cli
     (f"{K}::overlap or own_output", tr, [("out.is_relative_to(real) or real.is_relative_to(out)","out.is_relative_to(real)")]),
     (f"{K}::overlap or own_output", tr, [("out.is_relative_to(real) or real.is_relative_to(out)","real.is_relative_to(out)")]),

@@ -82,6 +82,7 @@ def prepare(folder: Path) -> None:
     entries |= {"1.weight": inq.pack(inq.quantize(torch.randn(3, 32), FMT), FMT), "1.bias": torch.ones(3)}
     inq.save(entries, folder / "model.safetensors")
     inq.save(entries, folder / "model")
+    inq.save(entries, folder / "small.safetensors", compress=True)
     shards = folder / "shards"
     shutil.copytree(folder / "model", shards)
     (shards / "model.safetensors").unlink()
@@ -101,6 +102,7 @@ def prepare(folder: Path) -> None:
 PATHS = {
     "load a file": lambda d: inq.load(d / "model.safetensors"),
     "load a directory": lambda d: inq.load(d / "model"),
+    "load entropy-coded": lambda d: inq.load(d / "small.safetensors"),
     "load shards": lambda d: inq.load(d / "shards"),
     "load into a model": lambda d: inq.load(d / "model.safetensors", model()),
     "load into a converted model": lambda d: inq.load(d / "model", converted()),
@@ -119,6 +121,7 @@ PATHS = {
     "inq inspect": lambda d: command("inspect", d / "model"),
     "inq verify": lambda d: command("verify", d / "model.safetensors"),
     "inq quantize": lambda d: command("quantize", d / "dense", d / "out" / "again"),
+    "inq save": lambda d: command("save", d / "small.safetensors", d / "out" / "plain", "--compress"),
     "inq export": lambda d: command("export", d / "model", d / "out" / "float", "--to", "dense"),
     "inq export --to mxfp4": lambda d: command("export", d / "model", d / "out" / "e2m1", "--to", "mxfp4"),
     "inq export --to fp8": lambda d: command("export", d / "model", d / "out" / "e4m3", "--to", "fp8"),

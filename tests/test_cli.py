@@ -490,6 +490,26 @@ def test_export_a_file_into_a_directory_and_back(capsys, tmp_path, packed):
     assert all(same_bits(one[name], other[name]) for name in other)
 
 
+# --- save -------------------------------------------------------------------------------------------------------------
+
+
+def test_save_compresses_and_writes_plain_again(capsys, tmp_path):
+    fmt = inq.Format(5)
+    w = torch.randn(64, 128, generator=generator())
+    inq.save({"a.weight": inq.pack(inq.quantize(w, fmt), fmt)}, tmp_path / "plain.safetensors")
+    small, plain = tmp_path / "small", tmp_path / "back.safetensors"
+    out = succeeds(capsys, "save", tmp_path / "plain.safetensors", small, "--compress")
+    assert re.fullmatch(r".*/small: 6\.\d KiB -> 4\.\d KiB, bit-exact\n", out)
+    shown = succeeds(capsys, "inspect", small)
+    assert re.search(r"^a +64×128 +5-bit paper.*  zstd +3\.\d KiB +3\.\d\d ", shown, re.MULTILINE)
+    assert re.search(
+        r"^packed weights: 3\.\d KiB, 3\.\d{3} bits a weight .* entropy of the codes 3\.\d{3}$", shown, re.MULTILINE
+    )
+    succeeds(capsys, "save", small, plain)
+    assert plain.read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    assert "expected an output outside of the source" in fails(capsys, "save", plain, plain)
+
+
 # --- inspect, verify, doctor, demo ------------------------------------------------------------------------------------
 
 
@@ -523,7 +543,7 @@ def test_doctor_names_everything(capsys, monkeypatch):
     assert lines["inq_kernels"] == inq.__version__
     assert lines["python"].startswith(sys.version.split()[0])
     assert lines["torch"] == torch.__version__
-    assert {"triton", "safetensors", "numpy", "rich"} <= lines.keys()
+    assert {"triton", "safetensors", "numpy", "zstandard", "rich"} <= lines.keys()
     assert lines["INQ_BACKEND"] == "reference"
     for name, reason in backends.availability().items():
         expected = "available" if reason is None else f"not available: {reason}"
@@ -669,7 +689,7 @@ def test_wrong_usage_is_status_2(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["quantize"], ["inspect"], ["verify"], ["export"], ["import"], ["doctor"], ["demo"]]
+    "command", [[], ["quantize"], ["save"], ["inspect"], ["verify"], ["export"], ["import"], ["doctor"], ["demo"]]
 )
 def test_help(capsys, command):
     status, out, err = run(capsys, *command, "--help")

@@ -56,7 +56,8 @@ def test_patterns_are_those_of_fnmatch_and_case_sensitive():
 
 BAD = {
     "quant_method: expected 'inq', got 'awq'": {"quant_method": "awq"},
-    "got 2: a newer inq_kernels is needed": {"format_version": 2},
+    "got 3: a newer inq_kernels is needed": {"format_version": 3},
+    "got 2, whose codes may be entropy-coded: `inq save SRC OUT` writes them plain again": {"format_version": 2},
     "format_version: expected an integer ≥ 1, got True": {"format_version": True},
     "bits": {"bits": 6},
     "overrides: expected an object of objects": {"overrides": {"a": 4}},

@@ -101,7 +101,7 @@ def test_shell_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "model_dir")
     ran = [words[1] for snippet in blocks("sh") for words in snippets.run_sh(snippet)]
-    assert {"quantize", "inspect", "verify", "export", "import", "doctor"} <= set(ran)
+    assert {"quantize", "save", "inspect", "verify", "export", "import", "doctor"} <= set(ran)
 
 
 def test_the_table_is_that_of_the_committed_results():

@@ -28,6 +28,7 @@ LAYERS = [
         "projection",
         "dns",
         "files",
+        "compression",
         "file_format",
         "checkpoint",
         "transcode",

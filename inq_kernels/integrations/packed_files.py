@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import files
-from ..file_format import VERSION_KEY, _check_is_inq, folder_root, is_weight, part_names, some
+from ..file_format import FORMAT_VERSION, VERSION_KEY, _check_is_inq, folder_root, is_weight, part_names, some
 from ..files import CheckpointError, TensorInfo
 from ..format import Format
 
@@ -37,7 +37,7 @@ class PackedFiles:
             header = files.read_header(path)
             # transformers' own save_pretrained writes no manifest; with one the version is known.
             if VERSION_KEY in header.metadata:
-                _check_is_inq(path, header)
+                _check_is_inq(path, header, FORMAT_VERSION)
             if twice := header.tensors.keys() & self._infos.keys():
                 raise CheckpointError(f"{path}: expected each tensor in one file, got {some(twice)} in another, too")
             self._infos |= header.tensors

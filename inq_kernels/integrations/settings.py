@@ -44,7 +44,8 @@ class Settings:
     @classmethod
     def read(cls, where: str, configuration: object) -> Settings:
         """From the JSON of ``quantization_config`` or inq.json. Raises CheckpointError, with ``where`` in front."""
-        check_version(where, configuration)
+        # Whoever loads by these settings reads packed codes, and decodes none.
+        check_version(where, configuration, FORMAT_VERSION)
         overrides, ignore = configuration.get("overrides") or {}, configuration.get("ignore") or []
         if not isinstance(overrides, dict) or not all(isinstance(value, dict) for value in overrides.values()):
             raise CheckpointError(f"{where}: overrides: expected an object of objects, got {str(overrides)[:80]}")

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 # Coverage of what reads files. Of the others it would cost time, and say nothing about files.
 READERS = {
-    "files", "file_format", "checkpoint", "training", "transcode", "inq", "sharded", "sharded_files",
+    "files", "compression", "file_format", "checkpoint", "training", "transcode", "inq", "sharded", "sharded_files",
     *(f"integrations.{name}" for name in ("imports", "exports", "compressed_tensors", "mxfp4", "fp8")),
 }  # fmt: skip
 modules = [path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "inq_kernels").rglob("*.py")]

@@ -257,7 +257,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     (folder / "malformed").mkdir()
     bad_files, bad_directories = _malformed(folder / "malformed")
     made = {
-        "file": (whole := [*_files(folder), *bad_files]),
+        "file": (whole := [*_files(folder), *bad_files, *compressed(folder)]),
         "model": [_fitting(folder), *whole[::4]],
         "float": list(_float_files()),
         "directory": [*_directories(folder), *bad_directories],
@@ -268,3 +268,25 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         "packed": list(_exported(folder)),
     }
     return {kind: [content for content in contents if len(content) < MAX_BYTES] for kind, contents in made.items()}
+
+
+def compressed(folder: Path) -> list[bytes]:
+    """Entropy-coded files: zeros not taken out, once, more often, all codes zero; rows with padding; and malformed."""
+    from malformed_compressed import CASES, bomb
+
+    path, contents = folder / "compressed.safetensors", []
+    for bits, shape, kept in (
+        (3, (16, 61), 1),
+        (5, (16, 64), 1),
+        (4, (8, 61), 0.2),
+        (2, (16, 61), 0.03),
+        (4, (4, 64), 0),
+    ):
+        g = torch.Generator().manual_seed(bits)
+        fmt = inq.Format(bits)
+        w = torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) < kept)
+        inq.save({"weight": inq.pack(inq.quantize(w, fmt), fmt)}, path, compress=True)
+        contents.append(path.read_bytes())
+    (folder / "coded").mkdir()
+    contents += [case.write(folder / "coded").read_bytes() for name, case in CASES.items() if "directory" not in name]
+    return [content for content in contents if bomb() not in content]

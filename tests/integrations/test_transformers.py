@@ -358,8 +358,12 @@ BAD = {
     ),
     "bits": (lambda path: edit_config(path, lambda c: c.update(bits=5)), r"expected torch.uint8 \[64, 40\]"),
     "version": (
+        lambda path: edit_config(path, lambda c: c.update(format_version=3)),
+        r"expected format version 2 at most, .* got 3: a newer inq_kernels is needed",
+    ),
+    "entropy-coded": (
         lambda path: edit_config(path, lambda c: c.update(format_version=2)),
-        r"expected format version 1 at most, .* got 2: a newer inq_kernels is needed",
+        r"expected format version 1 at most, got 2, whose codes may be entropy-coded",
     ),
     "key": (lambda path: edit_config(path, lambda c: c.update(levels="even")), r"quantization_config: .*levels"),
 }
