@@ -115,7 +115,7 @@ NUMBERS = {target.name: number for number, target in enumerate(targets.TARGETS)}
 def test_other_errors_are_crashes(begin, place, monkeypatch, error):
     data = good(begin, NUMBERS["load_training"])
     monkeypatch.setattr(torch.optim.SGD, "load_state_dict", raises(error))
-    monkeypatch.setattr(inq.training, "REFUSED", ())
+    monkeypatch.setattr(inq.training, "_REFUSED", ())
     with pytest.raises((type(error), targets.Violation)):
         targets.execute(data, place)
 
