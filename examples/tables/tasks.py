@@ -21,13 +21,14 @@ from .networks import NETWORKS
 @dataclass(frozen=True)
 class Recipe:
     """The same for all networks and methods. What the demo of this package has, which was chosen on images held out of
-    the training ones, where it has it; ``centroid_lr`` and ``c_rates`` were chosen in the same way.
+    the training ones, where it has it; ``centroid_lr`` was tried in the same way, on LeNet-300-100 with one seed.
 
     Attributes:
         steps: of the float32 network that everything starts from.
         further: steps after that, for each method; its portions share them. Pruning takes as many before quantizing.
         centroid_lr: of Deep Compression's codebooks: a centroid has the summed gradients of its weights.
-        c_rates: DNS's, of the first layer, the other convolutions, the other Linear layers, and the last layer.
+        c_rates: DNS's, of the first layer, the other convolutions, the other Linear layers, and the last layer. Not
+            tuned: lower ones kept a third of the weights.
     """
 
     steps: int = 760
