@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import files, training
-from .distributed import PeerError, Ranks, flat_bits, is_sharded, local_part, reshard, row_bits, unwrapped
+from .distributed import Ranks, flat_bits, is_sharded, local_part, reshard, row_bits, unwrapped
 from .files import CheckpointError
 from .inq import INQ
 from .sharded_files import SHARD, VERSION, Saved, check_shards, checked_manifest, file_sha256, open_sharded
@@ -120,7 +120,7 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
     _check_run(_LOAD, run)
     ranks, model = Ranks(), unwrapped(model)
     where = f"{path}: {files.TRAINING_INDEX}"
-    try:
+    with training.checking(path, _SAVE):
         with ranks.together(_LOAD):
             reshard(model)
             saved = open_sharded(Path(path), ranks)
@@ -143,20 +143,12 @@ def load_sharded(path: str | os.PathLike, model: nn.Module, optimizer: torch.opt
             state["rng"] = own["rng"] if saved.world_size == ranks.size else training.rng_state()
             training.check_rng_state(state["rng"])
             extra = own["extra"]
-    except training.MALFORMED as error:
-        raise CheckpointError(f"{path}: expected a state as {_SAVE} writes it, got {error!r}") from error
-    before = training.snapshot(model, optimizer, run)
-    try:
+    with training.taking_over(path, model, optimizer, run):
         with ranks.together(_LOAD):
             training.take_over_values(model, optimizer, state)
         # Its collectives need all ranks: none of them may have failed before.
         with ranks.together(_LOAD):
             training.take_over_run(run, state)
-    except BaseException as error:
-        training.take_over(model, optimizer, run, before)
-        if isinstance(error, training.REFUSED) and not isinstance(error, (torch.OutOfMemoryError, PeerError)):
-            raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
-        raise
     return extra
 
 

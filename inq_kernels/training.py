@@ -8,18 +8,21 @@ leaves a checkpoint from which the run goes on bit for bit.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distributed import PeerError
 from .files import MAX_JSON, CheckpointError, parse_json, read_header, read_tensors, sha256, write_safetensors
 from .hooks import Run
 
@@ -96,28 +99,47 @@ def load_training(path: str | os.PathLike, model: nn.Module, optimizer: torch.op
             another model, optimizer or run. Nothing is changed then. OSError: it cannot be read.
     """
     state = _read(path)
-    try:
+    with checking(path, "inq.save_training"):
         check_model(path, model, state["model"])
         check_optimizer(path, model, optimizer, state["optimizer"])
         run.check_state(state["inq"])
         check_rng_state(state["rng"])
-    except MALFORMED as error:
-        raise CheckpointError(f"{path}: expected a state as inq.save_training writes it, got {error!r}") from error
-    before = snapshot(model, optimizer, run)
-    try:
+    with taking_over(path, model, optimizer, run):
         take_over(model, optimizer, run, state)
-    except BaseException as error:
-        # What the checks cannot know: a module's own loading, an optimizer's or a scheduler's.
-        take_over(model, optimizer, run, before)
-        if isinstance(error, REFUSED) and not isinstance(error, torch.OutOfMemoryError):
-            raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
-        raise
     return state["extra"]
 
 
-# What a state of the wrong structure raises while it is checked, and what else while it is taken over.
-MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
-REFUSED = (*MALFORMED, ValueError, RuntimeError, OverflowError)
+# What a state of the wrong structure raises while it is checked (RuntimeError: whoever compares a tensor that stands in
+# a number's place), and what else while it is taken over.
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, RuntimeError)
+_REFUSED = (*_MALFORMED, ValueError, OverflowError)
+# RuntimeErrors that say nothing of the state.
+_ELSEWHERE = (torch.OutOfMemoryError, PeerError, *((dist.DistError,) if dist.is_available() else ()))
+
+
+@contextlib.contextmanager
+def checking(path: object, writer: str) -> Iterator[None]:
+    """A state's wrong structure as a CheckpointError; ``writer`` is the function that writes right ones."""
+    try:
+        yield
+    except _ELSEWHERE:
+        raise
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path}: expected a state as {writer} writes it, got {error!r}") from error
+
+
+@contextlib.contextmanager
+def taking_over(path: object, model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> Iterator[None]:
+    """After any error all is as it was; what the checks cannot know (a module's own loading, an optimizer's or a
+    scheduler's) is a CheckpointError."""
+    before = snapshot(model, optimizer, run)
+    try:
+        yield
+    except BaseException as error:
+        take_over(model, optimizer, run, before)
+        if isinstance(error, _REFUSED) and not isinstance(error, _ELSEWHERE):
+            raise CheckpointError(f"{path}: expected a state that can be loaded, got {error!r}") from error
+        raise
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict:

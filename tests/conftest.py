@@ -22,6 +22,12 @@ _WITHIN = float(os.environ.get("INQ_TESTS_WITHIN", "inf"))
 _BEGAN = time.monotonic()
 
 
+def pytest_collection_modifyitems(items):
+    """Interpreted kernels take longest: begun first, or one process ends minutes after the other."""
+    if not torch.cuda.is_available():
+        items.sort(key=lambda item: not item.path.name.startswith("test_triton_"))
+
+
 def pytest_runtest_setup(item):
     if time.monotonic() - _BEGAN > _WITHIN:
         pytest.skip(f"left out: {_WITHIN:g} seconds were over (INQ_TESTS_WITHIN)")
