@@ -5,6 +5,8 @@ VENV ?= .venv
 # Arguments for the commands, e.g. make demo DEMO="--seeds 3", make test PYTEST="-k nn", make bench BENCH=--quick.
 DEMO ?=
 LM ?=
+TABLES ?=
+QUICK ?=
 BENCH ?= --isa native,avx512,avx2
 # Some tests take minutes: a process that is done takes over what another has before it.
 PYTEST ?= -n 2 --dist worksteal
@@ -35,12 +37,13 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars language-model bench static static-cuda gpu gpu-sanitize test test-integrations emulate mutants mutants-files sanitize fuzz faults lint format clean help
+.PHONY: demo bars language-model tables bench static static-cuda gpu gpu-sanitize test test-integrations emulate mutants mutants-files sanitize fuzz faults lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
 	@echo "make language-model   a language model in float32, INQ, plain and calibrated rounding (LM=--quick: seconds)"
+	@echo "make tables    the paper's tables in small: INQ, DNS + INQ, TWN, BWN, Deep Compression (QUICK=1: a minute, no claims)"
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
 	@echo "make static-cuda   the same for the compiled CUDA library, as it is in the file"
@@ -66,6 +69,11 @@ bars: demo
 # Real numbers for docs/language_model: half an hour of a processor; LM=--quick takes seconds. Stopped, it goes on where it was.
 language-model: $(READY)
 	$(PY) examples/language_model.py $(LM)
+
+# The paper's comparisons on small networks (docs/comparisons.md), into tables/. QUICK=1, into tables/quick/: everything
+# runs, and no number means anything. Stopped, it goes on where it was.
+tables: $(READY)
+	$(PY) -m examples.tables $(if $(filter-out 0,$(QUICK)),--quick) $(TABLES)
 
 bench: $(READY)
 	$(PY) -m inq_kernels.cli bench --bars $(BENCH)

@@ -198,11 +198,11 @@ class Trainer:
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
-def base(recipe: Recipe, out: Path) -> list[dict]:
-    """The float32 network that everything starts from: warmed up, then a cosine down to a tenth of the rate."""
-    torch.manual_seed(SEED)
+def trained(recipe: Recipe, seed: int) -> LanguageModel:
+    """The float32 network of a seed: warmed up, then a cosine down to a tenth of the rate."""
+    torch.manual_seed(seed)
     model = LanguageModel(recipe)
-    trainer = Trainer(model, recipe, recipe.lr, SEED)
+    trainer = Trainer(model, recipe, recipe.lr, seed)
     warm = max(recipe.steps // 15, 1)
 
     def rate(step: int) -> float:
@@ -211,6 +211,12 @@ def base(recipe: Recipe, out: Path) -> list[dict]:
         return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(recipe.steps - warm, 1))
 
     trainer.train(recipe.steps, torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, rate))
+    return model
+
+
+def base(recipe: Recipe, out: Path) -> list[dict]:
+    """The float32 network that everything starts from."""
+    model = trained(recipe, SEED)
     partial = out / "base.safetensors.partial"
     save_file(model.state_dict(), partial)
     os.replace(partial, out / "base.safetensors")
