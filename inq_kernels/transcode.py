@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -284,6 +285,38 @@ def _quantize_tensor(
     return packed, Row(name, info.shape, w.nbytes, after, fmt, "", sqnr_db(signal, noise), zeros)
 
 
+# --- a checkpoint that is written again ------------------------------------------------------------------------------
+
+
+def _entries_of(
+    checkpoint: Checkpoint, progress: Progress | None
+) -> Callable[[Path], Iterator[tuple[str, PackedWeight | Tensor]]]:
+    """``checkpoint.entries`` of one file after the other, of which ``progress`` hears."""
+    done = itertools.count()
+
+    def entries(file: Path) -> Iterator[tuple[str, PackedWeight | Tensor]]:
+        for name, value in checkpoint.entries(file):
+            if progress is not None:
+                progress(name, next(done), len(checkpoint.names))
+            yield name, value
+
+    return entries
+
+
+def _write_files(
+    checkpoint: Checkpoint, source: Path, directory: Path, write: Callable[[Path, Path], object]
+) -> list[str]:
+    """``write(file, path)`` for each file of ``source``, and an index where that has one; their names. Without files of
+    nothing but exponents, which go where their weights are."""
+    used = dict.fromkeys(checkpoint.file_of[name] for name in checkpoint.names)
+    names = {file: file.name if source.is_dir() else MODEL_FILE for file in used}
+    for file, name in names.items():
+        write(file, directory / name)
+    if (source / INDEX_FILE).is_file():
+        _write_index(directory, {name: files.read_header(directory / name) for name in names.values()})
+    return list(names.values())
+
+
 # --- rewrite ----------------------------------------------------------------------------------------------------------
 
 
@@ -313,47 +346,29 @@ def rewrite(
     _check_target(target, len(checkpoint.headers))
     configuration = {**checkpoint.config, "format_version": version_of(compress)}
     dtypes = {name: checkpoint.manifest[name].dtype for name in checkpoint.parts}
-    done = 0
+    entries, after = _entries_of(checkpoint, progress), 0
 
-    def write(file: Path, path: Path, own_config: Mapping[str, object] | None) -> int:
-        nonlocal done
-        entries = {}
-        for name, value in checkpoint.entries(file):
-            if progress is not None:
-                progress(name, done, len(checkpoint.names))
-            done += 1
-            entries[name] = value
-        write_file(path, entries, dtypes, own_config, compress)
-        return path.stat().st_size
+    def write(file: Path, path: Path, own_config: Mapping[str, object] | None = None) -> None:
+        nonlocal after
+        write_file(path, dict(entries(file)), dtypes, own_config, compress)
+        after += path.stat().st_size
 
     def fill(directory: Path) -> None:
-        nonlocal after
-        names = _file_names(checkpoint, source)
-        after = sum(write(file, directory / name, None) for file, name in names.items())
-        if (source / INDEX_FILE).is_file():
-            _write_index(directory, {name: files.read_header(directory / name) for name in names.values()})
+        names = _write_files(checkpoint, source, directory, write)
         if (model_config := _read_config(source)) is not None and model_config.get(QUANTIZATION_CONFIG) is not None:
             model_config[QUANTIZATION_CONFIG] = configuration
             files.write_text(directory / TRANSFORMERS_CONFIG, json_text(model_config))
         if model_config is None or os.path.lexists(source / CONFIG_FILE):
             files.write_text(directory / CONFIG_FILE, json_text(configuration))
         if source.is_dir():
-            _copy_others(source, directory, names.values())
+            _copy_others(source, directory, names)
         open_checkpoint(directory)
 
-    after = 0
     if target.suffix == ".safetensors":
-        after = write(next(iter(checkpoint.headers)), target, configuration)
+        write(next(iter(checkpoint.headers)), target, configuration)
     else:
         files.write_directory(target, fill)
     return sum(file.stat().st_size for file in checkpoint.headers), after
-
-
-def _file_names(checkpoint: Checkpoint, source: Path) -> dict[Path, str]:
-    """The files of a checkpoint that is written again, by their new names: without those of nothing but exponents,
-    which go where their weights are."""
-    used = dict.fromkeys(checkpoint.file_of[name] for name in checkpoint.names)
-    return {file: file.name if source.is_dir() else MODEL_FILE for file in used}
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -385,31 +400,23 @@ def export_dense(
     _check_apart(source, target)
     checkpoint = open_checkpoint(source)
     _check_target(target, len(checkpoint.headers))
-    done = 0
+    entries = _entries_of(checkpoint, progress)
 
     def write(file: Path, path: Path) -> None:
-        nonlocal done
         tensors = {}
-        for name, value in checkpoint.entries(file):
-            if progress is not None:
-                progress(name, done, len(checkpoint.names))
-            done += 1
+        for name, value in entries(file):
             if isinstance(value, PackedWeight):
                 value = unpack_exactly(f"{file}: tensor {name!r}", value, dtype or checkpoint.manifest[name].dtype)
             tensors[name] = value
         files.write_safetensors(path, tensors, {"format": "pt"})
 
     def fill(directory: Path) -> None:
-        names = _file_names(checkpoint, source)
-        for file, name in names.items():
-            write(file, directory / name)
-        if (source / INDEX_FILE).is_file():
-            _write_index(directory, {name: files.read_header(directory / name) for name in names.values()})
+        names = _write_files(checkpoint, source, directory, write)
         if (model_config := _read_config(source)) is not None:
             model_config.pop(QUANTIZATION_CONFIG, None)
             files.write_text(directory / TRANSFORMERS_CONFIG, json_text(model_config))
         if source.is_dir():
-            _copy_others(source, directory, names.values())
+            _copy_others(source, directory, names)
 
     if target.suffix == ".safetensors":
         write(next(iter(checkpoint.headers)), target)

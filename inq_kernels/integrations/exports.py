@@ -17,8 +17,6 @@ from torch import Tensor
 from .. import files, ops
 from ..file_format import (
     CONFIG_FILE,
-    INDEX_FILE,
-    MODEL_FILE,
     QUANTIZATION_CONFIG,
     TRANSFORMERS_CONFIG,
     Checkpoint,
@@ -33,9 +31,10 @@ from ..transcode import (
     Progress,
     _check_apart,
     _copy_others,
+    _entries_of,
     _read_config,
     _row_pieces,
-    _write_index,
+    _write_files,
     unpack_exactly,
 )  # fmt: skip
 from . import compressed_tensors, fp8, mxfp4
@@ -109,15 +108,11 @@ def _export(source: Path, target: Path, layout: str, progress: Progress | None) 
     report = ExportReport()
     chosen = _choose(checkpoint, layout, report)
     dtype = _model_dtype(model_config)
-    done = 0
+    entries = _entries_of(checkpoint, progress)
 
     def write(file: Path, path: Path) -> None:
-        nonlocal done
         tensors: dict[str, Tensor] = {}
-        for name, value in checkpoint.entries(file):
-            if progress is not None:
-                progress(name, done, len(checkpoint.names))
-            done += 1
+        for name, value in entries(file):
             where, own = f"{file}: tensor {name!r}", checkpoint.manifest[name].dtype
             if name in chosen:
                 new = _encode(where, name, value, layout, own, dtype)
@@ -130,17 +125,11 @@ def _export(source: Path, target: Path, layout: str, progress: Progress | None) 
         files.write_safetensors(path, tensors, {"format": "pt"})
 
     def fill(directory: Path) -> None:
-        # A shard of nothing but exponents leaves nothing to write.
-        used = dict.fromkeys(checkpoint.file_of[name] for name in checkpoint.names)
-        names = {file: file.name if source.is_dir() else MODEL_FILE for file in used}
-        for file, name in names.items():
-            write(file, directory / name)
-        if (source / INDEX_FILE).is_file():
-            _write_index(directory, {name: files.read_header(directory / name) for name in names.values()})
+        names = _write_files(checkpoint, source, directory, write)
         merged = {**(model_config or {}), QUANTIZATION_CONFIG: _configuration(checkpoint, chosen, layout)}
         files.write_text(directory / TRANSFORMERS_CONFIG, json_text(merged))
         if source.is_dir():
-            report.not_copied.extend(_copy_others(source, directory, [*names.values(), CONFIG_FILE]))
+            report.not_copied.extend(_copy_others(source, directory, [*names, CONFIG_FILE]))
 
     files.write_directory(target, fill)
     return report
