@@ -34,6 +34,16 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture
+def native_as_before():
+    """The compiled library's instruction set and torch's threads after a test as they were before; it is loaded."""
+    leaf = torch.ops.inq_cpu
+    isa, threads = leaf.isa(), torch.get_num_threads()
+    yield
+    leaf.set_isa(isa)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def guarded(monkeypatch):
     """``support_triton.guarded`` around a whole test, which must have made buffers."""
     from support_triton import guarded

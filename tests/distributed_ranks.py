@@ -395,14 +395,20 @@ def checkpoints(folder):
     assert kept == {".json", ".safetensors"}
 
 
-def damaged_checkpoints(folder):
-    """What one rank finds is an error on all, and changes nothing on any."""
-    rank, path = dist.get_rank(), folder / "damaged"
+def saved_and_gone_on(path):
+    """A run of which there is a checkpoint, one step further."""
     t = Training("fsdp2")
     next(iter(t.run))
     t.one_step()
     inq.save_sharded(path, t.model, t.optimizer, t.run, {"step": 1})
     t.one_step()
+    return t
+
+
+def damaged_checkpoints(folder):
+    """What one rank finds is an error on all, and changes nothing on any."""
+    rank, path = dist.get_rank(), folder / "damaged"
+    t = saved_and_gone_on(path)
     before = flattened(state_of(t))
 
     def flip():
@@ -440,11 +446,7 @@ def damaged_checkpoints(folder):
 def taking_over_fails(folder):
     """What fails on one rank after all checks, such as for want of memory, is undone on all, and nobody waits."""
     rank, path = dist.get_rank(), folder / "taken"
-    t = Training("fsdp2")
-    next(iter(t.run))
-    t.one_step()
-    inq.save_sharded(path, t.model, t.optimizer, t.run, {"step": 1})
-    t.one_step()
+    t = saved_and_gone_on(path)
     before, load, calls = flattened(state_of(t)), t.optimizer.load_state_dict, []
 
     def fails_once(state):

@@ -31,16 +31,30 @@ class Case:
     reads: bool
 
 
-CASES = {}
+def registry():
+    """A table of cases, and the decorator that puts a case into it under its function's name."""
+    cases = {}
+
+    def case(message, reads=False):
+        def register(function):
+            assert function.__name__ not in cases
+            cases[function.__name__] = Case(function, message, reads)
+            return function
+
+        return register
+
+    return cases, case
 
 
-def case(message, reads=False):
-    def register(function):
-        assert function.__name__ not in CASES
-        CASES[function.__name__] = Case(function, message, reads)
-        return function
+CASES, case = registry()
 
-    return register
+
+def written(entries, **how):
+    """The bytes of the file that ``inq.save`` makes of ``entries``."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory, "good.safetensors")
+        inq.save(entries, path, **how)
+        return path.read_bytes()
 
 
 # --- a good file, and how to take it apart ----------------------------------------------------------------------------
@@ -62,10 +76,7 @@ def good_entries():
 
 @cache
 def good_bytes():
-    with TemporaryDirectory() as directory:
-        path = Path(directory, "good.safetensors")
-        inq.save(good_entries(), path)
-        return path.read_bytes()
+    return written(good_entries())
 
 
 class File:

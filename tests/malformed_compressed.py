@@ -4,27 +4,15 @@ may hold. Streams are written with zstandard itself, so that they can hold anyth
 import hashlib
 import zlib
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import malformed
 import torch
 import zstandard
-from malformed import Case
 
 import inq_kernels as inq
 from inq_kernels import reference
 
-CASES = {}
-
-
-def case(message, reads=False):
-    def register(function):
-        assert function.__name__ not in CASES
-        CASES[function.__name__] = Case(function, message, reads)
-        return function
-
-    return register
+CASES, case = malformed.registry()
 
 
 # --- a good file, and how to take its streams apart -------------------------------------------------------------------
@@ -45,10 +33,7 @@ def good_entries():
 
 @cache
 def good_bytes():
-    with TemporaryDirectory() as directory:
-        path = Path(directory, "good.safetensors")
-        inq.save(good_entries(), path, compress=True)
-        return path.read_bytes()
+    return malformed.written(good_entries(), compress=True)
 
 
 def frame(symbols, **parameters):

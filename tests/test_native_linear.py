@@ -28,14 +28,7 @@ SHAPES = ((1, 1), (15, 31), (16, 32), (17, 33), (31, 16), (33, 17), (100, 257), 
 every_isa = pytest.mark.parametrize("isa", ISAS)
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    isa, threads = ops.isa(), torch.get_num_threads()
-    yield
-    ops.set_isa(isa)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("native_as_before")
 
 
 def tail(fmt):

@@ -12,13 +12,7 @@ leaf = torch.ops.inq_cpu
 ISAS = ("portable", "avx2", "avx512")
 ISAS = ISAS[: ISAS.index(leaf.detected_isa().replace("amx", "avx512")) + 1]
 
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    isa, threads = leaf.isa(), torch.get_num_threads()
-    yield
-    leaf.set_isa(isa)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("native_as_before")
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -50,6 +50,10 @@ class Rows:
         """A number of ``methods._size``, seed by seed."""
         return [job["sizes"][way][what] for job in self.by_name[network, method]]
 
+    def times_smaller(self, network: str, method: str, way: str) -> str:
+        """How many times smaller than float32 the whole file is, on average."""
+        return f"{estimate(self.sizes(network, method, way, 'ratio')).mean:.1f}×"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -177,7 +181,7 @@ def t4(rows: Rows) -> Table:
             ours = method.startswith("inq")
             ratio = ""
             if method not in ("float32", "longer"):
-                ratio = estimate(rows.sizes(net, method, "packed", "ratio")).text(1).split(" ")[0] + "×"
+                ratio = rows.times_smaller(net, method, "packed")
             differences = [each.text(digits, signed=True) if ours else "" for each in beside]
             theirs = _errors(paper.T4[T4_OF_PAPER[method]]) if method in T4_OF_PAPER and net == "resnet" else ""
             lines.append((_name(net), title, rows.mean(net, method).text(digits), *differences, ratio, theirs))
@@ -258,10 +262,7 @@ def extension(rows: Rows) -> Table:
         for method, title in EXTENSION.items():
             other = "inq-2-mse" if method.startswith("inq-2") else "inq-5"
             difference = "" if method == other else rows.minus(net, method, other).text(signed=True)
-            ratios = [
-                estimate(rows.sizes(net, method, way, "ratio")).text(1).split(" ")[0] + "×"
-                for way in ("packed", "coded")
-            ]
+            ratios = [rows.times_smaller(net, method, way) for way in ("packed", "coded")]
             lines.append((_name(net), title, rows.mean(net, method).text(), difference, *ratios))
         dense = rows.minus(net, "inq-4-dense", "inq-5")
         claims.append(Claim("Extension: dense levels at 4 bits are as good as paper levels at 5", net, dense, 0))

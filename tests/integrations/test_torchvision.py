@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from imagenet_shrunk import example
 from imagenet_tiny import load
 from test_imagenet import OPERATIONS, PAGE
@@ -18,8 +19,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import inq_kernels as inq
-
-torchvision = pytest.importorskip("torchvision")
 
 HERE = Path(__file__).resolve().parent
 CLASSES = 3
