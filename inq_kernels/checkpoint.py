@@ -19,12 +19,12 @@ from .file_format import (
     Checkpoint,
     Entries,
     Entry,
+    code_pieces,
     config,
     json_text,
     module_name,
     open_checkpoint,
     part_names,
-    row_chunks,
     some,
     stays_float,
     write_file,
@@ -420,8 +420,8 @@ def verify(path: str | os.PathLike) -> int:
 
 def _layer(checkpoint: Checkpoint, name: str, packed: PackedWeight) -> Layer:
     counts = torch.zeros(1 << packed.format.bits, dtype=torch.int64, device=packed.weight.device)
-    for rows in row_chunks(packed):
-        codes = reference.unpack_codes(packed.weight[rows], packed.format.bits, packed.k)
+    for piece in code_pieces(packed):
+        codes = reference.unpack_codes(piece.weight, piece.format.bits, piece.k)
         counts += torch.bincount(codes.reshape(-1), minlength=counts.numel())
     numel = math.prod(packed.shape)
     portions = [count / numel for count in counts.tolist() if count]

@@ -46,6 +46,8 @@ MAX_RATIO = 64
 _WINDOW_LOG = 17
 # Where more symbols than this are not zero, taking out zeros makes nothing smaller: by measurement.
 _FEW_ZEROS = 0.75
+# Of a zstd block's header: one byte follows, that is repeated.
+_REPEATED = 1
 # Symbols of a block, which are decoded at a time: they and what is made of them stay in a cache.
 _BLOCK = 1 << 17
 _KEYS = {"coder", "zeros", "values", "streams", "sha256"}
@@ -310,16 +312,37 @@ def decode(where: str, stored: Tensor, coding: Coding, shape: tuple[int, ...], f
 
 
 def _with_padding(flat: ndarray, n: int, k: int, bits: int) -> ndarray:
-    """The storage layout of a bit stream of codes, some rows at a time: each code takes bytes meanwhile."""
+    """The storage layout of a bit stream of codes, some rows or a part of one at a time: each code takes bytes
+    meanwhile."""
     import numpy as np
 
     layout = np.empty((n, (k + 7) // 8 * bits), np.uint8)
-    rows = max(_BLOCK // k // 8, 1) * 8  # eight rows begin where a byte does
+    # Eight rows begin where a byte does.
+    rows, columns = (max(_BLOCK // k // 8, 1) * 8, k) if k <= _BLOCK else (1, _BLOCK)
     for start in range(0, n, rows):
-        count = min(rows, n - start) * k
-        piece = flat[start * k // 8 * bits :][: (count + 7) // 8 * bits]
-        layout[start : start + rows] = _layout(_widen(piece, bits)[:count], k, bits)
+        for column in range(0, k, columns):
+            width, first = min(columns, k - column), start * k + column
+            count = min(rows, n - start) * width
+            piece = flat[first // 8 * bits : (first + count + 7) // 8 * bits]
+            codes = _widen(piece, bits)[first % 8 :][:count]
+            made = _layout(codes, width, bits)
+            layout[start : start + rows, column // 8 * bits :][:, : made.shape[1]] = made
     return layout
+
+
+def _frame_bytes(data: memoryview) -> int:
+    """The bytes of the zstd frame that ``data`` begins with, as the headers of its blocks say: more than there are
+    where it is cut short."""
+    import zstandard
+
+    at, last = zstandard.frame_header_size(data), False
+    while not last:
+        header = int.from_bytes(data[at : at + 3], "little")
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == _REPEATED else size)
+        if at > len(data):
+            return at
+    return at + 4 * zstandard.get_frame_parameters(data).has_checksum
 
 
 class _Stream:
@@ -329,10 +352,11 @@ class _Stream:
         import zstandard
 
         self.where, self._error, self._reader, self._count = where, zstandard.ZstdError, None, 0
+        self._data = memoryview(data)
         if data.size:
             decoder = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
-            # Across frames, so that whatever follows the first one is seen.
-            self._reader = decoder.stream_reader(memoryview(data), read_across_frames=True)
+            # Across frames, so that symbols that follow the first one are seen.
+            self._reader = decoder.stream_reader(self._data, read_across_frames=True)
 
     def _into(self, buffer: ndarray) -> int:
         if self._reader is None or not buffer.size:
@@ -356,11 +380,28 @@ class _Stream:
         return symbols
 
     def end(self) -> None:
-        """A CheckpointError if there are more symbols."""
+        """A CheckpointError if there are more symbols, or other bytes than those of one whole frame."""
         import numpy as np
 
         if self._into(np.empty(1, np.uint8)):
             raise CheckpointError(f"{self.where}: expected {self._count} symbols, got more")
+        there = len(self._data)
+        if there and not self._count:
+            raise CheckpointError(f"{self.where}: expected no bytes for no symbols, got {there}")
+        if there:
+            self._check_frame(there)
+
+    def _check_frame(self, there: int) -> None:
+        """A CheckpointError if a frame that all symbols came from is not whole, or not alone: the decoder passes over
+        frames without symbols, and does not miss the end of one."""
+        import zstandard
+
+        expected = f"{self.where}: expected one zstd frame of {there} bytes, got"
+        if self._data[:4] != zstandard.FRAME_HEADER:
+            raise CheckpointError(f"{expected} another kind of frame first")
+        if (size := _frame_bytes(self._data)) != there:
+            what = "that needs more" if size > there else "with others behind"
+            raise CheckpointError(f"{expected} one of {size}, {what}")
 
     def check_mask(self, mask: ndarray, size: int) -> None:
         """A CheckpointError if a mask of ``size`` symbols, which this stream has helped to make, has bits beyond."""

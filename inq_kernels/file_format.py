@@ -57,7 +57,7 @@ _PLAIN_ENTRY = {"sha256", "dtype", "shape"}
 _PACKED_ENTRY = {*_PLAIN_ENTRY, *_FORMAT_KEYS.values(), "exponent_range"}
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in files.DTYPES.values()}
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}\.safetensors")
-# Rows of a weight are checked and counted in pieces of about this many codes, since each takes many bytes meanwhile.
+# A weight is checked and counted in pieces of about this many codes, a multiple of 8: each takes many bytes meanwhile.
 _CHUNK = 1 << 22
 
 # What load without a model returns: name → value.
@@ -108,10 +108,20 @@ def row_chunks(packed: PackedWeight) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _invalid_codes(packed: PackedWeight, rows: slice) -> int:
-    """How many codes of some rows are not canonical. The compiled library decodes and encodes them first, many times
-    faster than they are looked at one by one: what comes back the same is canonical."""
-    weight, n1, fmt = packed.weight[rows], packed.weight_exp[rows], packed.format
+def code_pieces(packed: PackedWeight) -> Iterator[PackedWeight]:
+    """Some rows at a time, without their scales, or a part of one."""
+    fmt, columns = packed.format, min(packed.k, _CHUNK)
+    for rows in row_chunks(packed):
+        for first in range(0, packed.k, columns):
+            k = min(columns, packed.k - first)
+            weight = packed.weight[rows, first // 8 * fmt.bits :][:, : fmt.row_bytes(k)]
+            yield PackedWeight(weight, packed.weight_exp[rows], None, fmt, (weight.shape[0], k))
+
+
+def _invalid_codes(packed: PackedWeight) -> int:
+    """How many codes are not canonical. The compiled library decodes and encodes them first, many times faster than
+    they are looked at one by one: what comes back the same is canonical."""
+    weight, n1, fmt = packed.weight, packed.weight_exp, packed.format
     # Of rows whose smallest levels do not exist, the definition alone is asked.
     if cpu.unavailable() is None and weight.device.type == "cpu" and fmt.n2(int(n1.min())) >= N1_MIN:
         values = torch.ops.inq.unpack(weight, n1, None, packed.k, fmt.bits, fmt.levels, torch.float32)
@@ -129,7 +139,7 @@ def check_packed(path: Path, name: str, packed: PackedWeight, dtype: torch.dtype
     least, largest = reference.exponent_limits(dtype)
     if low < least or high > largest:
         raise CheckpointError(f"{weight_exp}: expected exponents in [{least}, {largest}], got [{low}, {high}]")
-    bad = sum(_invalid_codes(packed, rows) for rows in row_chunks(packed))
+    bad = sum(map(_invalid_codes, code_pieces(packed)))
     if bad:
         raise CheckpointError(
             f"{weight}: expected canonical codes of {packed.format} and zero padding, got {bad} that are not"

@@ -42,15 +42,18 @@ def frame(symbols, **parameters):
     return zstandard.ZstdCompressor(compression_params=made).compress(bytes(symbols))
 
 
-def raw_frame(symbols, window=17, size=None, dictionary=None):
+def raw_frame(symbols, window=17, size=None, dictionary=None, last=True):
     """A frame of one block that is not coded, with a header as one likes: 2^``window`` bytes of window (None: as many
-    as its content), what it says of its size, and the dictionary that it wants."""
+    as its content), what it says of its size, and the dictionary that it wants. ``last``: that no block follows."""
     descriptor = (0xC0 if size is not None else 0) | (0x20 if window is None else 0) | (dictionary is not None)
     header = bytes([descriptor]) + (b"" if window is None else bytes([(window - 10) << 3]))
     header += (b"" if dictionary is None else bytes([dictionary])) + (
         b"" if size is None else size.to_bytes(8, "little")
     )
-    return b"\x28\xb5\x2f\xfd" + header + (1 | len(symbols) << 3).to_bytes(3, "little") + bytes(symbols)
+    return b"\x28\xb5\x2f\xfd" + header + (last | len(symbols) << 3).to_bytes(3, "little") + bytes(symbols)
+
+
+SKIPPED = b"\x50\x2a\x4d\x18\x05\0\0\0hello"  # a frame that decoders pass over
 
 
 @cache
@@ -297,6 +300,17 @@ streamed("stream_with_a_frame_behind", A + "expected 1528 symbols, got more", "a
          only(lambda s: frame(s) + frame(b"\1")))  # fmt: skip
 streamed("stream_with_noise_behind", _NO_FRAME + ".*Unknown frame descriptor", "a",
          only(lambda s: frame(s) + b"some noise"))  # fmt: skip
+_WHOLE = A + r"expected one zstd frame of \d+ bytes, got "
+streamed("stream_without_its_end", _WHOLE + r"one of \d+, that needs more", "a",
+         only(lambda s: raw_frame(s, last=False)))  # fmt: skip
+streamed("stream_cut_in_its_checksum", _WHOLE + r"one of \d+, that needs more", "a",
+         only(lambda s: frame(s, write_checksum=True)[:-1]))  # fmt: skip
+streamed("stream_that_begins_with_no_frame", _WHOLE + "another kind", "a", only(lambda s: SKIPPED + frame(s)))
+for behind, more in (("skipped", SKIPPED), ("empty_frame", frame(b"")), ("half_a_header", frame(b"")[:3])):
+    streamed(f"stream_with_{behind}_behind", _WHOLE + r"one of \d+, with others behind", "a",
+             only(lambda s, more=more: frame(s) + more))  # fmt: skip
+streamed("stream_of_two_frames", _WHOLE + r"one of \d+, with others behind", "a",
+         only(lambda s: frame(s[:700]) + frame(s[700:])))  # fmt: skip
 streamed("stream_that_wants_a_dictionary", _NO_FRAME + ".*ictionary", "a", only(lambda s: raw_frame(s, dictionary=7)))
 streamed("stream_that_lies_of_its_size", _NO_FRAME + ".*", "a", only(lambda s: raw_frame(s, size=1 << 60)))
 streamed("bomb_of_size", _NO_FRAME + ".*too much memory", "a",
@@ -351,6 +365,13 @@ masked("number_beyond_the_values", "stream 1: expected numbers of the 3 values, 
 masked("number_of_no_values", "stream 1: expected numbers of the 0 values, got others", [], b"\0")
 masked("number_behind_the_last", "stream 1: expected 5 codes, got more", [4, 5, 6], b"\0\x04")
 masked("value_not_canonical", "coding: expected codes of sha256", [1, 5, 6], b"\0\0")
+
+
+@case(r"tensor 's.weight': stream 2: expected no bytes for no symbols, got \d+", reads=True)
+def stream_of_nothing(directory):
+    file = File()
+    file.coding("s")["values"] = []
+    return file.put("s", [frame(bytes(207)), b"", frame(b"")]).write(directory)
 
 
 @case(r"tensor 'm.weight': coding: expected codes of sha256 0000\w+, got \w+", reads=True)
