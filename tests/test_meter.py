@@ -13,6 +13,7 @@ from inq_kernels.baselines import meter
 from inq_kernels.baselines.meter import LayerSize
 from inq_kernels.baselines.straight_through import project_
 from inq_kernels.baselines.ternary import TWN
+from inq_kernels.nn import replacement
 
 
 def test_an_inq_layer_by_hand():
@@ -87,6 +88,33 @@ def test_inq_beside_its_own_file(tmp_path):
     assert size.weight_bytes + sum(size.floats.values()) == sum(t.nbytes for t in tensors.values())
     coded = meter.measure(model, meter.inq_layers(model, {"3": 100}), "coded")
     assert coded.part("codes") == 100 + 4 * 36 / 8
+
+
+def test_a_converted_model_by_hand():
+    """Three rows of 20 weights at 3 bits, 5 of them not zero, in the kernels' layout and with row scales: 180 bits of
+    codes, rows filled up to 24 codes, so 36 of padding, 24 for n1 and 96 for the scales: 42 bytes. The bias takes two
+    bytes a value, and counts four in float32; a buffer outside the state counts nowhere."""
+    linear = nn.Linear(20, 3, dtype=torch.bfloat16)
+    w = torch.zeros(3, 20)
+    w[:, :5] = 0.5
+    packed = inq.pack(w, inq.Format(3))
+    scaled = inq.PackedWeight(
+        packed.weight, packed.weight_exp, torch.tensor([[1.5], [3.0], [0.7]]), packed.format, (3, 20)
+    )
+    model = nn.Sequential(inq.prepack(replacement(linear, scaled)))
+    model[0].register_buffer("cache", torch.ones(100), persistent=False)
+    (layer,) = layers = meter.inq_layers(model)
+    assert (layer.codes, layer.padding, layer.exponents, layer.scales) == (180, 36, 24, 96)
+    assert layer.nonzero == 15
+    assert layer.entropy == pytest.approx(15 * math.log2(60 / 15) + 45 * math.log2(60 / 45))
+    size = meter.measure(model, layers, "INQ")
+    assert (size.part("codes"), size.part("padding")) == (22.5, 4.5)
+    assert (size.weight_bytes, size.floats, size.float32_bytes) == (42, {"0.bias": 6}, 4 * 63)
+    streams = {"0.bias": torch.zeros(3, dtype=torch.bfloat16)}
+    # The codes with their padding.
+    for part, count in (("codes", 27), ("exponents", 3), ("scales", 12)):
+        streams[f"0.{part}"] = torch.zeros(count, dtype=torch.uint8)
+    assert size.bytes == len(save(streams, {"shapes": '{"0":[3,20]}'}))
 
 
 def test_tied_weights_count_once():
