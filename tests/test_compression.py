@@ -97,6 +97,16 @@ def test_an_encoder_that_does_not_decode_is_found_out(monkeypatch):
         encode("here", packed.weight, packed.shape, packed.format)
 
 
+def test_decode_asks_for_just_the_stored_bytes():
+    """Files are refused before; this is for whoever calls it with other bytes."""
+    packed = trained(inq.Format(4), (64, 64))
+    stored, coding = encode("here", packed.weight, packed.shape, packed.format)
+    size = stored.numel()
+    for other in (stored[:-1], torch.cat([stored, torch.zeros(1, dtype=torch.uint8)])):
+        with pytest.raises(inq.CheckpointError, match=f"here: expected {size} stored bytes, got {other.numel()}"):
+            decode("here", other, coding, packed.shape, packed.format)
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
