@@ -104,8 +104,8 @@ MUTANTS = [
     ("test_triton_linear.py::test_rows_as_e4m3", "triton_ops/linear_fp8.py", [("raw + 0x7FFFF + ((raw >> 20) & 1)", "raw + 0x80000")]),
     ("test_triton_training.py::test_several_chunks", "triton_ops/quantize.py", [("take -= tl.sum(more, axis=0)", "take -= 0")]),
     # Pruning and the baselines.
-    ("test_dns.py::test_surgery_by_hand", "dns.py", [("new = (size >= self.b) | (mask & (size >= self.a))", "new = mask & (size >= self.a)")]),
-    ("test_dns.py::test_surgery_by_hand", "dns.py", [("new = (size >= self.b) | (mask & (size >= self.a))", "new = size >= self.a")]),
+    ("test_dns.py::test_surgery_by_hand", "dns.py", [("new = (size >= self.b) | (mask & ~(size < self.a))", "new = mask & ~(size < self.a)")]),
+    ("test_dns.py::test_surgery_by_hand", "dns.py", [("new = (size >= self.b) | (mask & ~(size < self.a))", "new = ~(size < self.a)")]),
     ("test_dns.py::test_thresholds", "dns.py", [("size.std(correction=0)", "size.std()")]),
     ("test_dns.py::test_thresholds", "dns.py", [("    size = size[size != 0]\n", "")]),
     ("test_dns.py::test_it_is_the_textbook", "projection.py", [("        self._put_dense()\n        # args[0]", "        # args[0]")]),
