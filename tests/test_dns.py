@@ -321,6 +321,18 @@ def test_a_copy_of_the_model_is_a_plain_one():
     assert run.layers == ("0", "4")
 
 
+def test_what_is_handed_out_or_in_is_a_copy():
+    _, _, run = make()
+    state, masks, dense = run.state_dict(), run.masks(), run.dense("4")
+    first = copy.deepcopy(state)
+    run.load_state_dict(state)
+    for tensor in (masks["4"], dense, state["dense"]["4"], state["layers"]["4"]["mask"]):
+        tensor.zero_()
+    after = run.state_dict()
+    assert torch.equal(after["layers"]["4"]["mask"], first["layers"]["4"]["mask"])
+    assert torch.equal(after["dense"]["4"], first["dense"]["4"])
+
+
 # --- stopped and resumed ----------------------------------------------------------------------------------------------
 
 
