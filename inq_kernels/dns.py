@@ -62,9 +62,9 @@ class _Layer:
         self.updates = self.pruned = self.spliced = 0
 
     def update(self, dense: Tensor) -> None:
-        """T: 0 under a, 1 from b on, as it was between them."""
+        """T: 0 under a, 1 from b on, as it was between them. And as it was for NaN, which must be seen, not pruned."""
         size, mask = dense.detach().abs(), self.mask.to(dense.device)
-        new = (size >= self.b) | (mask & (size >= self.a))
+        new = (size >= self.b) | (mask & ~(size < self.a))
         self.pruned += int((mask & ~new).sum())
         self.spliced += int((new & ~mask).sum())
         self.updates += 1

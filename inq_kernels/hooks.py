@@ -108,6 +108,19 @@ def choose_weights(who: str, model: nn.Module, skip: Sequence[str]) -> dict[str,
     return weights
 
 
+def choose_plain_weights(who: str, model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Parameter]:
+    """``choose_weights`` for what works on whole weights: ValueError also for DTensors, NaN and Inf."""
+    weights = choose_weights(who, model, skip)
+    for name, weight in weights.items():
+        where = f"{who}: weight of layer {name!r}"
+        if distributed.is_sharded(weight):
+            raise ValueError(
+                f"{where}: expected a plain tensor, got a DTensor: DistributedDataParallel works, FSDP2 does not"
+            )
+        ops.check_weight(where, weight)
+    return weights
+
+
 def check_attached(who: str, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
     """Raise unless the weights are still the model's: somebody may have put others in their place."""
     distributed.reshard(model)

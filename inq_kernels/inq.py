@@ -552,7 +552,10 @@ class INQ:
         return Report(layer.report(self.portion) for layer in self._layers.values())
 
     def close(self) -> None:
-        """Take the hooks off the parameters and the optimizer: nothing holds the frozen weights any more."""
+        """Take the hooks off the parameters and the optimizer: nothing holds the frozen weights any more. A second time
+        it does nothing: another run may hold the weights by then."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hooks, ops
-from .distributed import is_sharded
+from . import hooks
 from .nn import as_patterns
 
 STATE_VERSION = 1
@@ -24,8 +23,10 @@ class ProjectedRun:
     """What ``inq.DNS`` and ``baselines.StraightThrough`` share: everything but the projection, ``_project``.
 
     It works beside any torch optimizer, with LBFGS too: its closures see f(W). Under DistributedDataParallel every rank
-    makes the run with the same arguments and does the same. W costs a copy of the weights. If a step raises, the model
-    has W until the next step, which begins where that one did. A subclass calls ``_attach`` when it is ready.
+    makes the run with the same arguments and does the same. W costs a copy of the weights. Between steps W is what
+    counts: what somebody else writes into the weights is gone at the next step. If a step raises, the model has W until
+    ``close`` or the next step, which begins where that one did (or where its closure was called last, as LBFGS does
+    several times). A subclass calls ``_attach`` when it is ready.
     """
 
     # How errors name the run.
@@ -36,17 +37,12 @@ class ProjectedRun:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, skip: str | Iterable[str] = ()):
         self.model = hooks.checked_model(self._who, model, optimizer)
         self.optimizer = optimizer
-        self._weights = hooks.choose_weights(self._who, self.model, as_patterns(skip))
-        for name, weight in self._weights.items():
-            where = f"{self._who}: weight of layer {name!r}"
-            if is_sharded(weight):
-                raise ValueError(
-                    f"{where}: expected a plain tensor, got a DTensor: DistributedDataParallel works, FSDP2 does not"
-                )
-            ops.check_weight(where, weight)
+        self._weights = hooks.choose_plain_weights(self._who, self.model, as_patterns(skip))
         # W. The parameters themselves hold f(W), but for the time of a step.
         self._dense = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._handles: list[Any] = []
+        # Whether the parameters hold W: in a step, and after one that raised.
+        self._stepping = False
 
     def _project(self, name: str, dense: Tensor) -> Tensor:
         """f(W) of one layer, a new tensor like ``dense``."""
@@ -57,12 +53,17 @@ class ProjectedRun:
 
     def _attach(self) -> None:
         hooks.warn_of_strangers(self._who, self.optimizer, self._weights, "projected", stacklevel=4)
+        # Before any hook: a projection that fails leaves nothing behind.
+        try:
+            self._put_projected()
+        except BaseException:
+            self._put_dense()
+            raise
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             hooks.first_after_step(self.optimizer, self._after_step),
         ]
         hooks.hold(self._who, self._weights)
-        self._put_projected()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -71,27 +72,35 @@ class ProjectedRun:
 
     def dense(self, name: str) -> Tensor:
         """W, which the optimizer steps, of the module ``name``; a copy. KeyError if it is not one of ``layers``."""
-        if name not in self._dense:
+        if name not in self._weights:
             raise KeyError(f"{self._who}: expected one of the modules {list(self._weights)}, got {name!r}")
+        self._check_open()
+        self._follow()
         return self._dense[name].clone()
+
+    def _follow(self) -> None:
+        """``model.to(device)`` and ``model.to(dtype)`` change parameters in place, under us."""
+        for name, weight in self._weights.items():
+            self._dense[name] = self._dense[name].to(weight)
 
     @torch.no_grad()
     def _put_dense(self) -> None:
+        self._follow()
+        self._stepping = True
         for name, weight in self._weights.items():
             weight.copy_(self._dense[name])
 
     @torch.no_grad()
     def _take_dense(self) -> None:
         for name, weight in self._weights.items():
-            if self._dense[name].device != weight.device:
-                # model.to(device) moves parameters in place, under us.
-                self._dense[name] = self._dense[name].to(weight.device)
             self._dense[name].copy_(weight)
 
     @torch.no_grad()
     def _put_projected(self) -> None:
+        self._follow()
         for name, weight in self._weights.items():
-            weight.copy_(self._project(name, self._dense[name].to(weight.device)))
+            weight.copy_(self._project(name, self._dense[name]))
+        self._stepping = False
 
     def _before_step(self, _: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._put_dense()
@@ -122,21 +131,30 @@ class ProjectedRun:
         self._put_projected()
 
     def close(self) -> None:
-        """Take the hooks off the optimizer: the weights stay f(W) and are trained as any others. W is dropped."""
+        """Take the hooks off the optimizer: the weights stay f(W) and are trained as any others. W is dropped. A second
+        time it does nothing: another run may hold the weights by then."""
+        if not self._handles:
+            return
+        if self._stepping:
+            self._put_projected()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         hooks.release(self._weights)
         self._dense.clear()
 
-    def _check_usable(self) -> None:
+    def _check_open(self) -> None:
         if not self._handles:
             raise RuntimeError(f"{self._who}: expected a run in use, got one that was closed")
+
+    def _check_usable(self) -> None:
+        self._check_open()
         hooks.check_attached(self._who, self.model, self._weights)
 
     def state_dict(self) -> dict:
         """All it takes to go on bit for bit; model and optimizer have their own. ``inq.save_training`` writes it."""
         self._check_usable()
+        self._follow()
         return {
             "version": STATE_VERSION,
             "kind": self._who,
@@ -169,6 +187,7 @@ class ProjectedRun:
             ValueError: it belongs to another run; nothing is changed.
         """
         self.check_state(state)
+        self._follow()
         for name, dense in self._dense.items():
             # Into the same memory: its strides decide the order of sums over it.
             dense.copy_(state["dense"][name])

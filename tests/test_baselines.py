@@ -112,7 +112,10 @@ def test_packed_with_their_scale_as_row_scale(method):
     assert torch.allclose(inq.linear(x, packed), x @ method(w).T, atol=1e-5)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((1,), "bits: expected 2 to 8"), ((4, "row"), "granularity: exp")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((1,), "bits: expected 2 to 8"), ((4.0,), "bits: expected 2 to 8"), ((4, "row"), "granularity: exp")],
+)
 def test_uniform_refuses_others(arguments, message):
     with pytest.raises(ValueError, match=message):
         Uniform(*arguments)
@@ -207,3 +210,46 @@ def test_projection_alone():
     assert same_bits(model[2].weight.detach(), Uniform(4)(net()[2].weight.detach()))
     assert torch.equal(model[5].weight, net()[5].weight)
     assert first_and_last(nn.Sequential(nn.Linear(2, 2))) == ("0",)
+
+
+class Fails:
+    def __call__(self, weight):
+        if weight.dim() == 2:
+            raise RuntimeError("no such weight")
+        return weight.sign()
+
+    def size(self, name, weight):
+        raise NotImplementedError
+
+
+def test_a_method_that_fails_leaves_nothing_behind():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="no such weight"):
+        StraightThrough(model, optimizer, Fails())
+    # The class in place of TWN() could be called with a weight, too.
+    for method, got in ((TWN, "the class TWN itself"), (torch.sign, "<built-in method sign")):
+        for call in (lambda m: StraightThrough(model, optimizer, m), lambda m: project_(model, m)):
+            with pytest.raises(TypeError, match=f"method: expected a quantizer of weights.* got {got}"):
+                call(method)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert all(same_bits(value, net().state_dict()[name]) for name, value in model.state_dict().items())
+    StraightThrough(model, optimizer, TWN())
+
+
+def test_nan_is_refused_and_changes_nothing():
+    model = net()
+    with torch.no_grad():
+        model[5].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"baselines.project_: weight of layer '5': expected finite values, got 1 NaN"):
+        project_(model, Uniform(4))
+    assert same_bits(model[0].weight.detach(), net()[0].weight.detach())
+
+
+def test_a_closed_run_has_no_sizes():
+    """An empty list would make the meter count everything as float."""
+    model = net()
+    run = StraightThrough(model, torch.optim.SGD(model.parameters(), 0.1), TWN())
+    run.close()
+    with pytest.raises(RuntimeError, match="baselines.StraightThrough: expected a run in use, got one that was closed"):
+        run.sizes()

@@ -260,6 +260,37 @@ def test_mistakes_have_one_clear_error_and_change_nothing(case):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("call", [lambda m: dc.prune_(m, 0.5), lambda m: dc.share_(m, 3)], ids=["prune_", "share_"])
+def test_what_other_modules_share_and_what_is_not_finite_is_refused(call):
+    """The module would compute its weight from others, and the one that shares it would keep the old parameter."""
+    tied = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False))
+    tied[2].weight = tied[0].weight
+    names = dict(tied.named_parameters()).keys()
+    with pytest.raises(ValueError, match=r"layer '2': .* of its own, got one of \['0.weight', '2.weight'\]"):
+        call(tied)
+    assert dict(tied.named_parameters()).keys() == names
+    model = net()
+    with torch.no_grad():
+        model[4].weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match="layer '4': expected finite values, got 0 NaN and 1 Inf of 2880"):
+        call(model)
+    # One module at two places is one weight.
+    linear = nn.Linear(4, 4)
+    twice = nn.Sequential(linear, linear)
+    call(twice)
+    assert torch.equal(twice[0].weight, twice[1].weight)
+
+
+def test_biases_that_the_user_pruned_stay_as_they_are():
+    model = net()
+    nn.utils.prune.l1_unstructured(model[4], "bias", 3)
+    dc.prune_(model, 0.5)
+    dc.finish_pruning_(model)
+    dc.finish_pruning_(model)
+    assert [name for name, _ in model[4].named_parameters()] == ["bias_orig", "weight"]
+    assert int((model[4].bias == 0).sum()) == 3
+
+
 # AlexNet's layers: weights, the fraction that the paper keeps (its table 4, from memory), and bits of a code.
 ALEXNET = (
     *((34_848, 0.84, 8), (307_200, 0.38, 8), (884_736, 0.35, 8), (663_552, 0.37, 8), (442_368, 0.37, 8)),

@@ -197,6 +197,142 @@ def test_a_c_rate_for_each_layer():
     assert bool((model[0].weight != 0).all())
 
 
+# --- whatever happens in between --------------------------------------------------------------------------------------
+
+
+def raises():
+    raise RuntimeError("out of memory")
+
+
+def test_a_step_that_raises_and_the_end_after_it(tmp_path):
+    """The next step begins where that one did; a checkpoint of in between is one of before; and finish prunes."""
+    model, opt, run = make("sgd")
+    beside = make("sgd")
+    for each in (model, opt), beside[:2]:
+        train(*each, range(4))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step(raises)
+    inq.save_training(tmp_path / "run.safetensors", model, opt, run)
+    second = make("sgd")
+    inq.load_training(tmp_path / "run.safetensors", *second)
+    for each in (model, opt), beside[:2], second[:2]:
+        train(*each, range(4, 7))
+    for name, value in beside[0].state_dict().items():
+        assert same_bits(model.state_dict()[name], value), name
+        assert same_bits(second[0].state_dict()[name], value), name
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step(raises)
+    for name, mask in run.finish().items():
+        assert not model.get_submodule(name).weight[~mask].any()
+        assert same_bits(model.get_submodule(name).weight.detach(), beside[0].get_submodule(name).weight.detach())
+
+
+def test_the_end_leaves_alone_what_was_loaded_before_it():
+    model, opt, run = make()
+    train(model, opt, range(2))
+    other = net().state_dict()
+    model.load_state_dict(other)
+    run.close()
+    assert same_bits(model.state_dict()["4.weight"], other["4.weight"])
+
+
+def test_a_run_that_is_closed_twice_takes_no_weights_from_another():
+    model, opt, run = make()
+    run.close()
+    other = inq.INQ(model, opt, FMT)
+    run.close()
+    with pytest.raises(ValueError, match="expected a weight of no other run, got one of another inq.INQ"):
+        inq.DNS(model, opt, 0.3, iter_stop=9)
+    other.close()
+    inq.DNS(model, opt, 0.3, iter_stop=9)
+    other.close()
+    with pytest.raises(ValueError, match="got one of another inq.DNS"):
+        inq.INQ(model, opt, FMT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_amid_the_run(dtype):
+    """W, its state and the model are of the new dtype."""
+    model, opt, run = make()
+    train(model, opt, range(2))
+    before, masks = run.dense("4"), run.masks()
+    model.to(dtype)
+    assert same_bits(run.dense("4"), before.to(dtype))
+    run.load_state_dict(run.state_dict())
+    assert same_bits(model[4].weight.detach(), torch.where(masks["4"], before.to(dtype), 0.0))
+    x, t = batch(0)
+    opt.zero_grad()
+    F.cross_entropy(model(x.to(dtype)), t).backward()
+    opt.step()
+    assert run.dense("4").dtype == model[4].weight.dtype == dtype
+    assert run.finish().keys() == {"0", "4"}
+
+
+def test_a_weight_that_becomes_nan_is_not_hidden_by_pruning():
+    """|NaN| is not under a: T stays, and the model shows it."""
+    model, opt, run = make(gamma=0.0)
+    at = tuple(run.masks()["4"].nonzero()[0].tolist())
+    closure_of(model, opt, 0)()
+    model[4].weight.grad[at] = math.nan
+    opt.step()
+    assert run.masks()["4"][at]
+    assert model[4].weight[at].isnan()
+    masks = run.finish()
+    with pytest.raises(ValueError, match="layer '4': expected finite values, got 1 NaN"):
+        next(iter(inq.INQ(model, opt, FMT, prune_masks=masks)))
+
+
+def test_a_step_that_a_gradient_scaler_leaves_out_counts_for_nothing():
+    model, opt, run = make("sgd")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, spoil in enumerate((False, True, False)):
+        x, t = batch(step)
+        opt.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), t)).backward()
+        before = run.dense("4")
+        if spoil:
+            model[0].weight.grad[0] = math.inf
+        scaler.step(opt)
+        scaler.update()
+        assert torch.equal(before, run.dense("4")) == spoil
+    assert run.state_dict()["iteration"] == 2
+
+
+def test_weights_that_take_no_gradient_or_are_in_several_groups():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    opt = torch.optim.SGD([{"params": [model[4].weight]}, {"params": [model[4].bias], "lr": 0.2}], 0.1, momentum=0.9)
+    run = inq.DNS(model, opt, 0.3, iter_stop=9)
+    before = run.dense("0")
+    train(model, opt, range(3))
+    assert same_bits(run.dense("0"), before)
+    assert not torch.equal(run.dense("4"), net()[4].weight)
+    assert not model[0].weight.requires_grad
+    for name, mask in run.finish().items():
+        assert same_bits(mask, model.get_submodule(name).weight != 0)
+
+
+def test_a_copy_of_the_model_is_a_plain_one():
+    model, opt, run = make()
+    copied = copy.deepcopy(model)
+    train(model, opt, range(2))
+    assert not torch.equal(copied[4].weight, model[4].weight)
+    inq.DNS(copied, torch.optim.SGD(copied.parameters(), 0.1), 0.3, iter_stop=9)
+    assert run.layers == ("0", "4")
+
+
+def test_what_is_handed_out_or_in_is_a_copy():
+    _, _, run = make()
+    state, masks, dense = run.state_dict(), run.masks(), run.dense("4")
+    first = copy.deepcopy(state)
+    run.load_state_dict(state)
+    for tensor in (masks["4"], dense, state["dense"]["4"], state["layers"]["4"]["mask"]):
+        tensor.zero_()
+    after = run.state_dict()
+    assert torch.equal(after["layers"]["4"]["mask"], first["layers"]["4"]["mask"])
+    assert torch.equal(after["dense"]["4"], first["dense"]["4"])
+
+
 # --- stopped and resumed ----------------------------------------------------------------------------------------------
 
 
@@ -391,8 +527,12 @@ def test_weights_that_were_replaced_are_noticed():
 
 
 def test_unknown_names_are_named():
+    _, _, run = make()
     with pytest.raises(KeyError, match=r"expected one of the modules \['0', '4'\], got 'fc'"):
-        make()[2].dense("fc")
+        run.dense("fc")
+    run.close()
+    with pytest.raises(RuntimeError, match="inq.DNS: expected a run in use, got one that was closed"):
+        run.dense("4")
 
 
 def test_a_weight_outside_the_optimizer_is_warned_about():

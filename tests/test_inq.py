@@ -468,6 +468,24 @@ def test_a_second_run_on_the_same_weights_is_refused_until_the_first_is_closed()
     assert (model[3].weight != before)[~second.frozen("3")].any()
 
 
+def test_closing_a_run_again_takes_nothing_from_the_next_one():
+    """The masks that the optimizer holds are the next run's by then, and weight decay would move what it froze."""
+    model = small_net()
+    opt = inq.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    run = inq.INQ(model, opt, FMT)
+    run.close()
+    second = inq.INQ(model, opt, FMT, (0.5, 1.0))
+    next(iter(second))
+    before, frozen = model[3].weight.detach().clone(), second.frozen("3")
+    run.close()
+    x, t = batch()
+    F.cross_entropy(model(x), t).backward()
+    opt.step()
+    assert torch.equal(model[3].weight[frozen], before[frozen])
+    with pytest.raises(ValueError, match="got one of another inq.INQ"):
+        inq.INQ(model, opt, FMT)
+
+
 @pytest.mark.parametrize("how", ["assign", "module"])
 def test_weights_that_were_replaced_are_noticed(how):
     """The run would go on freezing Parameters that are the model's no more."""

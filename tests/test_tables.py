@@ -5,6 +5,8 @@ import importlib
 import json
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ import torch
 from torch import nn
 
 import inq_kernels as inq
-from inq_kernels import checkpoint
-from inq_kernels.baselines import meter
+from inq_kernels import checkpoint, reference
+from inq_kernels.baselines import deep_compression, meter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # examples is a folder of the repository, not of the package
@@ -313,6 +315,311 @@ def test_a_quick_page_claims_nothing():
     assert "nothing is concluded" in text
     assert "What can be seen" not in text
     assert "yes: better" not in text
+
+
+# --- the tables, by hand ----------------------------------------------------------------------------------------------
+
+# What is added to 1, 2, 3 for the seeds: differences are exact, and their intervals have no width.
+OFFSETS = {
+    **dict(
+        zip(("float32", "longer", "inq-5", "inq-4", "inq-3", "inq-2"), (0.0, 0.25, -0.5, 0.5, 1.0, 2.0), strict=True)
+    ),
+    **dict.fromkeys(("inq-5-random", "dns-inq-5"), 0.5),
+    **dict.fromkeys(("dns-inq-4", "dc-8-5"), 0.25),
+    **dict.fromkeys(("dns", "dns-inq-3"), 0.0),
+    "inq-2-random": 3.0,
+    "inq-2-mse": 1.5,
+    "inq-2-mse-channel": 1.25,
+    "inq-4-dense": -0.75,
+    "inq-5-channel": -1.0,
+    "inq-4-dense-channel": -1.25,
+    "dc-4-2": 4.0,
+}
+# Ratios of a whole file, by how it is stored.
+WAYS = {"packed": 4.0, "coded": 40.0, "relative": 35.0, "P+Q": 20.0, "P+Q+H": 30.0}
+
+
+@pytest.fixture
+def rows():
+    sizes = {
+        way: {"bytes": 1000 / r, "ratio": r, "weight_ratio": r + 1, "streams_ratio": r + 2} for way, r in WAYS.items()
+    }
+    found = [
+        {
+            "network": "lenet-5",
+            "method": method,
+            "seed": seed,
+            "value": seed + 1 + offset,
+            "sizes": sizes,
+            "fraction": 0.1,
+        }
+        for method, offset in OFFSETS.items()
+        # In whatever order the file has them.
+        for seed in ((2, 1, 0) if method == "float32" else (0, 1, 2))
+    ]
+    return tables.Rows.of(found)
+
+
+def seen_in(table):
+    return {claim.text: claim.seen() for claim in table.claims}
+
+
+def test_t1_by_hand(rows):
+    """1, 2, 3: s = 1, 4.302653/√3 = 2.48."""
+    made = tables.t1(rows)
+    assert made.rows == [
+        (
+            *("LeNet-5-shaped", "2.00 ± 2.48", "2.25 ± 2.48", "1.50 ± 2.48", "−0.50 ± 0.00", "−0.75 ± 0.00"),
+            "AlexNet: 42.76 / 19.77 → 42.61 / 19.54",
+        )
+    ]
+    assert seen_in(made) == {"T1: INQ at 5 bits is as good as float32": "yes: better"}
+
+
+def test_t2_and_t3_by_hand(rows):
+    made = tables.t2(rows)
+    assert made.rows == [
+        ("LeNet-5-shaped", "5", "2.50 ± 2.48", "1.50 ± 2.48", "+1.00 ± 0.00", "", ""),
+        ("LeNet-5-shaped", "2", "5.00 ± 2.48", "4.00 ± 2.48", "+1.00 ± 0.00", "", ""),
+    ]
+    assert set(seen_in(made).values()) == {"yes"}
+    made = tables.t3(rows)
+    assert made.rows == [
+        ("32", "2.00 ± 2.48", "31.73 / 11.31"),
+        ("5", "1.50 ± 2.48 (−0.50 ± 0.00)", "31.02 / 10.90"),
+        ("4", "2.50 ± 2.48 (+0.50 ± 0.00)", "31.11 / 10.99"),
+        ("3", "3.00 ± 2.48 (+1.00 ± 0.00)", "31.92 / 11.64"),
+        ("2", "4.00 ± 2.48 (+2.00 ± 0.00)", "33.98 / 12.87"),
+    ]
+    assert set(seen_in(made).values()) == {"no: worse"}
+
+
+def test_t5_by_hand(rows):
+    """The decrease is float32 − method; ours is compared with Deep Compression at 8 and 5 bits, Huffman coded."""
+    made = tables.t5(rows)
+    by_title = {row[1]: row for row in made.rows}
+    assert by_title["Deep Compression, P+Q, 8/5 bits"][2:9] == (
+        *("10.0 ± 0.0", "2.25 ± 2.48", "−0.25 ± 0.00", "50", "20.0 ± 0.0", "21.0 ± 0.0", "22.0 ± 0.0"),
+    )
+    assert [by_title[title][6] for title in by_title] == [
+        *("20.0 ± 0.0", "30.0 ± 0.0", "30.0 ± 0.0", *["40.0 ± 0.0"] * 3, *["35.0 ± 0.0"] * 3),
+    ]
+    seen = seen_in(made)
+    ratio, error = (
+        "T5: DNS + INQ, {} bits: higher ratio than Deep Compression, 8/5",
+        "T5: DNS + INQ, {} bits: as good as",
+    )
+    assert [seen[ratio.format(bits)] for bits in (5, 4, 3)] == ["yes"] * 3
+    assert [seen[f"{error.format(bits)} Deep Compression, 8/5"] for bits in (5, 4, 3)] == [
+        *("no: worse", "not told apart", "yes: better"),
+    ]
+
+
+def test_the_extension_by_hand(rows):
+    made = tables.extension(rows)
+    assert [row[2:] for row in made.rows] == [
+        ("1.50 ± 2.48", "", "4.0×", "40.0×"),
+        ("1.00 ± 2.48", "−0.50 ± 0.00", "4.0×", "40.0×"),
+        ("1.25 ± 2.48", "−0.25 ± 0.00", "4.0×", "40.0×"),
+        ("0.75 ± 2.48", "−0.75 ± 0.00", "4.0×", "40.0×"),
+        ("3.50 ± 2.48", "", "4.0×", "40.0×"),
+        ("3.25 ± 2.48", "−0.25 ± 0.00", "4.0×", "40.0×"),
+    ]
+    assert set(seen_in(made).values()) == {"yes: better"}
+
+
+def test_columns_that_say_nothing_and_intervals_of_one_seed():
+    for network, beside in (("resnet", True), (NET, False)):
+        lines = page.text(made_results(False, TERNARY, network)).splitlines()
+        headers = next(line for line in lines if line.startswith("| network | weights | result "))
+        assert ("| paper, ResNet-18 on ImageNet |" in headers) == beside
+    recipes = made_results(False, TERNARY)["recipes"]
+    assert page.budgets(recipes, 1).startswith("One seed, so there are no intervals.")
+    assert "mean over 2 seeds" in page.budgets(recipes, 2)
+
+
+def test_bits_per_byte_have_four_decimals():
+    made = page.claims([tables.Claim("a", jobs.LANGUAGE_MODEL, intervals.Estimate(0.00123, 0.0004, 5), 0)])
+    assert "| +0.0012 ± 0.0004 | no: worse |" in made
+
+
+# --- what each method does to a network -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The networks that methods measure, and what each began with."""
+    models, begun = [], []
+    model_of = methods.Given.model
+    monkeypatch.setattr(tasks.DigitsTask, "measure", lambda _, model: models.append(model) or 1.0)
+    monkeypatch.setattr(methods.Given, "model", lambda given, m="float32": begun.append(m) or model_of(given, m))
+    return models, begun
+
+
+def result_of(method, network="lenet-5", known=None):
+    """Numbers and tensors of a method, after those that it begins with and that are not ``known`` yet."""
+    known = {} if known is None else known
+    for job in jobs.jobs([network], [method], [0]):
+        if job.method in known:
+            continue
+        earlier = methods.METHODS[job.method].after
+        tensors, results = ({name: known[name][i] for name in earlier} for i in (1, 0))
+        given = methods.Given(tasks.DigitsTask(network, TINY), 0, tensors, results)
+        known[job.method] = methods.METHODS[job.method].run(given)
+    return known[method]
+
+
+def test_the_ends_are_float_where_published(trained):
+    (models, begun), known = trained, {}
+    for method, expected in (("inq-2-mse", ["fc1", "fc2", "fc3"]), ("inq-2-mse-ends", ["fc2"])):
+        result_of(method, NET, known)
+        assert [n for n, m in models[-1].named_modules() if type(m) is inq.Linear] == expected
+    for method in ("twn", "bwn"):
+        result_of(method, NET, known)
+        # TWN has one α a layer, BWN one a filter: look at one filter.
+        assert [len(getattr(models[-1], n).weight[0].unique()) <= 3 for n in ("fc1", "fc2", "fc3")] == [
+            False,
+            True,
+            False,
+        ]
+    assert set(begun) == {"float32"}
+
+
+def test_pruning_first(trained):
+    """INQ holds what DNS pruned at 0, and Deep Compression has 8 bits for convolutions and 5 for Linear layers."""
+    models, begun = trained
+    result, left = result_of("dns")
+    masks = {n.removeprefix(methods.KEPT): t for n, t in left.items() if n.startswith(methods.KEPT)}
+    assert list(masks) == list(result["kept"]) == ["conv1", "conv2", "fc1", "fc2"]
+    begun.clear()
+    result_of("dns-inq-5")
+    assert begun == ["float32", "dns"]
+    for name, mask in masks.items():
+        w = inq.unpack(getattr(models[-1], name).packed)
+        assert not w[~mask].any()
+        assert (w[mask] != 0).double().mean() > 0.5
+    begun.clear()
+    result_of("dc-8-5")
+    assert begun == ["float32", "float32", "dc-prune"]
+    counts = {name: len(getattr(models[-1], name).weight.unique()) for name in masks}
+    assert counts["fc1"] <= 32 < counts["conv2"] <= 256
+    assert [int((getattr(models[-1], name).weight != 0).sum()) for name in masks] == list(result["kept"].values())
+
+
+def test_the_methods_formats():
+    formats = {
+        **{f"inq-{bits}": {"fmt": inq.Format.paper(bits)} for bits in (5, 4, 3, 2)},
+        **{f"inq-{bits}-random": {"fmt": inq.Format.paper(bits), "partition": "random"} for bits in (5, 2)},
+        "inq-2-mse": {"fmt": inq.Format(2, "paper", "tensor", "mse")},
+        "inq-2-mse-ends": {"fmt": inq.Format(2, "paper", "tensor", "mse"), "skip_ends": True},
+        "inq-4-dense": {"fmt": inq.Format(4, "dense", "tensor", "max")},
+        "inq-5-channel": {"fmt": inq.Format(5, "paper", "channel", "max")},
+        "inq-4-dense-channel": {"fmt": inq.Format(4, "dense", "channel", "max")},
+        "inq-2-mse-channel": {"fmt": inq.Format(2, "paper", "channel", "mse")},
+    }
+    assert {n: m.run.keywords for n, m in methods.METHODS.items() if n.startswith("inq")} == formats
+
+
+def test_the_thresholds_of_each_kind_of_layer():
+    model = networks.NETWORKS["lenet-5"].build()
+    assert methods._c_rates(model, (1.0, 2.0, 3.0, 4.0)) == {"conv1": 1.0, "conv2": 2.0, "fc1": 3.0, "fc2": 4.0}
+
+
+def test_the_ratio_of_the_streams_by_hand():
+    """16 weights are 64 bytes; codes, indices and padding are 8 + 4 + 4. The codebook is not among them."""
+    layer = meter.LayerSize("fc", (4, 4), 4, 0.0, codes=64, indices=32, padding=32, codebooks=320)
+    assert methods._size(meter.Size("", (layer,), {}, 0, 64))["streams_ratio"] == 4.0
+
+
+def test_relative_indices_have_the_best_gap():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 256, generator=generator) * (torch.rand(64, 256, generator=generator) < 0.05)
+    packed = inq.pack(inq.quantize(w, inq.Format(3)), inq.Format(3))
+    codes = reference.unpack_codes(packed.weight, 3, 256).reshape(-1).long()
+    each = [sum(deep_compression.sparse_parts(codes, 3, gap).values()) for gap in range(2, 9)]
+    assert methods.relative_layer(meter.inq_layer("fc", packed), packed).bits == min(each) + 8 * 64
+    assert min(each) < min(each[0], each[-1])
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_by_hand(monkeypatch):
+    """3 wrong of 600."""
+    labels = tasks.digits().test_labels
+    answers = labels.clone()
+    answers[:3] = (answers[:3] + 1) % 10
+    monkeypatch.setattr(tasks, "logits", lambda model, images: nn.functional.one_hot(answers, 10))
+    assert tasks.DigitsTask(NET, TINY).measure(nn.Identity()) == pytest.approx(0.5)
+
+
+def test_a_seed_decides_the_network_and_a_phase_ends_at_zero():
+    task = tasks.DigitsTask(NET, TINY)
+    first, again, other = (task.start(seed).fc2.weight.detach() for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    trainer = task.further(task.build(), 4, 1)
+    rates = []
+    for _ in range(4):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.train(1)
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[0], trainer.optimizer.param_groups[0]["lr"]) == (TINY.further_lr, pytest.approx(0))
+    groups = [getattr(task, kind)(task.build(), 4, 1).optimizer.param_groups[0] for kind in ("further", "centroids")]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.03, 5e-4), (1e-3, 0.0)]
+
+
+# --- jobs in several processes ----------------------------------------------------------------------------------------
+
+
+def test_jobs_are_seed_by_seed_and_of_one_thread(tmp_path, counted, monkeypatch):
+    todo = jobs.jobs([NET, "resnet"], ["second"], [3, 4])
+    assert [(job.seed, job.network, job.method) for job in todo] == [
+        (seed, network, method) for seed in (3, 4) for network in (NET, "resnet") for method in ("first", "second")
+    ]
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    run(tmp_path)
+    assert threads == [1, 1]
+
+
+def test_several_processes_wait_for_what_a_job_begins_with(tmp_path, counted, monkeypatch):
+    """Threads in place of processes, which would not have these methods; a job that came too early would fail."""
+    first = jobs.METHODS["first"].run
+
+    def slow(given):
+        time.sleep(0.2)
+        return first(given)
+
+    monkeypatch.setitem(jobs.METHODS, "first", methods.Method(slow, ()))
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda processes, _: ThreadPoolExecutor(processes))
+    store, todo = jobs.Store(tmp_path, {"digits": TINY}), jobs.jobs([NET], ["second"], [1, 2, 3])
+    done = jobs.run_all(store, todo, 2)
+    assert {(job.method, job.seed): result["value"] for job, result in done.items()} == {
+        (method, seed): float(seed * n) for seed in (1, 2, 3) for n, method in ((1, "first"), (2, "second"))
+    }
+    assert all(again for *_, again in _taken_over(store, todo))
+
+
+def _taken_over(store, todo):
+    calls = []
+    jobs.run_all(store, todo, 2, lambda *call: calls.append(call))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(f"examples/tables/{name}.py" for name in ("language", "methods", "networks", "tasks")),
+        *("examples/language_model.py", "inq_kernels/dns.py", "inq_kernels/baselines/ternary.py"),
+    ],
+)
+def test_other_code_has_another_fingerprint(monkeypatch, file):
+    read, changed = Path.read_bytes, Path(inq.__file__).parent.parent / file
+    changed = changed if changed.exists() else ROOT / file
+    before = jobs.fingerprint()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * path.samefile(changed))
+    assert jobs.fingerprint.__wrapped__()["code"] != before["code"]
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------

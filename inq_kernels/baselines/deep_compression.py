@@ -44,8 +44,12 @@ def prune_(model: nn.Module, keep: float | Mapping[str, float], skip: str | Iter
         model: its convolutions and Linear modules are pruned.
         keep: the fraction of weights that stay, in (0, 1], or fractions by name pattern of modules (fnmatch).
         skip: name patterns of modules to leave alone.
+
+    Raises:
+        ValueError: an argument is not as above, or a weight is one of several modules' or has NaN or Inf. Nothing is
+            changed then.
     """
-    weights = hooks.choose_weights("deep_compression.prune_", model, as_patterns(skip))
+    weights = _choose_weights("deep_compression.prune_", model, skip)
     fractions = _by_name("deep_compression.prune_: keep", keep, weights)
     for name, fraction in fractions.items():
         if not 0 < fraction <= 1:
@@ -60,7 +64,8 @@ def prune_(model: nn.Module, keep: float | Mapping[str, float], skip: str | Iter
 def finish_pruning_(model: nn.Module) -> None:
     """After retraining: plain weights again, 0 where they were pruned."""
     for module in model.modules():
-        if isinstance(module, hooks.QUANTIZED_TYPES) and prune.is_pruned(module):
+        # prune.is_pruned is true of a module whose bias alone is pruned, too.
+        if isinstance(module, hooks.QUANTIZED_TYPES) and "weight_mask" in module._buffers:
             prune.remove(module, "weight")
 
 
@@ -115,8 +120,12 @@ def share_(model: nn.Module, bits: int | Mapping[str, int], skip: str | Iterable
         model: its convolutions and Linear modules; weights that are 0 stay 0.
         bits: 2^bits codebook entries, or bits by name pattern of modules (fnmatch).
         skip: name patterns of modules to leave alone.
+
+    Raises:
+        ValueError: an argument is not as above, or a weight is one of several modules' or has NaN or Inf. Nothing is
+            changed then.
     """
-    weights = hooks.choose_weights("deep_compression.share_", model, as_patterns(skip))
+    weights = _choose_weights("deep_compression.share_", model, skip)
     of_layer = _by_name("deep_compression.share_: bits", bits, weights)
     for name, b in of_layer.items():
         _check_bits("deep_compression.share_: bits", b)
@@ -207,6 +216,22 @@ def sparse_parts(codes: Tensor, bits: int, index_bits: int, *, coded: bool = Tru
         parts[what] = int(each[~entries.fillers].sum())
         parts["padding"] += all_bits - parts[what] + fill(all_bits)
     return parts
+
+
+def _choose_weights(who: str, model: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Parameter]:
+    """Weights whose module computes them from others from now on, so that no other may have the same parameter."""
+    weights = hooks.choose_plain_weights(who, model, as_patterns(skip))
+    holders: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    for name, weight in weights.items():
+        if len(shared := holders[id(weight)]) > 1:
+            raise ValueError(
+                f"{who}: weight of layer {name!r}: expected a parameter of its own, got one of {shared}: "
+                "give each its own, or skip the layer"
+            )
+    return weights
 
 
 def _check_bits(where: str, bits: int) -> None:

@@ -31,6 +31,13 @@ class Method(Protocol):
         """The size of f(``weight``) as the weight of module ``name``."""
 
 
+def _check_method(who: str, method: object) -> None:
+    # A class is callable too: TWN(W) would be a TWN whose factor is W.
+    if isinstance(method, type) or not callable(method) or not hasattr(method, "size"):
+        got = f"the class {method.__name__} itself" if isinstance(method, type) else repr(method)
+        raise TypeError(f"{who}: method: expected a quantizer of weights, TWN() for one, got {got}")
+
+
 class StraightThrough(ProjectedRun):
     """Train ``model`` with the weights f(W): between steps they are in the model, and W is in the run.
 
@@ -50,6 +57,7 @@ class StraightThrough(ProjectedRun):
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method, skip: str | Iterable[str] = ()
     ):
+        _check_method(self._who, method)
         super().__init__(model, optimizer, skip)
         self.method = method
         self._attach()
@@ -58,7 +66,9 @@ class StraightThrough(ProjectedRun):
         return self.method(dense)
 
     def sizes(self) -> list[LayerSize]:
-        """The size of each projected weight, for ``meter.measure``."""
+        """The size of each projected weight, for ``meter.measure``. RuntimeError once the run is closed."""
+        self._check_usable()
+        self._follow()
         return [self.method.size(name, self.method(dense)) for name, dense in self._dense.items()]
 
     def state_dict(self) -> dict:
@@ -75,8 +85,9 @@ class StraightThrough(ProjectedRun):
 @torch.no_grad()
 def project_(model: nn.Module, method: Method, skip: str | Iterable[str] = ()) -> list[LayerSize]:
     """f(W) into ``model``, without any training: what rounding alone does. The sizes, for ``meter.measure``."""
+    _check_method("baselines.project_", method)
     sizes = []
-    for name, weight in hooks.choose_weights("baselines.project_", model, as_patterns(skip)).items():
+    for name, weight in hooks.choose_plain_weights("baselines.project_", model, as_patterns(skip)).items():
         weight.copy_(method(weight.detach()))
         sizes.append(method.size(name, weight.detach()))
     return sizes

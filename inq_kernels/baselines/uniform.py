@@ -32,7 +32,7 @@ class Uniform:
     granularity: str = "tensor"
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9):
+        if not isinstance(self.bits, int) or self.bits not in range(2, 9):
             raise ValueError(f"Uniform: bits: expected 2 to 8, got {self.bits!r}")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"Uniform: granularity: expected one of {GRANULARITIES}, got {self.granularity!r}")
