@@ -426,12 +426,12 @@ def main(argv: list[str] | None = None) -> None:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         train(args)
+        # Not after a mistake: the other processes would fail, and torchrun end this one before its line is out.
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Mistake as mistake:
         # From a process that reads images it comes as the text of a traceback, which ends with the line.
         sys.exit(f"imagenet.py: error: {str(mistake).rpartition('Mistake: ')[2].strip()}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
