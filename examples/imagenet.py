@@ -19,9 +19,10 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,13 +104,27 @@ def network(name: str, weights: str, classes: int) -> nn.Module:
         return models.get_model(name, weights=None, num_classes=classes, **heads)
     chosen = models.get_model_weights(name)[weights]
     model = models.get_model(name, weights=None, num_classes=classes, **heads)
-    # A pickle, so nothing but tensors is read from it.
-    state = chosen.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    try:
+        # A pickle, so nothing but tensors is read from it.
+        state = chosen.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        got = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise Mistake(f"{name}: expected torchvision's weights, {chosen.url}, got {got}") from error
     model.load_state_dict({key: value for key, value in state.items() if not key.startswith(("aux1.", "aux2."))})
     if name == "googlenet":
         # Its weights are of images with another normalisation.
         model.transform_input = True
     return model
+
+
+def picture(path: str) -> object:
+    """torchvision's. Mistake, with the path, which not all of PIL's errors have, if it cannot be read."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:
+        raise Mistake(f"{path}: expected an image, got {type(error).__name__}: {error}") from error
 
 
 def pictures(folder: Path, train: bool) -> Dataset:
@@ -122,9 +137,12 @@ def pictures(folder: Path, train: bool) -> Dataset:
         ways = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip()]
     else:
         ways = [transforms.Resize(RESIZE), transforms.CenterCrop(CROP)]
-    return datasets.ImageFolder(
-        str(folder), transforms.Compose([*ways, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    )
+    ways += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    try:
+        return datasets.ImageFolder(str(folder), transforms.Compose(ways), loader=picture)
+    except FileNotFoundError as error:
+        # A class has files, and none of them is an image by its name.
+        raise Mistake(f"{folder}: {error}") from error
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -225,6 +243,14 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: 
     return extra
 
 
+def check_finite(step: int, loss: float, model: nn.Module, lr: float) -> None:
+    """Mistake if the training has diverged. Saved, it would take the place of what can still go on."""
+    odd = [repr(name) for name, values in model.named_parameters() if not values.isfinite().all()]
+    if odd or not math.isfinite(loss):
+        got = f"others in {odd[0]} and {len(odd) - 1} more" if odd else f"a loss of {loss}"
+        raise Mistake(f"iteration {step}: expected a finite loss and weights, got {got} (--lr {lr})")
+
+
 def train(args: argparse.Namespace) -> None:
     """Evaluate, quantize and retrain portion by portion, evaluate, pack."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -279,6 +305,7 @@ def train(args: argparse.Namespace) -> None:
             scheduler.step()
             step += 1
             if rank == 0 and (step % args.save_every == 0 or step == end):
+                check_finite(step, float(loss.detach()), model, args.lr)
                 print(f"{portion:.1%} frozen, iteration {step}, loss {float(loss.detach()):.3f}", flush=True)
                 extra = {"step": step, "before": before, "scaler": scaler.state_dict(), "settings": settings}
                 inq.save_training(checkpoint, model, optimizer, run, extra)
@@ -330,6 +357,19 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """For argparse."""
+
+    def number(text: str) -> int | float:
+        if not 0 <= (value := kind(text)) < math.inf:
+            what = "an integer" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"expected {what} ≥ 0, got {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse's word for what is no number at all
+    return number
+
+
 def arguments(argv: list[str] | None, processes: int) -> argparse.Namespace:
     """The options, with the paper's settings for what is not given. Mistake where they do not go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -341,12 +381,13 @@ def arguments(argv: list[str] | None, processes: int) -> argparse.Namespace:
     parser.add_argument("--weights", choices=(WEIGHTS, "none"), default=WEIGHTS, help="none: not trained, to try it")
     parser.add_argument("--batch", type=positive, help="of all processes together (default: the paper's)")
     parser.add_argument("--iterations", type=positive, help="a portion (default: the solver's 16.1 million images)")
-    parser.add_argument("--lr", type=float, help=f"(default: {SOLVER_LR} × batch / {SOLVER_BATCH})")
-    parser.add_argument("--momentum", type=float, default=MOMENTUM)
-    parser.add_argument("--weight-decay", type=float, help="(default: the paper's)")
+    parser.add_argument("--lr", type=not_negative(float), help=f"(default: {SOLVER_LR} × batch / {SOLVER_BATCH})")
+    parser.add_argument("--momentum", type=not_negative(float), default=MOMENTUM)
+    parser.add_argument("--weight-decay", type=not_negative(float), help="(default: the paper's)")
     parser.add_argument("--amp", choices=AMP, default="none", help="the dtype of mixed precision")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=8, help="processes that read images, for each of torchrun's")
+    parser.add_argument("--workers", type=not_negative(int), default=8,
+                        help="processes that read images, for each of torchrun's")  # fmt: skip
     parser.add_argument("--save-every", type=positive, default=1000, metavar="ITERATIONS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="(default: imagenet/MODEL-BITS-PARTITION)")
@@ -360,9 +401,18 @@ def arguments(argv: list[str] | None, processes: int) -> argparse.Namespace:
     args.classes = class_count(args.data, args.weights)
     if args.batch % processes:
         raise Mistake(f"--batch: expected a multiple of the {processes} processes, got {args.batch}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("--device cuda: expected a GPU that torch can use, got none")
+    needed = int(os.environ.get("LOCAL_RANK", "0")) + 1
+    if args.device == "cuda" and (found := torch.cuda.device_count()) < needed:
+        raise Mistake(f"--device cuda: expected at least {needed} GPUs that torch can use, got {found}")
     return args
+
+
+def make_folder(path: Path) -> None:
+    """Mistake if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"--out: expected a folder, or a place for one, got {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -370,17 +420,18 @@ def main(argv: list[str] | None = None) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         args = arguments(argv, processes)
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         train(args)
-    except Mistake as mistake:
-        sys.exit(f"imagenet.py: error: {mistake}")
-    finally:
+        # Not after a mistake: the other processes would fail, and torchrun end this one before its line is out.
         if dist.is_initialized():
             dist.destroy_process_group()
+    except Mistake as mistake:
+        # From a process that reads images it comes as the text of a traceback, which ends with the line.
+        sys.exit(f"imagenet.py: error: {str(mistake).rpartition('Mistake: ')[2].strip()}")
 
 
 if __name__ == "__main__":

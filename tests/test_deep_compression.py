@@ -2,6 +2,7 @@
 by hand, beside scikit-learn, and by what must hold for any input."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,14 +299,49 @@ ALEXNET = (
 )
 
 
+def alexnet_ratio(fractions, bits_of):
+    """32 bits for each of AlexNet's weights over ``bits_of(codes, layer)``, zeros at random; codes of 0 and 1."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for layer, keep in zip(ALEXNET, fractions, strict=True):
+        sample = min(layer[0], 100_000)
+        codes = (torch.rand(sample, generator=generator) < keep).long()
+        total += layer[0] / sample * bits_of(codes, layer)
+    return 32 * sum(numel for numel, *_ in ALEXNET) / total
+
+
+def page_says(text):
+    return text in " ".join((Path(__file__).parent.parent / "docs" / "comparisons.md").read_text().split())
+
+
 def test_the_published_ratio_of_alexnet():
     """27 times smaller without Huffman coding, at 8 and 5 bits (PAPER.md, T5) and 4 bits an index: within 6 % of that,
     with zeros at random and fractions that the paper rounds to a percent."""
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for numel, keep, bits in ALEXNET:
-        sample = min(numel, 100_000)
-        codes = (torch.rand(sample, generator=generator) < keep).long()
-        parts = dc.sparse_parts(codes, bits, 4, coded=False)
-        total += numel / sample * (parts["codes"] + parts["indices"] + parts["padding"])
-    assert 32 * sum(numel for numel, *_ in ALEXNET) / total == pytest.approx(27, rel=0.06)
+
+    def stored(codes, layer):
+        parts = dc.sparse_parts(codes, layer[2], 4, coded=False)
+        return parts["codes"] + parts["indices"] + parts["padding"]
+
+    ratio = alexnet_ratio([keep for _, keep, _ in ALEXNET], stored)
+    assert ratio == pytest.approx(27, rel=0.06)
+    assert page_says(f"this meter says {ratio:.1f}×")
+
+
+# What DNS keeps of them (PAPER.md).
+DNS_KEEPS = (0.538, 0.406, 0.29, 0.323, 0.325, 0.037, 0.066, 0.046)
+
+
+def test_the_published_ratios_of_dns():
+    """From 61 to 3.45 million weights, and what INQ's codes of those take at the most: every value as likely."""
+    numel, kept = (sum(n * k for (n, *_), k in zip(ALEXNET, keeps, strict=True)) for keeps in ([1] * 8, DNS_KEEPS))
+    assert (round(numel / 1e6), round(kept / 1e6, 2), round(numel / kept, 1)) == (61, 3.45, 17.7)
+    assert page_says("With 17.7 times fewer weights")
+    assert page_says(f"codes alone would be {numel / kept * 32 / 5:.0f}×")
+    assert page_says(f"53× means about {32 * numel / kept / 53:.1f} bits for each weight that is left")
+
+    def most(codes, bits):
+        # One of 2^(bits − 1) values, all equally likely: ±2ⁿ.
+        return meter.entropy_bits(codes) + (bits - 1) * int(codes.sum())
+
+    least = [alexnet_ratio(DNS_KEEPS, lambda codes, _, bits=bits: most(codes, bits)) for bits in (5, 4, 3)]
+    assert page_says("at least {:.0f}×, {:.0f}× and {:.0f}×".format(*least)), least

@@ -359,6 +359,10 @@ def test_a_mistake_is_one_line(name, tmp_path):
         (("--model", "resnet34"), "argument --model: invalid choice: 'resnet34'"),
         (("--partition", "smallest"), "argument --partition: invalid choice"),
         (("--iterations", "0"), "argument --iterations: expected an integer ≥ 1, got 0"),
+        (("--workers", "-1"), "argument --workers: expected an integer ≥ 0, got -1"),
+        (("--lr", "nan"), "argument --lr: expected a finite number ≥ 0, got nan"),
+        (("--momentum", "-1"), "argument --momentum: expected a finite number ≥ 0, got -1"),
+        (("--weight-decay", "inf"), "argument --weight-decay: expected a finite number ≥ 0, got inf"),
     ],
 )
 def test_a_bad_option(data, tmp_path, more, message, capsys):
@@ -371,6 +375,47 @@ def test_a_batch_that_the_processes_cannot_share(data):
     example = load()
     with pytest.raises(example.Mistake, match="--batch: expected a multiple of the 3 processes, got 8"):
         example.arguments([str(data), *SHORT], 3)
+
+
+def test_fewer_gpus_than_processes(data, monkeypatch):
+    example = load()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(example.Mistake, match="--device cuda: expected at least 2 GPUs that torch can use, got 1"):
+        example.arguments([str(data), *SHORT, "--device", "cuda"], 2)
+
+
+def test_out_that_is_a_file(data, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit, match=r"^imagenet.py: error: --out: expected a folder, .*File exists: '.*out'$"):
+        run(data, tmp_path / "out")
+
+
+def test_a_training_that_diverges_is_not_saved(data, tmp_path):
+    """It would go on for days, over the checkpoint from before, until the next portion refuses its weights."""
+    steps = "--save-every", "1", "--lr", "1e30"
+    handle = stopped_at(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path, *steps)
+    finally:
+        handle.remove()
+    saved = (tmp_path / "training.safetensors").read_bytes()
+    message = r"^imagenet.py: error: iteration 2: expected a finite loss and weights, got .* \(--lr 1e\+30\)$"
+    with pytest.raises(SystemExit, match=message):
+        run(data, tmp_path, *steps)
+    assert (tmp_path / "training.safetensors").read_bytes() == saved
+
+
+def test_a_mistake_of_a_process_that_reads_images_is_one_line(data, tmp_path):
+    class Broken(Pictures):
+        def __getitem__(self, index):
+            raise example.Mistake("3.jpeg: expected an image")
+
+    example = tiny()
+    example.pictures = Broken
+    with pytest.raises(SystemExit, match="^imagenet.py: error: 3.jpeg: expected an image$"):
+        run(data, tmp_path, "--workers", "1", example=example)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ and the pretrained networks as torchvision builds them, from files made here in 
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,55 @@ def test_pictures(data):
     assert again[1, 5][0].shape == (3, 224, 224)
     assert torch.equal(again[1, 5][0], again[1, 5][0])
     assert not torch.equal(again[1, 5][0], again[1, 6][0])
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])  # what PIL says of it has no name
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("spoil", [cut, lambda path: path.write_text("<html>")], ids=["cut", "not an image"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_image_that_cannot_be_read(data, tmp_path, part, spoil, workers):
+    shutil.copytree(data, tmp_path / "data")
+    image = tmp_path / "data" / part / "n00000001" / "2.JPEG"
+    spoil(image)
+    more = ("--model", "alexnet", "--workers", workers, "--iterations", "3")
+    with pytest.raises(SystemExit, match=f"^imagenet.py: error: {image}: expected an image, got .*Error: .*$"):
+        run(tmp_path / "data", tmp_path / "out", *more)
+
+
+def test_a_class_with_other_files_alone(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for image in (tmp_path / "data" / "val" / "n00000001").iterdir():
+        image.rename(image.with_suffix(".txt"))
+    with pytest.raises(
+        SystemExit, match="^imagenet.py: error: .*data/val: .*no valid file for the classes n00000001.*$"
+    ):
+        run(tmp_path / "data", tmp_path / "out", "--model", "alexnet")
+
+
+def test_weights_that_are_not_what_they_should_be(tmp_path, monkeypatch):
+    """As an interrupted copy leaves them; and no network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"]
+    file = tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    module = load()
+    torch.save({"a": torch.zeros(1000)}, file)
+    cut(file)
+    with pytest.raises(
+        module.Mistake, match=f"^resnet18: expected torchvision's weights, {weights.url}, got .*Error: "
+    ):
+        module.network("resnet18", "IMAGENET1K_V1", 1000)
+    file.unlink()
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    with pytest.raises(module.Mistake, match=f"^resnet18: expected .* {weights.url}, got URLError: .*no network"):
+        module.network("resnet18", "IMAGENET1K_V1", 1000)
