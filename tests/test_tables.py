@@ -94,6 +94,7 @@ def test_portions_share_the_steps(parts):
 
 def test_all_portions_of_the_tables_are_of_such_a_number():
     lengths = {len(inq.PAPER_PORTIONS[bits]) for bits in (5, 4, 3, 2)} | {len(inq.DNS_PORTIONS)}
+    lengths.add(len(methods.TERNARY_PORTIONS))
     assert all(tasks.Recipe().further % length == 0 for length in lengths)
 
 
@@ -103,7 +104,7 @@ def test_every_method_sees_the_same_batches():
     for phases in ([12], [5, 7]):
         model = task.build()
         model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-        trainer = task.further(model, max(phases), 3)
+        trainer = task.further(model, max(phases), 3, 0.03)
         for steps in phases:
             trainer.train(steps)
     assert len(seen) == 24
@@ -180,7 +181,7 @@ def counted(monkeypatch):
 
 def run(out, recipe=TINY, seeds=(1,)):
     store = jobs.Store(out, {"digits": recipe})
-    done = jobs.run_all(store, jobs.jobs([NET], ["second"], seeds), 1)
+    done = jobs.run_all(store, jobs.jobs({NET: ["second"]}, seeds), 1)
     return {(job.method, job.seed): result["value"] for job, result in done.items()}
 
 
@@ -289,24 +290,52 @@ TERNARY = {
     "longer": (1.0, 2.0, 3.0),
     "bwn": (1.0, 2.0, 3.0),
     "twn": (2.0, 3.1, 3.9),
-    "inq-2-mse": (1.0, 2.0, 3.0),
-    "inq-2-mse-ends": (1.5, 1.5, 3.5),
+    "bwn-all": (1.0, 2.0, 3.0),
+    "twn-all": (0.0, 0.9, 2.1),
+    "inq-2-mse": (1.5, 1.5, 3.5),
+    "inq-2-mse-channel": (1.0, 2.0, 3.0),
+    "inq-2-mse-channel-ends": (1.0, 2.0, 3.0),
 }
 
 
 def test_the_page_has_differences_within_the_seeds_and_the_papers_numbers():
     text = page.text(made_results(False, TERNARY))
     # −1.0, −1.1, −0.9: s = 0.1, 4.302653·0.1/√3 = 0.248.
-    line = next(line for line in text.splitlines() if line.startswith("| ResNet-like | INQ ternary, all layers |"))
-    assert [cell.strip() for cell in line.strip("|").split("|")][2:] == [
-        *("2.00 ± 2.48", "−1.00 ± 0.25", "+0.00 ± 0.00", "2.0×", "33.98 / 12.87"),
+    ends, channel, layer = (
+        [cell.strip() for cell in line.strip("|").split("|")][1:]
+        for line in text.splitlines()
+        if line.startswith("| ResNet-like | INQ ternary, ")
+    )
+    assert ends == [
+        "INQ ternary, an exponent a channel, first and last layer float",
+        *("2.00 ± 2.48", "−1.00 ± 0.25", "+0.00 ± 0.00", "2.0×", ""),
     ]
-    claim = "| T4: INQ ternary (all layers) is as good as TWN | ResNet-like | −1.00 ± 0.25 | yes: better |"
-    assert claim in text
+    # With all layers it stands beside TWN and BWN of all layers.
+    assert channel[2:] == ["+1.00 ± 0.25", "+0.00 ± 0.00", "2.0×", ""]
+    assert layer[1:] == ["2.17 ± 2.87", "+1.17 ± 1.23", "+0.17 ± 1.43", "2.0×", "33.98 / 12.87"]
+    what = "T4: INQ ternary, an exponent a channel,"
+    for claim in (
+        f"| {what} first and last layer float is as good as TWN | ResNet-like | −1.00 ± 0.25 | yes: better |",
+        f"| {what} all layers is as good as TWN | ResNet-like | +1.00 ± 0.25 | no: worse |",
+        f"| {what} all layers is as good as BWN | ResNet-like | +0.00 ± 0.00 | not told apart |",
+    ):
+        assert claim in text
     assert "T1: from" not in text  # no results, no table
     assert "of ImageNet" in text
     assert "QUICK" not in text
     assert "720 further steps" in text
+
+
+def test_on_the_language_model_ternary_weights_are_claimed_to_be_better():
+    claims = {
+        claim.text: claim
+        for claim in tables.t4(tables.Rows.of(made_results(False, TERNARY, jobs.LANGUAGE_MODEL)["jobs"])).claims
+    }
+    what = "T4: INQ ternary, an exponent a channel,"
+    better = claims[f"{what} first and last layer float is better than TWN"]
+    assert (better.sign, better.seen()) == (-1, "yes")
+    assert claims[f"{what} first and last layer float is better than BWN"].seen() == "not told apart"
+    assert claims[f"{what} all layers is as good as TWN"].sign == 0
 
 
 def test_a_quick_page_claims_nothing():
@@ -327,7 +356,7 @@ OFFSETS = {
     **dict.fromkeys(("inq-5-random", "dns-inq-5"), 0.5),
     **dict.fromkeys(("dns-inq-4", "dc-8-5"), 0.25),
     **dict.fromkeys(("dns", "dns-inq-3"), 0.0),
-    "inq-2-random": 3.0,
+    "inq-2-mse-random": 1.25,
     "inq-2-mse": 1.5,
     "inq-2-mse-channel": 1.25,
     "inq-4-dense": -0.75,
@@ -379,10 +408,13 @@ def test_t1_by_hand(rows):
 def test_t2_and_t3_by_hand(rows):
     made = tables.t2(rows)
     assert made.rows == [
-        ("LeNet-5-shaped", "5", "2.50 ± 2.48", "1.50 ± 2.48", "+1.00 ± 0.00", "", ""),
-        ("LeNet-5-shaped", "2", "5.00 ± 2.48", "4.00 ± 2.48", "+1.00 ± 0.00", "", ""),
+        ("LeNet-5-shaped", "5", "2.50 ± 2.48", "1.50 ± 2.48", "−1.00 ± 0.00", "", ""),
+        ("LeNet-5-shaped", "2", "3.25 ± 2.48", "3.50 ± 2.48", "+0.25 ± 0.00", "", ""),
     ]
-    assert set(seen_in(made).values()) == {"yes"}
+    assert seen_in(made) == {
+        "T2: largest first is as good as random, 5 bits": "yes: better",
+        "T2: largest first is as good as random, 2 bits": "no: worse",
+    }
     made = tables.t3(rows)
     assert made.rows == [
         ("32", "2.00 ± 2.48", "31.73 / 11.31"),
@@ -390,6 +422,7 @@ def test_t2_and_t3_by_hand(rows):
         ("4", "2.50 ± 2.48 (+0.50 ± 0.00)", "31.11 / 10.99"),
         ("3", "3.00 ± 2.48 (+1.00 ± 0.00)", "31.92 / 11.64"),
         ("2", "4.00 ± 2.48 (+2.00 ± 0.00)", "33.98 / 12.87"),
+        ("2, `mse`", "3.50 ± 2.48 (+1.50 ± 0.00)", ""),
     ]
     assert set(seen_in(made).values()) == {"no: worse"}
 
@@ -459,7 +492,7 @@ def trained(monkeypatch):
 def result_of(method, network="lenet-5", known=None):
     """Numbers and tensors of a method, after those that it begins with and that are not ``known`` yet."""
     known = {} if known is None else known
-    for job in jobs.jobs([network], [method], [0]):
+    for job in jobs.jobs({network: [method]}, [0]):
         if job.method in known:
             continue
         earlier = methods.METHODS[job.method].after
@@ -471,17 +504,14 @@ def result_of(method, network="lenet-5", known=None):
 
 def test_the_ends_are_float_where_published(trained):
     (models, begun), known = trained, {}
-    for method, expected in (("inq-2-mse", ["fc1", "fc2", "fc3"]), ("inq-2-mse-ends", ["fc2"])):
+    for method, expected in (("inq-2-mse", ["fc1", "fc2", "fc3"]), ("inq-2-mse-channel-ends", ["fc2"])):
         result_of(method, NET, known)
         assert [n for n, m in models[-1].named_modules() if type(m) is inq.Linear] == expected
-    for method in ("twn", "bwn"):
+    for method in ("twn", "bwn", "twn-all", "bwn-all"):
         result_of(method, NET, known)
         # TWN has one α a layer, BWN one a filter: look at one filter.
-        assert [len(getattr(models[-1], n).weight[0].unique()) <= 3 for n in ("fc1", "fc2", "fc3")] == [
-            False,
-            True,
-            False,
-        ]
+        few = [len(getattr(models[-1], n).weight[0].unique()) <= 3 for n in ("fc1", "fc2", "fc3")]
+        assert few == ([True] * 3 if method.endswith("-all") else [False, True, False])
     assert set(begun) == {"float32"}
 
 
@@ -509,13 +539,14 @@ def test_pruning_first(trained):
 def test_the_methods_formats():
     formats = {
         **{f"inq-{bits}": {"fmt": inq.Format.paper(bits)} for bits in (5, 4, 3, 2)},
-        **{f"inq-{bits}-random": {"fmt": inq.Format.paper(bits), "partition": "random"} for bits in (5, 2)},
+        "inq-5-random": {"fmt": inq.Format.paper(5), "partition": "random"},
         "inq-2-mse": {"fmt": inq.Format(2, "paper", "tensor", "mse")},
-        "inq-2-mse-ends": {"fmt": inq.Format(2, "paper", "tensor", "mse"), "skip_ends": True},
+        "inq-2-mse-random": {"fmt": inq.Format(2, "paper", "tensor", "mse"), "partition": "random"},
+        "inq-2-mse-channel-ends": {"fmt": inq.Format(2, "paper", "channel", "mse"), "ends": False},
         "inq-4-dense": {"fmt": inq.Format(4, "dense", "tensor", "max")},
         "inq-5-channel": {"fmt": inq.Format(5, "paper", "channel", "max")},
         "inq-4-dense-channel": {"fmt": inq.Format(4, "dense", "channel", "max")},
-        "inq-2-mse-channel": {"fmt": inq.Format(2, "paper", "channel", "mse")},
+        "inq-2-mse-channel": {"fmt": inq.Format(2, "paper", "channel", "mse"), "ends": True},
     }
     assert {n: m.run.keywords for n, m in methods.METHODS.items() if n.startswith("inq")} == formats
 
@@ -558,22 +589,49 @@ def test_a_seed_decides_the_network_and_a_phase_ends_at_zero():
     first, again, other = (task.start(seed).fc2.weight.detach() for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    trainer = task.further(task.build(), 4, 1)
+    trainer = task.further(task.build(), 4, 1, 0.02)
     rates = []
     for _ in range(4):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
         trainer.train(1)
     assert rates == sorted(rates, reverse=True)
-    assert (rates[0], trainer.optimizer.param_groups[0]["lr"]) == (TINY.further_lr, pytest.approx(0))
-    groups = [getattr(task, kind)(task.build(), 4, 1).optimizer.param_groups[0] for kind in ("further", "centroids")]
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.03, 5e-4), (1e-3, 0.0)]
+    assert (rates[0], trainer.optimizer.param_groups[0]["lr"]) == (0.02, pytest.approx(0))
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 5e-4
+    centroids = task.centroids(task.build(), 4, 1).optimizer.param_groups[0]
+    assert (centroids["lr"], centroids["weight_decay"]) == (1e-3, 0.0)
+
+
+def test_ternary_weights_are_trained_with_their_own_rate(monkeypatch):
+    rates = {}
+    further = tasks.DigitsTask.further
+
+    def spy(task, model, phase, seed, lr):
+        rates[current] = lr
+        return further(task, model, phase, seed, lr)
+
+    monkeypatch.setattr(tasks.DigitsTask, "further", spy)
+    known: dict = {}
+    for current in ("longer", "inq-5", "inq-2", "twn", "bwn-all", "inq-2-mse", "inq-2-mse-channel-ends"):
+        result_of(current, NET, known)
+    assert set(rates.values()) == {TINY.further_lr, TINY.coarse_lr}
+    assert {name for name, lr in rates.items() if lr == TINY.further_lr} == {"longer", "inq-5", "inq-2"}
+
+
+def test_what_each_network_is_for():
+    """T5 prunes some; the language model is for T4, and for T2 at 2 bits."""
+    of = {network: set(tables.methods_of(network)) for network in tables.TITLES}
+    everything = set(methods.METHODS)
+    pruning = {name for name in everything if name.startswith(("dns", "dc"))}
+    assert {name for name in networks.NETWORKS if of[name] == everything} == {NET, "lenet-5", "digits-cnn"}
+    assert of["inception"] == of["resnet"] == everything - pruning
+    assert of[jobs.LANGUAGE_MODEL] == {*tables.T4_ROWS, "inq-2-mse-random"}
 
 
 # --- jobs in several processes ----------------------------------------------------------------------------------------
 
 
 def test_jobs_are_seed_by_seed_and_of_one_thread(tmp_path, counted, monkeypatch):
-    todo = jobs.jobs([NET, "resnet"], ["second"], [3, 4])
+    todo = jobs.jobs({NET: ["second"], "resnet": ["second"]}, [3, 4])
     assert [(job.seed, job.network, job.method) for job in todo] == [
         (seed, network, method) for seed in (3, 4) for network in (NET, "resnet") for method in ("first", "second")
     ]
@@ -593,7 +651,7 @@ def test_several_processes_wait_for_what_a_job_begins_with(tmp_path, counted, mo
 
     monkeypatch.setitem(jobs.METHODS, "first", methods.Method(slow, ()))
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda processes, _: ThreadPoolExecutor(processes))
-    store, todo = jobs.Store(tmp_path, {"digits": TINY}), jobs.jobs([NET], ["second"], [1, 2, 3])
+    store, todo = jobs.Store(tmp_path, {"digits": TINY}), jobs.jobs({NET: ["second"]}, [1, 2, 3])
     done = jobs.run_all(store, todo, 2)
     assert {(job.method, job.seed): result["value"] for job, result in done.items()} == {
         (method, seed): float(seed * n) for seed in (1, 2, 3) for n, method in ((1, "first"), (2, "second"))
@@ -668,9 +726,9 @@ def test_the_language_model_by_the_same_methods(tmp_path, capsys):
     language = importlib.import_module("examples.tables.language")
     recipe = dataclasses.replace(language.QUICK, steps=4, further=10, validation_windows=8)
     store = jobs.Store(tmp_path, {jobs.LANGUAGE_MODEL: recipe})
-    todo = jobs.jobs([jobs.LANGUAGE_MODEL], ["inq-2-mse", "twn"], [0])
+    todo = jobs.jobs({jobs.LANGUAGE_MODEL: ["inq-2-mse", "twn"]}, [0])
     done = {job.method: result for job, result in jobs.run_all(store, todo, 1).items()}
-    assert list(done) == ["float32", "inq-2-mse", "twn"]
+    assert list(done) == ["float32", "twn", "inq-2-mse"]
     assert all(4 < result["value"] < 12 for result in done.values())
     assert done["inq-2-mse"]["steps"] == done["twn"]["steps"] == 10
 

@@ -13,9 +13,10 @@ from inq_kernels import files
 
 from .. import language_model as example
 from . import jobs, language, page, tasks
-from .methods import METHODS
 from .networks import NETWORKS
-from .tables import LANGUAGE_METHODS
+from .tables import methods_of
+
+NAMES = [*NETWORKS, jobs.LANGUAGE_MODEL]
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -25,10 +26,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="shows that it works, and nothing else; two seeds")
     parser.add_argument("--seeds", type=_positive, metavar="N", help="repetitions (default: 5)")
     parser.add_argument(
-        "--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NAME",
-        help=f"of {', '.join(NETWORKS)} (default: all)",
-    )  # fmt: skip
-    parser.add_argument("--language-model", action="store_true", help="T4 on the language model too: hours")
+        "--networks",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        metavar="NAME",
+        help=f"of {', '.join(NAMES)} (default: all)",
+    )
     parser.add_argument(
         "--processes", type=_positive, metavar="N", help="at a time, one thread each (default: one a core)"
     )
@@ -50,10 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     seeds = list(range(args.seeds or (2 if args.quick else 5)))
     processes = args.processes or example.cores()
     recipes = {"digits": tasks.QUICK if args.quick else tasks.Recipe()}
-    todo = jobs.jobs(args.networks, list(METHODS), seeds)
-    if args.language_model:
+    if jobs.LANGUAGE_MODEL in args.networks:
         recipes[jobs.LANGUAGE_MODEL] = language.QUICK if args.quick else language.Recipe()
-        todo += jobs.jobs([jobs.LANGUAGE_MODEL], LANGUAGE_METHODS, seeds)
+    todo = jobs.jobs({network: methods_of(network) for network in args.networks}, seeds)
     again = 0
 
     def say(job: jobs.Job, result: dict, taken_over: bool) -> None:
@@ -87,8 +90,7 @@ def _command(args: argparse.Namespace) -> str:
     """How to run it again; without the output folder, which is of one machine."""
     words = ["python -m examples.tables"]
     words += ["--quick"] * args.quick + ([f"--seeds {args.seeds}"] if args.seeds else [])
-    words += [] if args.networks == list(NETWORKS) else ["--networks", *args.networks]
-    words += ["--language-model"] * args.language_model
+    words += [] if args.networks == NAMES else ["--networks", *args.networks]
     return " ".join(words)
 
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -114,12 +114,17 @@ class Store:
         return self.out / "starts" / f"{job.name}.safetensors"
 
 
-def jobs(networks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """All of them, and those that they begin with; seed by seed, so that a run that is stopped has whole seeds."""
-    needed = set(methods)
-    while more := {m for method in needed for m in METHODS[method].after} - needed:
-        needed |= more
-    return [Job(net, method, seed) for seed in seeds for net in networks for method in METHODS if method in needed]
+def jobs(methods: Mapping[str, Iterable[str]], seeds: Sequence[int]) -> list[Job]:
+    """Those of each network, and those that they begin with; seed by seed, so that a run that is stopped has whole
+    seeds."""
+    needed = {network: _with_earlier(set(names)) for network, names in methods.items()}
+    return [Job(net, method, seed) for seed in seeds for net in needed for method in METHODS if method in needed[net]]
+
+
+def _with_earlier(methods: set[str]) -> set[str]:
+    while more := {earlier for method in methods for earlier in METHODS[method].after} - methods:
+        methods = methods | more
+    return methods
 
 
 def run_all(

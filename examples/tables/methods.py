@@ -30,6 +30,9 @@ from .tasks import Task, shares
 
 # What a gap may take in relative indices: Deep Compression gets the best of them for each layer.
 INDEX_BITS = range(2, 9)
+# Ternary INQ's. The paper has ten, each retrained for as long as others train a network; where all of them share
+# ``recipe.further`` steps, few and long ones are better: chosen as ``recipe.coarse_lr`` was.
+TERNARY_PORTIONS = (0.3, 0.6, 0.85, 1.0)
 # In the file of what DNS leaves: the masks beside the network.
 KEPT = "kept."
 
@@ -82,26 +85,33 @@ def float32(given: Given) -> tuple[dict, dict[str, Tensor]]:
 def longer(given: Given) -> tuple[dict, dict]:
     """float32, trained on for as long as the others: what more training alone does."""
     model, steps = given.model(), given.task.recipe.further
-    given.task.further(model, steps, given.seed).train(steps)
+    given.task.further(model, steps, given.seed, given.task.recipe.further_lr).train(steps)
     return {"value": given.task.measure(model), "steps": steps}, {}
 
 
 # --- INQ --------------------------------------------------------------------------------------------------------------
 
 
-def incremental(
-    given: Given, fmt: inq.Format, partition: str = "magnitude", skip_ends: bool = False
-) -> tuple[dict, dict]:
-    """INQ with the paper's portions; ``skip_ends`` leaves the first and the last layer float, as TWN and BWN do."""
+def incremental(given: Given, fmt: inq.Format, partition: str = "magnitude") -> tuple[dict, dict]:
+    """INQ with the paper's portions."""
+    lr = given.task.recipe.further_lr
+    return _quantize(given, given.model(), fmt, inq.PAPER_PORTIONS[fmt.bits], lr, partition=partition), {}
+
+
+def ternary(given: Given, fmt: inq.Format, partition: str = "magnitude", ends: bool = True) -> tuple[dict, dict]:
+    """INQ at 2 bits for T4; without ``ends`` the first and the last layer stay float, as in TWN and BWN."""
     model = given.model()
-    skip = first_and_last(model) if skip_ends else ()
-    return _quantize(given, model, fmt, inq.PAPER_PORTIONS[fmt.bits], partition=partition, skip=skip), {}
+    skip = () if ends else first_and_last(model)
+    lr = given.task.recipe.coarse_lr
+    return _quantize(given, model, fmt, TERNARY_PORTIONS, lr, partition=partition, skip=skip), {}
 
 
-def _quantize(given: Given, model: nn.Module, fmt: inq.Format, portions: Sequence[float], **how: object) -> dict:
+def _quantize(
+    given: Given, model: nn.Module, fmt: inq.Format, portions: Sequence[float], lr: float, **how: object
+) -> dict:
     """INQ, measured as packed."""
     task, parts = given.task, shares(given.task.recipe.further, len(portions))
-    trainer = task.further(model, max(parts), given.seed)
+    trainer = task.further(model, max(parts), given.seed, lr)
     run = inq.INQ(model, trainer.optimizer, fmt, portions, lr_schedulers=trainer.scheduler, seed=given.seed, **how)
     for _, steps in zip(run, parts, strict=True):
         trainer.train(steps)
@@ -148,11 +158,12 @@ def _smallest(all_parts: object) -> dict[str, int]:
 # --- ternary and binary -----------------------------------------------------------------------------------------------
 
 
-def straight_through(given: Given, projection: Projection) -> tuple[dict, dict]:
-    """TWN or BWN, the first and the last layer float, as published."""
-    model, steps = given.model(), given.task.recipe.further
-    trainer = given.task.further(model, steps, given.seed)
-    run = StraightThrough(model, trainer.optimizer, projection, skip=first_and_last(model))
+def straight_through(given: Given, projection: Projection, ends: bool = False) -> tuple[dict, dict]:
+    """TWN or BWN; without ``ends`` the first and the last layer stay float, as published."""
+    model, recipe = given.model(), given.task.recipe
+    steps = recipe.further
+    trainer = given.task.further(model, steps, given.seed, recipe.coarse_lr)
+    run = StraightThrough(model, trainer.optimizer, projection, skip=() if ends else first_and_last(model))
     trainer.train(steps)
     size = _size(meter.measure(model, run.sizes(), ""))
     result = {"value": given.task.measure(model), "steps": steps, "sizes": {"packed": size}}
@@ -167,7 +178,7 @@ def surgery(given: Given) -> tuple[dict, dict[str, Tensor]]:
     """DNS; its thresholds by ``recipe.c_rates``."""
     model, task = given.model(), given.task
     steps = task.recipe.further
-    trainer = task.further(model, steps, given.seed)
+    trainer = task.further(model, steps, given.seed, task.recipe.coarse_lr)
     run = inq.DNS(
         model, trainer.optimizer, 0.0, overrides=_c_rates(model, task.recipe.c_rates), iter_stop=2 * steps // 3,
         gamma=1e-3, seed=given.seed,
@@ -191,9 +202,9 @@ def _fraction(masks: Mapping[str, Tensor]) -> float:
 
 
 def surgery_incremental(given: Given, bits: int) -> tuple[dict, dict]:
-    """INQ of the weights that DNS kept."""
-    model, masks = given.model("dns"), given.masks()
-    result = _quantize(given, model, inq.Format.paper(bits), inq.DNS_PORTIONS, prune_masks=masks)
+    """INQ of the weights that DNS kept; its exponents by ``mse``."""
+    model, masks, lr = given.model("dns"), given.masks(), given.task.recipe.coarse_lr
+    result = _quantize(given, model, inq.Format(bits), inq.DNS_PORTIONS, lr, prune_masks=masks)
     return {**result, "steps": 2 * result["steps"], "fraction": _fraction(masks)}, {}
 
 
@@ -201,7 +212,7 @@ def deep_pruning(given: Given) -> tuple[dict, dict[str, Tensor]]:
     """Deep Compression's pruning: the largest weights, in each layer as many as DNS kept there."""
     model, steps, masks = given.model(), given.task.recipe.further, given.masks()
     dc.prune_(model, {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()})
-    given.task.further(model, steps, given.seed).train(steps)
+    given.task.further(model, steps, given.seed, given.task.recipe.coarse_lr).train(steps)
     dc.finish_pruning_(model)
     result = {"value": given.task.measure(model), "steps": steps, "fraction": _fraction(masks)}
     return result, model.state_dict()
@@ -253,15 +264,23 @@ METHODS = {
     "float32": Method(float32, ()),
     "longer": Method(longer),
     **{f"inq-{bits}": _inq(inq.Format.paper(bits)) for bits in (5, 4, 3, 2)},
-    **{f"inq-{bits}-random": _inq(inq.Format.paper(bits), partition="random") for bits in (5, 2)},
-    "inq-2-mse": _inq(inq.Format(2)),
-    "inq-2-mse-ends": _inq(inq.Format(2), skip_ends=True),
-    "twn": Method(functools.partial(straight_through, projection=TWN())),
-    "bwn": Method(functools.partial(straight_through, projection=BWN())),
+    "inq-5-random": _inq(inq.Format.paper(5), partition="random"),
+    **{
+        f"{name}{suffix}": Method(functools.partial(straight_through, projection=projection, ends=ends))
+        for name, projection in (("twn", TWN()), ("bwn", BWN()))
+        for suffix, ends in (("", False), ("-all", True))
+    },
+    "inq-2-mse": Method(functools.partial(ternary, fmt=inq.Format(2))),
+    "inq-2-mse-random": Method(functools.partial(ternary, fmt=inq.Format(2), partition="random")),
+    **{
+        f"inq-2-mse-channel{suffix}": Method(
+            functools.partial(ternary, fmt=inq.Format(2, granularity="channel"), ends=ends)
+        )
+        for suffix, ends in (("", True), ("-ends", False))
+    },
     "inq-4-dense": _inq(inq.Format(4, "dense", "tensor", "max")),
     "inq-5-channel": _inq(inq.Format(5, "paper", "channel", "max")),
     "inq-4-dense-channel": _inq(inq.Format(4, "dense", "channel", "max")),
-    "inq-2-mse-channel": _inq(inq.Format(2, granularity="channel")),
     "dns": Method(surgery),
     **{f"dns-inq-{b}": Method(functools.partial(surgery_incremental, bits=b), ("float32", "dns")) for b in (5, 4, 3)},
     "dc-prune": Method(deep_pruning, ("float32", "dns")),

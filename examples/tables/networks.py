@@ -106,17 +106,19 @@ def resnet() -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Network:
-    """A kind of network: how it is made, what it is called, and those of the paper that it stands for."""
+    """A kind of network: how it is made, what it is called, those of the paper that it stands for, and whether T5
+    prunes it: those with most weights in Linear layers, as AlexNet has, and the demo's."""
 
     build: Callable[[], nn.Module]
     title: str
     of_paper: tuple[str, ...] = ()
+    pruned: bool = False
 
 
 NETWORKS = {
-    "lenet-300-100": Network(lenet_300_100, "LeNet-300-100"),
-    "lenet-5": Network(lenet_5, "LeNet-5-shaped", ("AlexNet",)),
-    "digits-cnn": Network(digits_net, "digits CNN, VGG-like", ("VGG-16",)),
+    "lenet-300-100": Network(lenet_300_100, "LeNet-300-100", pruned=True),
+    "lenet-5": Network(lenet_5, "LeNet-5-shaped", ("AlexNet",), pruned=True),
+    "digits-cnn": Network(digits_net, "digits CNN, VGG-like", ("VGG-16",), pruned=True),
     "inception": Network(inception, "GoogLeNet-like", ("GoogLeNet",)),
     "resnet": Network(resnet, "ResNet-like", ("ResNet-18", "ResNet-50")),
 }

@@ -85,7 +85,8 @@ def budgets(recipes: dict, seeds: int) -> str:
         f"{digits['steps']} steps of {digits['batch']} images. **Every method begins with the float32 network of its "
         f"seed and takes {further} further steps** on the same batches: float32 trained as long, TWN and BWN in one "
         f"phase, INQ in as many phases as it has portions, {further} steps in all. A phase is a cosine from "
-        f"{digits['further_lr']} to 0; SGD with momentum {digits['momentum']}, weight decay {digits['weight_decay']}, "
+        f"{digits['further_lr']} to 0; for TWN, BWN, ternary INQ by `mse` and in T5 from {digits['coarse_lr']}. SGD "
+        f"with momentum {digits['momentum']}, weight decay {digits['weight_decay']}, "
         f"label smoothing {digits['label_smoothing']}. In T5 all methods take {further} steps to prune, then {further} "
         f"to quantize: DNS, then INQ in {portions} portions; Deep Compression's pruning, then its centroids, whose "
         f"learning rate is {digits['centroid_lr']}, without weight decay.",
@@ -93,8 +94,9 @@ def budgets(recipes: dict, seeds: int) -> str:
     if language := recipes.get(LANGUAGE_MODEL):
         parts.append(
             f"Language model (examples/language_model.py): bits per byte of files that it was not trained on. "
-            f"{language['steps']} steps in float32, then {language['further']} for every method, in phases as above, "
-            "with AdamW."
+            f"{language['layers']} layers of width {language['width']}, {language['steps']} steps in float32, then "
+            f"{language['further']} for every method, in phases as above, with AdamW, from {language['further_lr']} "
+            f"(float32 trained as long) or {language['coarse_lr']} (ternary) to a tenth of it."
         )
     return "\n\n".join(parts)
 
