@@ -271,11 +271,11 @@ def t5(rows: Rows) -> Table:
         "paper: decrease in error",
     )
     note = (
-        "Deep Compression keeps as many weights of each layer as DNS kept with the same seed, and has the best index "
-        "bits of 2 to 8 for each layer. INQ has n1 by `mse`. DNS + INQ as `inq.save(compress=True)` stores its codes; "
-        "and again with relative indices and Huffman codes, as Deep Compression's are stored, which shows what the coder "
-        "does. All bytes are of one meter. On networks this small, codebooks, names and what stays float weigh much: "
-        "the last ratio leaves them out."
+        "Deep Compression keeps as many weights of each layer as DNS kept with the same seed, and has the best "
+        "index bits of 2 to 8 for each layer. INQ has n1 by `mse`. DNS + INQ as `inq.save(compress=True)` stores "
+        "its codes; and again with relative indices and Huffman codes, as Deep Compression's are stored, which "
+        "shows what the coder does. All bytes are of one meter. On networks this small, codebooks, names and what "
+        "stays float weigh much: the last ratio leaves them out."
     )
     return Table("T5: pruned, quantized, coded", note, headers, lines, claims)
 
