@@ -30,8 +30,8 @@ class Recipe:
         coarse_lr: in place of ``further_lr`` where more of the network changes: for TWN, BWN and ternary INQ (T4), for
             pruning and for INQ after it (T5). Each of them was better with it.
         centroid_lr: of Deep Compression's codebooks: a centroid has the summed gradients of its weights.
-        c_rates: DNS's, of the first layer, the other convolutions, the other Linear layers, and the last layer: of three
-            sets that lost nothing, the one that kept the fewest weights of the LeNet-5-shaped network.
+        c_rates: DNS's, of the first layer, the other convolutions, the other Linear layers, and the last layer: of
+            three sets that lost nothing, the one that kept the fewest weights of the LeNet-5-shaped network.
     """
 
     steps: int = 760
