@@ -20,6 +20,7 @@ bench/compress.py measures this beside other coders and other symbols.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .files import CheckpointError
 from .format import Format
 
 if TYPE_CHECKING:  # numpy comes when it is used, and zstandard is optional
+    import numpy as np
     from numpy import ndarray
 
 CODER = "zstd"
@@ -128,6 +130,26 @@ def _bits_a_value(values: Sequence[int]) -> int:
     return next(width for width in (1, 2, 4, 8) if len(values) <= 1 << width)
 
 
+@functools.cache
+def _shifts(bits: int) -> list[list[tuple[int, np.ufunc, int, int | None]]]:
+    """For each byte that eight values fill, the values of which it has bits: which, how to shift it, by how much, and
+    what to keep of it; None where all of it is kept."""
+    import numpy as np
+
+    value, shifts = (1 << bits) - 1, []
+    for byte in range(bits):
+        parts = []
+        for place in range(8 * byte // bits, min((8 * byte + 7) // bits, 7) + 1):
+            shift = place * bits - 8 * byte
+            if shift < 0:
+                parts.append((place, np.right_shift, -shift, value >> -shift))
+            else:
+                kept = value << shift
+                parts.append((place, np.left_shift, shift, None if kept <= 0xFF else kept & 0xFF))
+        shifts.append(parts)
+    return shifts
+
+
 def _narrow(places: ndarray, bits: int) -> ndarray:
     """One little-endian bit stream of values of ``bits`` bits, uint8 [8, n]: the first of every eight, the second, …"""
     import numpy as np
@@ -136,17 +158,12 @@ def _narrow(places: ndarray, bits: int) -> ndarray:
     # Words of eight bytes at a time; what a shift brings in from the next byte is masked away.
     words = np.ascontiguousarray(np.pad(places, ((0, 0), (0, -count % 8))) if count % 8 else places).view("<u8")
     stream, part, column = np.empty((count, bits), np.uint8), np.empty_like(words[0]), np.empty_like(words[0])
-    for byte in range(bits):
+    for byte, parts in enumerate(_shifts(bits)):
         into = column
-        for place in range(8 * byte // bits, min((8 * byte + 7) // bits, 7) + 1):
-            shift = place * bits - 8 * byte
-            if shift >= 0:
-                np.left_shift(words[place], shift, out=into)
-                kept = ((1 << bits) - 1) << shift & 0xFF
-            else:
-                np.right_shift(words[place], -shift, out=into)
-                kept = ((1 << bits) - 1) >> -shift
-            np.bitwise_and(into, kept * 0x0101010101010101, out=into)
+        for place, move, shift, kept in parts:
+            move(words[place], shift, out=into)
+            if kept is not None:
+                np.bitwise_and(into, kept * 0x0101010101010101, out=into)
             if into is part:
                 np.bitwise_or(column, part, out=column)
             into = part
