@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables_page import BLOCK, PAGE, README, RESULTS, checks, readme
 from torch import nn
 
 import inq_kernels as inq
@@ -315,9 +316,9 @@ def test_the_page_has_differences_within_the_seeds_and_the_papers_numbers():
     assert layer[1:] == ["2.17 ± 2.87", "+1.17 ± 1.23", "+0.17 ± 1.43", "2.0×", "33.98 / 12.87"]
     what = "T4: INQ ternary, an exponent a channel,"
     for claim in (
-        f"| {what} first and last layer float is as good as TWN | ResNet-like | −1.00 ± 0.25 | yes: better |",
-        f"| {what} all layers is as good as TWN | ResNet-like | +1.00 ± 0.25 | no: worse |",
-        f"| {what} all layers is as good as BWN | ResNet-like | +0.00 ± 0.00 | not told apart |",
+        f"| {what} first and last layer float is as good as TWN | −1.00 ± 0.25 ✓ |",
+        f"| {what} all layers is as good as TWN | +1.00 ± 0.25 ✗ |",
+        f"| {what} all layers is as good as BWN | +0.00 ± 0.00 ≈ |",
     ):
         assert claim in text
     assert "T1: from" not in text  # no results, no table
@@ -343,7 +344,7 @@ def test_a_quick_page_claims_nothing():
     assert "**QUICK**" in text
     assert "nothing is concluded" in text
     assert "What can be seen" not in text
-    assert "yes: better" not in text
+    assert "✓" not in text
 
 
 # --- the tables, by hand ----------------------------------------------------------------------------------------------
@@ -473,7 +474,22 @@ def test_columns_that_say_nothing_and_intervals_of_one_seed():
 
 def test_bits_per_byte_have_four_decimals():
     made = page.claims([tables.Claim("a", jobs.LANGUAGE_MODEL, intervals.Estimate(0.00123, 0.0004, 5), 0)])
-    assert "| +0.0012 ± 0.0004 | no: worse |" in made
+    assert "| a | +0.0012 ± 0.0004 ✗ |" in made
+
+
+def test_claims_have_a_row_each_and_a_column_for_each_network():
+    half = intervals.Estimate(-1.0, 0.5, 5)
+    made = [
+        tables.Claim("a", "resnet", half, 0),
+        tables.Claim("b", "resnet", half, 1),
+        tables.Claim("a", NET, intervals.Estimate(0.1, None, 1), 0),
+    ]
+    assert page.claims(made).splitlines() == [
+        "| claim | LeNet-300-100 | ResNet-like |",
+        "| --- | ---: | --- |",
+        "| a | +0.10 | −1.00 ± 0.50 ✓ |",
+        "| b |  | −1.00 ± 0.50 ✗ |",
+    ]
 
 
 # --- what each method does to a network -------------------------------------------------------------------------------
@@ -678,6 +694,34 @@ def test_other_code_has_another_fingerprint(monkeypatch, file):
     before = jobs.fingerprint()
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * path.samefile(changed))
     assert jobs.fingerprint.__wrapped__()["code"] != before["code"]
+
+
+# --- the committed run ------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_page_is_of_its_results():
+    """``python tests/tables_page.py tables/results.json`` writes all three."""
+    results = json.loads(RESULTS.read_text())
+    assert PAGE.read_text() == page.text(results)
+    assert BLOCK.findall(README.read_text()) == [readme(results)]
+
+
+def test_the_committed_results_reach_what_they_must():
+    missed = [what for what, good in checks(json.loads(RESULTS.read_text())) if not good]
+    assert not missed
+
+
+def test_a_bar_can_be_missed():
+    """Ternary INQ worse than TWN on one network, one network missing, and fewer seeds."""
+    results = made_results(False, {**TERNARY, "inq-2-mse-channel-ends": (2.5, 3.6, 4.4)})
+    missed = [what for what, good in checks(results) if not good]
+    assert [what.partition(",")[0] for what in missed] == [
+        "3 seeds",
+        "all networks",
+        "T4: INQ ternary",
+        "T4: INQ ternary",
+    ]
+    assert "+0.50 ± 0.00, no: worse" in missed[2]
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------

@@ -63,12 +63,11 @@ class Inception(nn.Module):
 
 
 def inception() -> nn.Sequential:
-    """Two modules of GoogLeNet, and the mean over the image in place of large Linear layers."""
+    """A module of GoogLeNet, and the mean over the image in place of large Linear layers."""
     return nn.Sequential(
         OrderedDict(
             stem=nn.Sequential(*_conv(1, 16), nn.ReLU(), nn.MaxPool2d(2)),
-            inception1=Inception(16, 16, (16, 32), (8, 16), 16),
-            inception2=Inception(80, 32, (32, 64), (16, 32), 32),
+            inception=Inception(16, 32, (32, 64), (16, 32), 32),
             mean=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
             fc=nn.Linear(160, 10),
