@@ -146,7 +146,10 @@ def run_all(
     left = []
     for job in todo:
         saved = store.load(job)
-        left.append(job) if saved is None else finish(job, saved, True)
+        if saved is None:
+            left.append(job)
+        else:
+            finish(job, saved, True)
     if processes == 1:
         # METHODS is in an order in which earlier ones come first.
         for job in left:
