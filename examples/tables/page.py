@@ -30,8 +30,8 @@ LEGEND = (
     "of it is on the other side. There are many: one in twenty intervals misses the truth by chance."
 )
 PAPER_NOTICE = (
-    "The paper's own numbers stand beside ours: they are **of ImageNet**, another data set, with networks a hundred "
-    "times larger, top-1 / top-5 in percent. Compare the order, not the values."
+    "The paper's own numbers stand beside ours: they are **of ImageNet**, another data set, with networks more than "
+    "a hundred times larger, top-1 / top-5 in percent. Compare the order, not the values."
 )
 
 
@@ -106,7 +106,8 @@ def budgets(recipes: dict, seeds: int) -> str:
     if language := recipes.get(LANGUAGE_MODEL):
         parts.append(
             f"Language model (examples/language_model.py): bits per byte of files that it was not trained on. "
-            f"{language['layers']} layers of width {language['width']}, {language['steps']} steps in float32, then "
+            f"{language['layers']} layers of width {language['width']}, whose Linear weights are quantized and whose "
+            f"embeddings stay float in every method; {language['steps']} steps in float32, then "
             f"{language['further']} for every method, in phases as above, with AdamW, from {language['further_lr']} "
             f"(float32 trained as long) or {language['coarse_lr']} (ternary) to a tenth of it."
         )
