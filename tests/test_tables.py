@@ -765,6 +765,20 @@ def test_a_quick_run_and_going_on(tmp_path, monkeypatch, capsys):
     assert timeless == [{k: v for k, v in job.items() if k != "cpu_s"} for job in first["jobs"]]
 
 
+def test_the_commit_is_that_of_the_beginning(tmp_path, monkeypatch):
+    """An hour later the checkout may be another."""
+    asked = []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.example, "software", lambda: asked.append(True) or {})
+    monkeypatch.setattr(jobs, "run_all", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--quick", "--networks", NET, "--out", str(tmp_path)])
+    assert asked == [True]
+
+
 def test_the_language_model_by_the_same_methods(tmp_path, capsys):
     """T4's, tiny."""
     language = importlib.import_module("examples.tables.language")

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     args = arguments().parse_args(argv)
     began = time.perf_counter()
+    # Of the code that runs: the checkout may be another commit by the end.
+    software = example.software() | {k: v for k, v in jobs.fingerprint().items() if k != "code"}
     out = args.out or (Path("tables", "quick") if args.quick else Path("tables"))
     seeds = list(range(args.seeds or (2 if args.quick else 5)))
     processes = args.processes or example.cores()
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         "seeds": seeds,
         "command": _command(args),
         "machine": example.machine(),
-        "software": example.software() | {k: v for k, v in jobs.fingerprint().items() if k != "code"},
+        "software": software,
         "processes": processes,
         "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
         "wall_s": round(time.perf_counter() - began, 1),
