@@ -403,7 +403,9 @@ def test_t1_by_hand(rows):
             "AlexNet: 42.76 / 19.77 → 42.61 / 19.54",
         )
     ]
-    assert seen_in(made) == {"T1: INQ at 5 bits is as good as float32": "yes: better"}
+    what = "T1: INQ at 5 bits is as good as float32"
+    assert seen_in(made) == {what: "yes: better", f"{what} trained as long": "yes: better"}
+    assert [claim.difference.mean for claim in made.claims] == [-0.5, -0.75]
 
 
 def test_t2_and_t3_by_hand(rows):
@@ -447,6 +449,9 @@ def test_t5_by_hand(rows):
     assert [seen[f"{error.format(bits)} Deep Compression, 8/5"] for bits in (5, 4, 3)] == [
         *("no: worse", "not told apart", "yes: better"),
     ]
+    # 0 beside 4.
+    few = {claim.text: claim.difference.mean for claim in made.claims if claim.text.endswith("4/2")}
+    assert few == {ratio.format(3).replace("8/5", "4/2"): 10.0, f"{error.format(3)} Deep Compression, 4/2": -4.0}
 
 
 def test_the_extension_by_hand(rows):

@@ -116,6 +116,7 @@ def t1(rows: Rows) -> Table:
         ]
         lines.append((_name(net), *cells, start.text(signed=True), long.text(signed=True), "; ".join(theirs)))
         claims.append(Claim("T1: INQ at 5 bits is as good as float32", net, start, 0))
+        claims.append(Claim("T1: INQ at 5 bits is as good as float32 trained as long", net, long, 0))
     headers = (
         *("network", "float32", "float32, trained as long", "INQ, 5 bits", f"INQ {MINUS}float32"),
         *(f"INQ {MINUS}float32 trained as long", "paper, ImageNet: reference → INQ"),
@@ -144,8 +145,8 @@ def t2(rows: Rows) -> Table:
         *("paper, ResNet-18 on ImageNet: random", "paper: largest first"),
     )
     note = (
-        "The paper has 5 bits alone; where little can be lost, 2 bits say more. These are with the exponent by `mse`, "
-        "as in T4."
+        "The paper has 5 bits alone. At 2 bits, where more can be lost, it is T4's INQ with an exponent a layer by "
+        "`mse`, with its portions and learning rate."
     )
     return Table("T2: the partition", note, headers, lines, claims)
 
@@ -178,7 +179,8 @@ def t3(rows: Rows) -> Table:
     note = (
         f"In brackets: {MINUS}float32, paired. The same number of further steps at every bit-width, in the paper's 4, "
         "6, 8 and 10 portions, so the fewer bits, the shorter each portion; n1 from the largest weight, as the paper "
-        "has it. At 2 bits that leaves next to no weights but zeros; the last row has n1 by `mse` and T4's portions."
+        "has it: at 2 bits all weights below a third to two thirds of the largest are 0 then. The last row has n1 by "
+        "`mse`, and T4's portions and learning rate."
     )
     return Table("T3: bit-widths", note, headers, lines, claims)
 
@@ -229,8 +231,8 @@ def t4(rows: Rows) -> Table:
         "INQ at 2 bits, exponents by `mse`, in the portions "
         f"{', '.join(f'{portion:g}' for portion in TERNARY_PORTIONS)}. TWN and BWN are published with float first and "
         "last layers; the paper's INQ quantizes all layers and is compared with them. Here INQ stands beside TWN and "
-        "BWN of as many layers. TWN has one float factor a layer, BWN one a filter, INQ an exponent of 8 bits a "
-        "layer or a channel."
+        "BWN of as many layers. TWN has one float factor a layer, BWN one a filter, INQ a power of two a layer or a "
+        "channel, counted as a byte a channel in both cases, as its files hold it."
     )
     return Table("T4: ternary weights", note, headers, lines, claims)
 
@@ -259,12 +261,13 @@ def t5(rows: Rows) -> Table:
             ratio, errors = paper.T5.get(title, ("", None)) if net == "lenet-5" else ("", None)
             cells = (rows.mean(net, method).text(), decrease.text(signed=True), f"{size:.0f}", *ratios)
             lines.append((_name(net), title, kept.text(1), *cells, ratio, _errors(errors)))
-        for bits in (5, 4, 3):
-            ours = rows.sizes(net, f"dns-inq-{bits}", "coded", "ratio")
-            more = paired(ours, rows.sizes(net, "dc-8-5", "P+Q+H", "ratio"))
-            claims.append(Claim(f"T5: DNS + INQ, {bits} bits: higher ratio than Deep Compression, 8/5", net, more, 1))
-            error = rows.minus(net, f"dns-inq-{bits}", "dc-8-5")
-            claims.append(Claim(f"T5: DNS + INQ, {bits} bits: as good as Deep Compression, 8/5", net, error, 0))
+        # Few bits beside few bits, too.
+        for bits, theirs in ((5, "8/5"), (4, "8/5"), (3, "8/5"), (3, "4/2")):
+            ours, other = f"dns-inq-{bits}", f"dc-{theirs.replace('/', '-')}"
+            more = paired(rows.sizes(net, ours, "coded", "ratio"), rows.sizes(net, other, "P+Q+H", "ratio"))
+            what = f"T5: DNS + INQ, {bits} bits:"
+            claims.append(Claim(f"{what} higher ratio than Deep Compression, {theirs}", net, more, 1))
+            claims.append(Claim(f"{what} as good as Deep Compression, {theirs}", net, rows.minus(net, ours, other), 0))
     headers = (
         *("network", "method", "weights kept, %", "error", "decrease in error", "bytes", "ratio, whole file"),
         *("ratio, weights alone", "ratio, codes and indices alone", "paper, AlexNet on ImageNet: ratio"),
