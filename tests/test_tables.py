@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tables_page import BLOCK, PAGE, README, RESULTS, checks, readme
+from tables_page import BLOCK, PAGE, README, RESULTS, checks, complete, readme
 from torch import nn
 
 import inq_kernels as inq
@@ -727,6 +727,15 @@ def test_a_bar_can_be_missed():
         "T4: INQ ternary",
     ]
     assert "+0.50 ± 0.00, no: worse" in missed[2]
+
+
+def test_a_run_is_complete_with_every_method_of_every_network_and_seed():
+    todo = jobs.jobs({net: tables.methods_of(net) for net in tables.TITLES}, [0, 1])
+    made = [dataclasses.asdict(job) for job in todo]
+    assert complete({"quick": False, "seeds": [0, 1], "jobs": made})
+    assert not complete({"quick": True, "seeds": [0, 1], "jobs": made})
+    assert not complete({"quick": False, "seeds": [0, 1, 2], "jobs": made})
+    assert not complete({"quick": False, "seeds": [0, 1], "jobs": made[:-1]})
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
