@@ -648,6 +648,15 @@ def test_what_each_network_is_for():
     assert of[jobs.LANGUAGE_MODEL] == {*tables.T4_ROWS, "inq-2-mse-random"}
 
 
+def test_results_of_the_language_model_are_of_their_text(tmp_path, monkeypatch):
+    language = importlib.import_module("examples.tables.language")
+    store = jobs.Store(tmp_path, {jobs.LANGUAGE_MODEL: language.QUICK, "digits": TINY})
+    before, other = (store.key(jobs.Job(net, "float32", 0)) for net in (jobs.LANGUAGE_MODEL, NET))
+    monkeypatch.setattr(language.example, "corpus", lambda: (None, None, {"train": {"sha256": "other"}}))
+    assert store.key(jobs.Job(jobs.LANGUAGE_MODEL, "float32", 0)) != before
+    assert store.key(jobs.Job(NET, "float32", 0)) == other
+
+
 # --- jobs in several processes ----------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,11 @@ class Store:
         """What a saved result must agree with to be taken over, as JSON has it."""
         recipe = self.recipes[LANGUAGE_MODEL if job.network == LANGUAGE_MODEL else "digits"]
         key = {**dataclasses.asdict(job), "recipe": dataclasses.asdict(recipe), **fingerprint()}
+        if job.network == LANGUAGE_MODEL:
+            from .language import example
+
+            # Python's own files, which another Python has others of. The digits come with scikit-learn.
+            key["data"] = example.corpus()[2]
         return json.loads(json.dumps(key))
 
     def load(self, job: Job) -> dict | None:

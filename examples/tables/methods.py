@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,7 +151,7 @@ def relative_layer(size: meter.LayerSize, packed: inq.PackedWeight) -> meter.Lay
     return meter.LayerSize(size.name, size.shape, size.nonzero, size.entropy, **parts, exponents=size.exponents)
 
 
-def _smallest(all_parts: object) -> dict[str, int]:
+def _smallest(all_parts: Iterable[dict[str, int]]) -> dict[str, int]:
     return min(all_parts, key=lambda parts: sum(parts.values()))
 
 
