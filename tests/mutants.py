@@ -5,12 +5,14 @@
 
 # ruff: noqa: E501 - the table is easier to read with one mutant a line
 
+import contextlib
+import io
+import multiprocessing
+import multiprocessing.pool
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,14 +163,22 @@ def fill_cache() -> None:
         shutil.copy(known, CACHE.name)
 
 
-def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess:
+def run_tests(folder: Path, test: str) -> tuple[int, str]:
+    """pytest's exit code and output, in this process: once for each."""
+    import pytest
+
     file, name = test.split("::")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", name]
-    # The copy comes before the installed package, and one thread each leaves the other core to the other mutant.
-    backend = "" if file in COMPILED else "reference"
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "INQ_BACKEND": backend}
-    environment["INQ_EMULATOR_CACHE"] = CACHE.name
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    os.environ["INQ_BACKEND"] = "" if file in COMPILED else "reference"
+    os.environ["INQ_EMULATOR_CACHE"] = CACHE.name
+    # The copy comes before the installed package, here and in processes that tests start.
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path) != ROOT / "tests")]
+    os.chdir(folder)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", name])
+    os.chdir(ROOT)
+    return int(code), output.getvalue()
 
 
 def copy_of(folder: Path) -> Path:
@@ -190,30 +200,40 @@ def check(mutant: tuple) -> str | None:
                 return f"{test}: {file}: expected {old!r} once, found it {text.count(old)} times: mend the mutant"
             text = text.replace(old, new)
         path.write_text(text)
-        result = run_tests(folder, test)
-        if result.returncode == 1:
+        code, output = run_tests(folder, test)
+        if code == 1:
             return None
-        return f"{test}: survived {changes[0][1]!r} in {file} (pytest exit {result.returncode})\n{result.stdout[-600:]}"
+        return f"{test}: survived {changes[0][1]!r} in {file} (pytest exit {code})\n{output[-600:]}"
+
+
+def check_sound(test: str) -> str | None:
+    """None if the test passes without a mutant, else what it says."""
+    with tempfile.TemporaryDirectory() as temporary:
+        code, output = run_tests(copy_of(Path(temporary)), test)
+        return f"{test}: fails without a mutant\n{output[-600:]}" if code else None
+
+
+def workers() -> multiprocessing.pool.Pool:
+    """A fresh process for each task, which has imported torch already: importing it takes longer than most tests."""
+    # One thread each leaves the other core to the other mutant.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch  # noqa: F401
+
+    return multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1)
 
 
 def main() -> int:
     wanted = [m for m in MUTANTS if len(sys.argv) < 2 or any(a in m[0] for a in sys.argv[1:])]
     fill_cache()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = copy_of(Path(temporary))
-        # Without a mutant a file's tests fit one process, which need not import torch for each.
-        names: dict[str, list[str]] = {}
-        for file, name in (m[0].split("::") for m in wanted):
-            names.setdefault(file, []).append(name)
-        sound = [f"{file}::{' or '.join(dict.fromkeys(each))}" for file, each in names.items()]
-        with ThreadPoolExecutor(2) as pool:
-            results = pool.map(lambda test: run_tests(folder, test), sound)
-            broken = [(test, r.stdout[-600:]) for test, r in zip(sound, results, strict=True) if r.returncode != 0]
-    with ThreadPoolExecutor(2) as pool:
-        problems = [p for p in pool.map(check, wanted) if p]
-    for test, output in broken:
-        print(f"{test}: fails without a mutant\n{output}")
-    for problem in problems:
+    # Without a mutant a file's tests fit one process.
+    names: dict[str, list[str]] = {}
+    for file, name in (m[0].split("::") for m in wanted):
+        names.setdefault(file, []).append(name)
+    sound = [f"{file}::{' or '.join(dict.fromkeys(each))}" for file, each in names.items()]
+    with workers() as pool:
+        broken = [problem for problem in pool.imap(check_sound, sound) if problem]
+        problems = [problem for problem in pool.imap(check, wanted) if problem]
+    for problem in [*broken, *problems]:
         print(problem)
     failed = len(problems) + len(broken)
     print(f"{len(wanted) - len(problems)} mutants caught\n{len(wanted) - len(problems)} passed, {failed} failed")
