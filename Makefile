@@ -43,7 +43,7 @@ help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
 	@echo "make bars      the demo, and its accuracies against what they must reach"
 	@echo "make language-model   a language model in float32, INQ, plain and calibrated rounding (LM=--quick: seconds)"
-	@echo "make tables    the paper's tables in small: INQ, DNS + INQ, TWN, BWN, Deep Compression (QUICK=1: a minute, no claims)"
+	@echo "make tables    the paper's tables in small: INQ, DNS + INQ, TWN, BWN, Deep Compression (QUICK=1: minutes, no claims)"
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
 	@echo "make static-cuda   the same for the compiled CUDA library, as it is in the file"

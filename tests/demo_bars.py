@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from bars import report
+
 # row → the most that it may lose against float32.
 MAY_LOSE = {"mse-5": 0.3, "mse-4": 0.3, "mse-3": 0.3, "mse-2": 0.6, "max-5": 0.3, "max-4": 0.3}
 MIN_SEEDS = 5
@@ -22,9 +24,7 @@ def main(path: Path) -> int:
     checks.append((f"magnitude − random at 5 bits: {better:+.2f}, at least 0", better >= 0))
     checks.append((f"{len(results['seeds'])} seeds, at least {MIN_SEEDS}", len(results["seeds"]) >= MIN_SEEDS))
     checks.append((f"networks wrong in a new process: {results['check']['wrong']}", results["check"]["wrong"] == 0))
-    for text, good in checks:
-        print("met   " if good else "MISSED", text)
-    failed = sum(not good for _, good in checks)
+    failed = report(checks)
     print(f"{len(checks) - failed} passed, {failed} failed")
     return 1 if failed else 0
 

@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+from bars import report
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "language_model" / "README.md"
 RESULTS = PAGE.with_name("results.json")
@@ -64,10 +66,7 @@ def text(results: dict) -> str:
 
 def main(source: Path) -> int:
     results = json.loads(source.read_text())
-    missed = 0
-    for what, good in checks(results):
-        print("met   " if good else "MISSED", what)
-        missed += not good
+    missed = report(checks(results))
     if source != RESULTS:
         RESULTS.write_text(source.read_text())
     PAGE.write_text(BLOCK.sub(lambda _: text(results), PAGE.read_text()))

@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from bars import report
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # examples is a folder of the repository, not of the package
 
@@ -30,8 +32,7 @@ MISSED = (
 
 def claims(results: dict) -> list[tables.Claim]:
     """Those of all tables."""
-    rows = tables.Rows.of(results["jobs"])
-    return [claim for make in tables.TABLES.values() for claim in make(rows).claims]
+    return [claim for table in tables.made(results["jobs"]) for claim in table.claims]
 
 
 def readme(results: dict) -> str:
@@ -72,10 +73,7 @@ def checks(results: dict) -> list[tuple[str, bool]]:
 
 def main(source: Path) -> int:
     results = json.loads(source.read_text())
-    missed = 0
-    for what, good in checks(results):
-        print("met   " if good else "MISSED", what)
-        missed += not good
+    missed = report(checks(results))
     if source != RESULTS:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(source.read_text())

@@ -81,10 +81,10 @@ class Store:
         recipe = self.recipes[LANGUAGE_MODEL if job.network == LANGUAGE_MODEL else "digits"]
         key = {**dataclasses.asdict(job), "recipe": dataclasses.asdict(recipe), **fingerprint()}
         if job.network == LANGUAGE_MODEL:
-            from .language import example
+            from .. import language_model
 
             # Python's own files, which another Python has others of. The digits come with scikit-learn.
-            key["data"] = example.corpus()[2]
+            key["data"] = language_model.corpus()[2]
         return json.loads(json.dumps(key))
 
     def load(self, job: Job) -> dict | None:

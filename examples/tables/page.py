@@ -9,7 +9,7 @@ from inq_kernels import DNS_PORTIONS
 
 from . import tables
 from .jobs import LANGUAGE_MODEL
-from .tables import Claim, Rows, Table
+from .tables import Claim, Table
 
 # A number as the tables write them, or nothing.
 _NUMBER = re.compile(r"([+−]?\d[\d.]*( ± \d[\d.]*)?×?)?")
@@ -66,8 +66,7 @@ def claims(made: Sequence[Claim]) -> str:
 
 def text(results: dict) -> str:
     """The page."""
-    rows, seeds, quick = Rows.of(results["jobs"]), results["seeds"], results["quick"]
-    made = [each for make in tables.TABLES.values() if (each := make(rows)).rows]
+    seeds, quick, made = results["seeds"], results["quick"], tables.made(results["jobs"])
     parts = ["# The paper's tables in small"]
     parts += [QUICK_NOTICE] if quick else []
     parts += [_provenance(results), PAPER_NOTICE, budgets(results["recipes"], len(seeds))]

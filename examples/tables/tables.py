@@ -162,10 +162,8 @@ T3_ROWS = {
 def t3(rows: Rows) -> Table:
     """Bit-widths."""
     nets, lines, claims = rows.networks(*T3_ROWS), [], []
-    for method, (title, bits) in T3_ROWS.items():
+    for method, (title, bits) in T3_ROWS.items() if nets else ():
         cells = []
-        if not nets:
-            break
         for net in nets:
             mean = rows.mean(net, method).text()
             if method != "float32":
@@ -323,3 +321,9 @@ def methods_of(network: str) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Rows], Table]] = {"T1": t1, "T2": t2, "T3": t3, "T4": t4, "T5": t5, "extension": extension}
+
+
+def made(jobs: Sequence[dict]) -> list[Table]:
+    """The tables that the jobs of a results.json have rows for."""
+    rows = Rows.of(jobs)
+    return [table for make in TABLES.values() if (table := make(rows)).rows]
