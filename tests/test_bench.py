@@ -27,6 +27,7 @@ from inq_kernels.bench import (
     shapes,
 )
 from inq_kernels.bench.registry import GPU_OPS, NOT_MEASURED, OPS
+from inq_kernels.bench import timing
 from inq_kernels.bench.timing import MIN_PAIRS, PATIENCE, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
 from inq_kernels.bench.weights import RandomWeights
 
@@ -248,6 +249,14 @@ def test_an_uncertain_ratio_is_measured_again(busy, again, expected):
     mine, theirs = time_pairs(clock, a, b, 0.0)
     assert (3 < len(mine) <= 3 * PATIENCE) if again else (len(mine) == 3)
     assert ratio(mine, theirs)["ratio"] == pytest.approx(expected)
+
+
+def test_every_copy_is_used_before_the_first_is_timed(monkeypatch):
+    used = []
+    runner = Runner([lambda i=i: used.append(i) for i in range(100)], 1)
+    monkeypatch.setattr(timing, "MIN_SAMPLE_S", 0.0)  # or a sample of calls this short goes round by itself
+    timing.warm_up(CpuClock(), runner)
+    assert set(used) == set(range(100))
 
 
 def test_a_reset_runs_before_every_sample_and_calls_are_not_repeated():

@@ -129,11 +129,12 @@ def test_plan():
     assert plan(16, 4096, 14336) == f"{stream} rows=16 group=4 threads=2"
     assert plan(17, 4096, 14336) == f"{stream} rows=17 group=2 threads=2"
     panels = "panels isa=amx products=bfloat16 tile=32x32"
-    assert plan(33, 4096, 14336) == f"{panels} m_block=64 k_chunk=512 by=columns threads=2"
-    assert plan(4096, 4096, 4096) == f"{panels} m_block=128 k_chunk=512 by=rows threads=2"
-    # The packed rows of a block stay in the second-level cache, but for K so long that decoding would take over.
-    assert "m_block=256" in plan(4096, 4096, 2048)
-    assert "m_block=64" in plan(4096, 4096, 16384)
+    # cached: the columns whose sums, and the k whose packed rows, are in the second-level cache together.
+    assert plan(33, 4096, 14336) == f"{panels} m_block=64 k_chunk=384 cached=512x5760 by=columns threads=2"
+    assert plan(256, 4096, 14336) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=columns threads=2"
+    assert plan(4096, 4096, 4096) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=rows threads=2"
+    # A thread's packed rows are at most 8 MB.
+    assert "m_block=128" in plan(4096, 4096, 32768)
     assert plan(784, 64, 576, op="conv2d").startswith(panels)
     # Products in float32 are AVX-512's.
     for text in (plan(1, 400, 400, "float32"), plan(99, 400, 400, "float32"), plan(99, 400, 400, op="linear_dx")):

@@ -124,11 +124,13 @@ def test_as_good_as_dense_and_the_same_for_all_threads(fmt, dtype, isa):
             y = linear(x, packed, bias)
             w = inq.unpack(packed, torch.float64)
             exact = F.linear(x.double(), w, None if bias is None else bias.double())
-            dense = F.linear(x, inq.unpack(plain(packed), torch.float64).to(dtype)).double()
+            # Torch's product, and scale and bias in float32 as the contract has them: where the bias cancels most of the
+            # product, what either rounds away in between is more than the result's own rounding.
+            dense = F.linear(x, inq.unpack(plain(packed), torch.float64).to(dtype)).float()
             if packed.weight_scale is not None:
-                dense = dense * packed.weight_scale.double().view(-1)
+                dense = dense * packed.weight_scale.view(-1)
             if bias is not None:
-                dense = dense + bias.double()
+                dense = dense + bias
             assert_as_good_as_dense(y, exact, dense.to(dtype), torch.exp2(packed.weight_exp.double()).view(-1))
             for threads in (2, 3):
                 torch.set_num_threads(threads)
@@ -351,15 +353,17 @@ def test_conv2d(case, isa):
             y = conv2d(x, packed, bias, arguments)
             assert torch.equal(y, want), (fmt, dtype, layout)
             assert y.stride() == want.stride() or y.numel() == 0
-        x = torch.randn(x_shape, generator=generator(seed)).to(dtype, memory_format=layout)
+        # The largest error is compared. Of one element it is a matter of luck: then of many images.
+        images = x_shape[0] * (64 if case == "one" else 1)
+        x = torch.randn(images, *x_shape[1:], generator=generator(seed)).to(dtype, memory_format=layout)
         torch.set_num_threads(1)
         y = conv2d(x, packed, bias, arguments)
         w = inq.unpack(packed, torch.float64)
         exact = F.conv2d(x.double(), w, None if bias is None else bias.double(), *arguments)
-        dense = F.conv2d(x, inq.unpack(plain(packed), torch.float64).to(dtype), None, *arguments).double()
-        dense = dense * packed.weight_scale.double().view(-1, 1, 1)
+        dense = F.conv2d(x, inq.unpack(plain(packed), torch.float64).to(dtype), None, *arguments).float()
+        dense = dense * packed.weight_scale.view(-1, 1, 1)  # in float32, as above
         if bias is not None:
-            dense = dense + bias.double().view(-1, 1, 1)
+            dense = dense + bias.view(-1, 1, 1)
         assert_as_good_as_dense(y, exact, dense.to(dtype), torch.exp2(packed.weight_exp.double()).view(-1, 1, 1))
         for threads in (2, 3):
             torch.set_num_threads(threads)

@@ -68,15 +68,18 @@ struct Sample {
     return y;
   }
 
-  // Two panels by `multiply`, in two chunks: sums go to memory and back.
+  // Two panels by `multiply`, in two chunks: sums go to memory and back, and the second chunk's weights take the place of
+  // the first's, which are fewer.
   Buffer<float> multiplied(const Kernels& kernels) const {
-    const Buffer<uint32_t> a = packed(kernels, kRows, kRows), b(int64_t{kK} / 2 * 2 * kPanelRows);
-    kernels.decode({&book, weight.get(), panel_bytes(), kTiles, 2, b.get()});
-    Buffer<float> c(kRows * 2 * kPanelRows);
-    const int64_t half = int64_t{kTiles} / 2 * kTileK / 2;
-    kernels.multiply({a.get(), b.get(), half, c.get(), kRows, 2, false, a.get()});
-    kernels.multiply({a.get() + half * kRows, b.get() + half * 2 * kPanelRows, kK / 2 - half, c.get(), kRows, 2, true, a.get()});
-    if (kernels.leave) kernels.leave();
+    constexpr int64_t kHalf = kTiles / 2, kHalfSteps = kHalf * kTileK / 2, kRestSteps = kK / 2 - kHalfSteps;
+    const Buffer<uint32_t> a = packed(kernels, kRows, kRows), b(kRestSteps * 2 * kPanelRows);
+    const uint8_t* rest = weight.get() + kHalf * tile_bytes(kFormat);
+    kernels.decode({&book, weight.get(), panel_bytes(), kHalf, 2, b.get()});
+    Buffer<float> c(2 * kRows * 2 * kPanelRows);  // and as many that are asked for
+    kernels.multiply_decoding({a.get(), b.get(), kHalfSteps, c.get(), kRows, 2, false, a.get(), {}},
+                              {&book, rest, panel_bytes(), kTiles - kHalf, 2, b.get()});
+    kernels.multiply({a.get() + kHalfSteps * kRows, b.get(), kRestSteps, c.get(), kRows, 2, true, a.get(), {}});
+    kernels.leave();
     return c;
   }
 };

@@ -10,12 +10,12 @@
 // are the tile of 16 pairs of k × 16 columns that TDPBF16PS takes. So decoding and finishing are AVX-512's.
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 #include <utility>
 
+#include "asking.h"
 #include "kernels.h"
+#include "pairs_avx512.h"
 
 namespace {
 
@@ -32,7 +32,8 @@ static_assert(sizeof(TileConfig) == 64);
 constexpr int kTileRows = 16;
 constexpr int kBlockSteps = kAmxShape.block;  // steps a tile
 constexpr int kBlockBytes = kBlockSteps * 4;  // a row of a tile
-constexpr int kStreamTiles = 16;              // decoded at once by `stream`: 16 KB of the first-level cache
+constexpr int kStreamTiles = 8;       // of `stream`'s ring: 8 KB
+constexpr int kStreamAhead = 2048;    // bytes of a panel from what is decoded to what is asked for
 static_assert(kBlockSteps == kTileK / 2 && kBlockBytes == 64);
 
 // Four tiles of sums: up to 16 rows × 4 panels, or 32 rows × 2. Each weight tile is then used for all rows, and four
@@ -124,62 +125,116 @@ inline __attribute__((always_inline)) void each_sum(float* c, const F& f) {
   });
 }
 
-template <class Tiles, int kRowTiles, int kPanels>
-void multiply_tiles(const MultiplyArgs& m) {
-  constexpr int64_t kRowBytes = kPanels * kPanelRows * 4;
+// What decodes a block of columns tile after tile: each panel's next one to out[16 steps][16·kPanels].
+template <int kPanels, bool kSigns>
+struct Decoding {
+  static constexpr int64_t kTile = kCodeBytes + (kSigns ? kSignBytes : 0);
+  const uint8_t* weight;
+  int64_t panel_bytes, tiles;  // still to be decoded
+  __m512i table;
+
+  Decoding(const Codebook& book, const uint8_t* first, int64_t panel_distance, int64_t count)
+      : weight(first), panel_bytes(panel_distance), tiles(count), table(pair_table(book)) {}
+
+  // Asks for the codes kAhead bytes on: past a panel's end that is the next panel's beginning.
+  template <int kAhead>
+  __attribute__((always_inline)) void next(uint32_t* out) {
+    each<kPanels>([&](auto p) {
+      const uint8_t* tile = weight + p * panel_bytes;
+      __m512i signs{};
+      if constexpr (kSigns) signs = _mm512_loadu_si512(tile + kCodeBytes);
+#pragma GCC unroll 4
+      for (int unit = 0; unit < kUnits; ++unit) {
+        const __m512i codes = _mm512_loadu_si512(tile + unit * kUnitBytes);
+        if constexpr (kAhead > 0) __builtin_prefetch(tile + unit * kUnitBytes + kAhead);
+#pragma GCC unroll 4
+        for (int step = 0; step < 4; ++step) {
+          _mm512_store_si512(out + (unit * 4 + step) * kPanels * kPanelRows + p * kPanelRows,
+                             decode_pair<kSigns>(codes, step, signs, unit, table));
+        }
+      }
+      if constexpr (kSigns && kAhead > 0) __builtin_prefetch(tile + kCodeBytes + kAhead);
+    });
+    weight += kTile;
+    --tiles;
+  }
+};
+
+// Instead of a Decoding, for products without one.
+struct NoDecoding {
+  static constexpr int64_t tiles = 0;
+  template <int kAhead>
+  void next(uint32_t*) {}
+};
+
+template <class Tiles, int kRowTiles, int kPanels, class D>
+void multiply_tiles(const MultiplyArgs& m, D decoding) {
+  constexpr int kColumns = kPanels * kPanelRows, kBlock = kBlockSteps * kColumns;
+  constexpr int64_t kRowBytes = kColumns * 4;
   configure<Tiles>(m.rows);
   // Loading sums is exact: TDPBF16PS adds up 32 k from 0 and then adds to the sum, whatever the chunks.
   each_sum<Tiles, kRowTiles, kPanels>(m.c, [&](auto t, float* c) {
     m.accumulate ? Tiles::template load<t>(c, kRowBytes) : Tiles::template zero<t>();
   });
+  // Evenly: all at once would take every buffer that tile loads wait in too. The next tile's sums follow these, in the
+  // second-level cache; they are loaded when no product is under way that would hide it.
+  const int64_t blocks = m.steps > 0 ? m.steps / kBlockSteps : 1, sum_lines = m.rows * kPanels;
+  Asking codes(m.codes), sums({reinterpret_cast<const uint8_t*>(m.c + sum_lines * kPanelRows), 0, sum_lines, 0, sum_lines});
+  const int64_t codes_at_once = ceil_div(codes.left(), blocks), sums_at_once = ceil_div(sum_lines, blocks);
   const uint32_t* a = m.a;
-  const uint32_t* b = m.b;
-  for (int64_t step = 0; step < m.steps; step += kBlockSteps) {
+  // A block is decoded over when it has been used, which costs next to nothing: decoding is not the tiles' work.
+  uint32_t* b = const_cast<uint32_t*>(m.b);
+  for (int64_t step = 0; step < m.steps; step += kBlockSteps, a += kBlockSteps * m.rows, b += kBlock) {
+    codes.next<2>(codes_at_once);
+    sums.next<3>(sums_at_once);
     add_products<Tiles, kRowTiles, kPanels>(a, b);
-    a += kBlockSteps * m.rows;
-    b += kBlockSteps * kPanels * kPanelRows;
+    if (decoding.tiles > 0) decoding.template next<0>(b);
   }
+  for (; decoding.tiles > 0; b += kBlock) decoding.template next<0>(b);
   each_sum<Tiles, kRowTiles, kPanels>(m.c, [&](auto t, float* c) { Tiles::template store<t>(c, kRowBytes); });
+}
+
+template <class Tiles, int kPanels, class D>
+void multiply_rows(const MultiplyArgs& m, const D& decoding) {
+  static_assert(kAmxShape.rows == 2 * kTileRows);
+  m.rows > kTileRows ? multiply_tiles<Tiles, 2, kPanels>(m, decoding) : multiply_tiles<Tiles, 1, kPanels>(m, decoding);
 }
 
 template <class Tiles>
 void multiply(const MultiplyArgs& m) {
-  static_assert(kAmxShape.panels == 2 && kAmxShape.rows == 2 * kTileRows);
-  if (m.rows > kTileRows) return m.panels > 1 ? multiply_tiles<Tiles, 2, 2>(m) : multiply_tiles<Tiles, 2, 1>(m);
-  m.panels > 1 ? multiply_tiles<Tiles, 1, 2>(m) : multiply_tiles<Tiles, 1, 1>(m);
+  static_assert(kAmxShape.panels == 2);
+  m.panels > 1 ? multiply_rows<Tiles, 2>(m, NoDecoding{}) : multiply_rows<Tiles, 1>(m, NoDecoding{});
+}
+
+template <class Tiles, int kPanels>
+void multiply_decoding_panels(const MultiplyArgs& m, const DecodeArgs& d) {
+  d.book->sign_plane
+      ? multiply_rows<Tiles, kPanels>(m, Decoding<kPanels, true>(*d.book, d.weight, d.panel_bytes, d.tiles))
+      : multiply_rows<Tiles, kPanels>(m, Decoding<kPanels, false>(*d.book, d.weight, d.panel_bytes, d.tiles));
+}
+
+template <class Tiles>
+void multiply_decoding(const MultiplyArgs& m, const DecodeArgs& d) {
+  m.panels > 1 ? multiply_decoding_panels<Tiles, 2>(m, d) : multiply_decoding_panels<Tiles, 1>(m, d);
 }
 
 // --- few rows --------------------------------------------------------------------------------------------------------
 
-// Asks for tiles [first, first + count) of each panel. Past a panel's end that is the next panel's beginning.
-template <int kPanels>
-void fetch_tiles(const uint8_t* weight, int64_t panel_bytes, int64_t first, int64_t count, int64_t bytes) {
-  for (int p = 0; p < kPanels; ++p) {
-    const uint8_t* from = weight + p * panel_bytes + first * bytes;
-    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(from + i);
-  }
-}
-
-// Two phases in turn, since finer mixing of them is slower: decode a group of tiles into the first-level cache, then
-// multiply by them while the next group's codes are on their way.
-template <class Tiles, int kRowTiles, int kPanels>
+// A ring of decoded tiles in the first-level cache: each is used, and decoded over for the round after. The distance in
+// between is what lets the processor overlap the two, and stores reach the cache before they are loaded as tiles.
+template <class Tiles, int kRowTiles, int kPanels, bool kSigns>
 void stream_pass(const StreamArgs& s, int64_t panel) {
-  constexpr int kColumns = kPanels * kPanelRows, kGroup = kStreamTiles / kPanels;
-  alignas(64) uint32_t b[kGroup * kBlockSteps * kColumns];
+  constexpr int kColumns = kPanels * kPanelRows, kRing = kStreamTiles / kPanels, kBlock = kBlockSteps * kColumns;
+  alignas(64) uint32_t b[kRing * kBlock];
   alignas(64) float c[kRowTiles * kTileRows * kColumns];
-  const Kernels& pairs = avx512_pair_kernels();
-  const int64_t tile = kCodeBytes + (s.book->sign_plane ? kSignBytes : 0);
-  const uint8_t* weight = s.weight + panel * s.panel_bytes;
-  const uint32_t* a = s.a;
-  fetch_tiles<kPanels>(weight, s.panel_bytes, 0, least(kGroup, s.tiles), tile);
+  Decoding<kPanels, kSigns> decoding(*s.book, s.weight + panel * s.panel_bytes, s.panel_bytes, s.tiles);
+  for (int i = 0; i < kRing && decoding.tiles > 0; ++i) decoding.template next<kStreamAhead>(b + i * kBlock);
   each_sum<Tiles, kRowTiles, kPanels>(c, [](auto t, float*) { Tiles::template zero<t>(); });
-  for (int64_t first = 0; first < s.tiles; first += kGroup) {
-    const int64_t count = least(kGroup, s.tiles - first);
-    pairs.decode({s.book, weight + first * tile, s.panel_bytes, count, kPanels, b});
-    for (int64_t i = 0; i < count; ++i, a += kBlockSteps * s.rows) {
-      fetch_tiles<kPanels>(weight, s.panel_bytes, first + count + i, 1, tile);
-      add_products<Tiles, kRowTiles, kPanels>(a, b + i * kBlockSteps * kColumns);
-    }
+  const uint32_t* a = s.a;
+  for (int64_t tile = 0, at = 0; tile < s.tiles; ++tile, at = at + 1 < kRing ? at + 1 : 0) {
+    add_products<Tiles, kRowTiles, kPanels>(a, b + at * kBlock);
+    if (decoding.tiles > 0) decoding.template next<kStreamAhead>(b + at * kBlock);
+    a += kBlockSteps * s.rows;
   }
   each_sum<Tiles, kRowTiles, kPanels>(c, [](auto t, float* to) { Tiles::template store<t>(to, kColumns * 4); });
 
@@ -192,12 +247,15 @@ void stream_pass(const StreamArgs& s, int64_t panel) {
   if (f.scale) f.scale += column;
   if (f.bias) f.bias += column;
   f.out = static_cast<unsigned char*>(f.out) + int64_t{column} * size_of(f.type);
-  pairs.finish(f);
+  avx512_pair_kernels().finish(f);
 }
 
 template <class Tiles, int kRowTiles, int kPanels>
 void stream_from(const StreamArgs& s, int64_t panel) {
-  for (; panel + kPanels <= s.panels; panel += kPanels) stream_pass<Tiles, kRowTiles, kPanels>(s, panel);
+  for (; panel + kPanels <= s.panels; panel += kPanels) {
+    s.book->sign_plane ? stream_pass<Tiles, kRowTiles, kPanels, true>(s, panel)
+                       : stream_pass<Tiles, kRowTiles, kPanels, false>(s, panel);
+  }
   if constexpr (kPanels > 1) {
     if (panel < s.panels) stream_from<Tiles, kRowTiles, kPanels - 1>(s, panel);
   }
@@ -216,6 +274,7 @@ Kernels tile_kernels() {
   Kernels table = avx512_pair_kernels();
   table.pack = pack_blocks;
   table.multiply = multiply<Tiles>;
+  table.multiply_decoding = multiply_decoding<Tiles>;
   table.stream = stream<Tiles>;
   table.leave = leave<Tiles>;
   return table;

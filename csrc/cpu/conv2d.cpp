@@ -51,6 +51,10 @@ class Gathered {
 
   void run() const {
     auto pack = [&](int64_t first, int rows, uint32_t* out) { gather(first, rows, out); };
+    auto codes = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
+      if (taps_ > 1) return DecodeArgs{};  // not as they are
+      return DecodeArgs{&book_, weights(chunk, panel), panel_bytes_, pieces_[chunk].tiles, panels, out};
+    };
     auto decode = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
       const Piece& piece = pieces_[chunk];
       const DecodeArgs natural{&book_, weights(chunk, panel), panel_bytes_, piece.tiles, panels, out};
@@ -62,11 +66,9 @@ class Gathered {
       kernels_.decode(aside);
       kernels_.regroup({aside.out, piece.at.data(), chunks_[chunk].steps, columns, out});
     };
-    auto fetch = [&](size_t chunk, int64_t panel, int panels, int64_t part, int64_t parts) {
-      const int64_t lines = pieces_[chunk].tiles * tile_bytes(args_.weight.format) / kCacheLine, all = lines * panels;
-      for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
-        __builtin_prefetch(weights(chunk, panel + i / lines) + i % lines * kCacheLine, 0, 2);
-      }
+    auto reads = [&](size_t chunk, int64_t panel, int panels) {
+      const int64_t lines = pieces_[chunk].tiles * tile_bytes(args_.weight.format) / kCacheLine;
+      return Ask{weights(chunk, panel), weights(chunk, panel + 1) - weights(chunk, panel), lines, 0, lines * panels};
     };
     auto finish = [&](int64_t pixel, int pixels, int64_t panel, int panels, const float* sums) {
       const int64_t column = panel * kPanelRows, row = group_ * rows_ + column, n = args_.weight.n;
@@ -75,7 +77,7 @@ class Gathered {
                        args_.weight.scale ? args_.weight.scale + row : nullptr, args_.bias ? args_.bias + row : nullptr,
                        args_.type, static_cast<unsigned char*>(args_.out) + (pixel * n + row) * size_of(args_.type), n});
     };
-    PanelProduct(plan_, args_.batch * args_.out_size[0] * args_.out_size[1], rows_, chunks_, pack, decode, fetch, finish)
+    PanelProduct(plan_, args_.batch * args_.out_size[0] * args_.out_size[1], rows_, chunks_, pack, decode, codes, reads, finish)
         .run();
   }
 

@@ -3,9 +3,9 @@
 //
 // A *step* is what one lane of a register multiplies at once: one k in float32, a pair (k, k + 1) in bfloat16. Left
 // operands are packed as dwords [step][rows], decoded weights as [step][columns]; sums are float32. Each element of the
-// output is the sum of its chunks in ascending order, and a chunk that of its kChunkSteps steps in ascending order,
-// starting from 0: the same for any blocking, number of rows and number of threads. (One chain over all of K would lose
-// several times more than torch's product does.)
+// output is the sum, in ascending order, of the sums of some steps each in ascending order from 0 (32 steps in float32,
+// a chunk in bfloat16, 16 on tiles): the same for any blocking, number of rows and number of threads. (One chain over
+// all of K would lose several times more than torch's product does.)
 #pragma once
 
 #include <cstdint>
@@ -74,6 +74,13 @@ struct DirectArgs {
   float* c;
 };
 
+// Cache lines to ask for: `lines` of each of some runs that are `stride` bytes apart, numbered run after run;
+// of these [first, last).
+struct Ask {
+  const uint8_t* from;
+  int64_t stride, lines, first, last;
+};
+
 // c[rows][16·panels] = (accumulate ? c : 0) + a[steps][rows]ᵀ · b[steps][16·panels], the product summed first.
 struct MultiplyArgs {
   const uint32_t* a;
@@ -83,6 +90,7 @@ struct MultiplyArgs {
   int rows, panels;
   bool accumulate;
   const uint32_t* next;  // the left operand of the call after this one, or any address: it is asked for, not read
+  Ask codes;             // what a later decode will read
 };
 
 // y = (c · power) · scale + bias of a block of columns, rounded once to `type`; scale and bias may be null.
@@ -145,6 +153,8 @@ struct Kernels {
   // Only where pair is 1, else null.
   void (*decode_transposed)(const DecodeTransposedArgs&);
   void (*direct)(const DirectArgs&);
+  // If not null: `multiply`, and then what it has used of b is decoded over. DecodeArgs::out is b, panels are the same.
+  void (*multiply_decoding)(const MultiplyArgs&, const DecodeArgs&) = nullptr;
   void (*leave)() = nullptr;  // if not null, to be called on each thread after its last `multiply` of a task
 };
 

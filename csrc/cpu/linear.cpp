@@ -90,14 +90,13 @@ void run_panels(const LinearArgs& args, const Plan& plan) {
     return w.data + panel * panel_bytes + chunk * plan.k_chunk / kTileK * tile_bytes(w.format);
   };
   auto tiles = [&](size_t chunk) { return chunks[chunk].decoded * plan.shape.pair / kTileK; };
-  auto decode = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
-    kernels.decode({&book, weights(chunk, panel), panel_bytes, tiles(chunk), panels, out});
+  auto codes = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
+    return DecodeArgs{&book, weights(chunk, panel), panel_bytes, tiles(chunk), panels, out};
   };
-  auto fetch = [&](size_t chunk, int64_t panel, int panels, int64_t part, int64_t parts) {
-    const int64_t lines = tiles(chunk) * tile_bytes(w.format) / kCacheLine, all = lines * panels;
-    for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
-      __builtin_prefetch(weights(chunk, panel + i / lines) + i % lines * kCacheLine, 0, 2);  // to the second-level cache
-    }
+  auto decode = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) { kernels.decode(codes(chunk, panel, panels, out)); };
+  auto reads = [&](size_t chunk, int64_t panel, int panels) {
+    const int64_t lines = tiles(chunk) * tile_bytes(w.format) / kCacheLine;
+    return Ask{weights(chunk, panel), panel_bytes, lines, 0, lines * panels};
   };
   auto finish = [&](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
     const int64_t column = panel * kPanelRows;
@@ -107,7 +106,7 @@ void run_panels(const LinearArgs& args, const Plan& plan) {
                     args.bias ? args.bias + column : nullptr, args.type,
                     static_cast<unsigned char*>(args.out) + (row * w.n + column) * size, w.n});
   };
-  PanelProduct(plan, args.m, w.n, chunks, pack, decode, fetch, finish).run();
+  PanelProduct(plan, args.m, w.n, chunks, pack, decode, codes, reads, finish).run();
 }
 
 }  // namespace

@@ -1,11 +1,6 @@
 // The products' loops with AVX-512: 16 dword lanes; float32 rows with FMA, bfloat16 rows with vdpbf16ps.
 
-// gcc 12 calls the placeholder operands inside its own intrinsics uninitialized.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
+#include "pairs_avx512.h"
 
 #include "gemm_kernels.h"
 
@@ -102,11 +97,6 @@ struct Avx512 {
     }
   }
 
-  // w with the sign bits of `signs` that the mask selects flipped: one vpternlogd, a ^ (b & c).
-  static Vec flip(Vec w, Codes signs, int mask) {
-    return _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(_mm512_castps_si512(w), signs, _mm512_set1_epi32(mask), 0x78));
-  }
 };
 
 struct Float : Avx512 {
@@ -123,7 +113,10 @@ struct Float : Avx512 {
     const int pair = step / 2, odd = step % 2;
     const Vec w = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * pair + 16 * odd), table);
     if constexpr (!kSigns) return w;
-    return flip(w, _mm512_slli_epi32(signs, 4 * unit + pair + (odd ? 0 : 16)), INT32_MIN);
+    // One vpternlogd: w ^ (signs & sign bit).
+    const Codes moved = _mm512_slli_epi32(signs, 4 * unit + pair + (odd ? 0 : 16));
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(_mm512_castps_si512(w), moved, _mm512_set1_epi32(INT32_MIN), 0x78));
   }
 };
 
@@ -132,20 +125,14 @@ struct Pairs : Avx512 {
   static constexpr int kSteps = 4;
   using Table = __m512i;
 
-  // The 16 values as bfloat16 (exact: powers of two), twice: the fifth bit of vpermw's index is a neighbour's.
-  static Table table(const Codebook& book) {
-    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_load_si512(book.value), 16));
-    return _mm512_broadcast_i64x4(half);
-  }
+  static Table table(const Codebook& book) { return pair_table(book); }
   static Vec multiply_add(Vec sum, Vec x, Vec w) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
 
   template <bool kSigns>
   static Vec decode(Codes codes, int step, Codes signs, int unit, Table table) {
-    const Vec w = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 4 * step), table));
-    if constexpr (!kSigns) return w;
-    return flip(w, _mm512_slli_epi32(signs, 4 * unit + step), static_cast<int>(0x80008000u));
+    return _mm512_castsi512_ps(decode_pair<kSigns>(codes, step, signs, unit, table));
   }
 };
 

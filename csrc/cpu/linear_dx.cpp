@@ -63,13 +63,11 @@ void linear_dx(const LinearDxArgs& args) {
   auto decode = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
     kernels.decode_transposed({&book, weights(chunk), panel_bytes, panels_in(chunk), panel, panels, out});
   };
-  auto fetch = [&](size_t chunk, int64_t panel, int panels, int64_t part, int64_t parts) {
+  auto codes = [](size_t, int64_t, int, uint32_t*) { return DecodeArgs{}; };  // not as they are
+  auto reads = [&](size_t chunk, int64_t panel, int panels) {
     // The tiles under these columns, in each of the chunk's panels.
     const int64_t begin = panel / 2 * tile, lines = (ceil_div(panel + panels, 2) * tile - begin) / kCacheLine;
-    const int64_t all = lines * panels_in(chunk);
-    for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
-      __builtin_prefetch(weights(chunk) + i / lines * panel_bytes + begin + i % lines * kCacheLine, 0, 2);
-    }
+    return Ask{weights(chunk) + begin, panel_bytes, lines, 0, lines * panels_in(chunk)};
   };
   auto finish = [&](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
     const int64_t column = panel * kPanelRows;
@@ -77,7 +75,7 @@ void linear_dx(const LinearDxArgs& args) {
                     static_cast<int>(std::min<int64_t>(int64_t{panels} * kPanelRows, w.k - column)), ones.get(), nullptr,
                     nullptr, args.type, static_cast<unsigned char*>(args.out) + (row * w.k + column) * size, w.k});
   };
-  PanelProduct(chosen, args.m, w.k, chunks, pack, decode, fetch, finish).run();
+  PanelProduct(chosen, args.m, w.k, chunks, pack, decode, codes, reads, finish).run();
 }
 
 }  // namespace inq::cpu

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 #include "amx.h"
@@ -17,11 +18,14 @@ constexpr int64_t kMostRows = 256, kMostPacked = 5 << 20;
 constexpr int64_t kMostRowsShared = 512, kMostPackedShared = 15 << 20;
 // Blocks of columns a thread that make its waiting for the others at the end of a block of rows small.
 constexpr int64_t kColumnsToShare = 16;
-// On AMX a product is so fast that they must come from the second-level cache (2 MB), but for fewer than 64 rows
-// decoding takes longer than multiplying. 16 tiles of k of 32 decoded columns are 32 KB.
-constexpr int64_t kMostPackedAmx = 1 << 20;
+// On AMX a product is so fast that rows and sums must come from the second-level cache (2 MB, of which pages that share
+// its sets leave about half): those of some chunks, for some blocks of columns, are used before the next. 12 tiles of k
+// of 32 decoded columns are 24 KB of the first-level cache, half of it: what is multiplied by them passes through the rest.
+constexpr int64_t kMostPackedAmx = 8 << 20, kMostRowsCachedAmx = 384 << 10, kMostSumsAmx = 512 << 10;
 constexpr int64_t kLeastRowsAmx = 64;
-constexpr int64_t kChunkAmx = 16 * kTileK;
+constexpr int64_t kChunkAmx = 12 * kTileK;
+// Tasks a thread when threads share out columns.
+constexpr int64_t kTasksAmx = 4, kTasks = 8;
 
 Shape shape_of(Isa isa, DType type) {
   switch (isa) {
@@ -60,6 +64,19 @@ void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
   p.m_block = rows_in(blocks);
 }
 
+// What is used before the next: all of K for one block of columns, but on AMX what stays in the second-level cache.
+void split_cached(Plan& p, int64_t m, int64_t n) {
+  const int64_t rows = std::min(p.m_block, m), columns = int64_t{kPanelRows} * p.shape.panels;
+  const int64_t n_blocks = ceil_div(n, columns), tasks = p.isa == Isa::amx ? kTasksAmx : kTasks;
+  p.n_share = p.by_rows ? n_blocks : std::max<int64_t>(n_blocks / (p.threads * tasks), 1);
+  p.n_blocks = 1;
+  p.k_chunks = std::numeric_limits<int64_t>::max();
+  if (p.isa != Isa::amx) return;
+  p.k_chunks = std::max<int64_t>(kMostRowsCachedAmx / (rows * p.k_chunk * 2), 1);
+  p.n_blocks = std::clamp<int64_t>(kMostSumsAmx / (rows * columns * 4), 1, p.n_share);
+  if (!p.by_rows) p.n_share = p.n_blocks;
+}
+
 }  // namespace
 
 Plan plan(const Description& d) {
@@ -86,6 +103,7 @@ Plan plan(const Description& d) {
   }
   p.kernel = Kernel::panels;
   split_panels(p, d.m, columns, length);
+  split_cached(p, d.m, columns);
   return p;
 }
 
@@ -98,6 +116,9 @@ std::string to_string(const Plan& p) {
   } else {
     text += " tile=" + std::to_string(p.shape.rows) + "x" + std::to_string(p.shape.panels * kPanelRows);
     text += " m_block=" + std::to_string(p.m_block) + " k_chunk=" + std::to_string(p.k_chunk);
+    if (p.isa == Isa::amx) {
+      text += " cached=" + std::to_string(p.n_blocks * p.shape.panels * kPanelRows) + "x" + std::to_string(p.k_chunks * p.k_chunk);
+    }
     text += p.by_rows ? " by=rows" : " by=columns";
   }
   return text + " threads=" + std::to_string(p.threads);

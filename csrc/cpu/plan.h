@@ -35,6 +35,9 @@ struct Plan {
   int64_t group;     // stream: panels a task
   int64_t m_block;   // panels: rows packed at once
   int64_t k_chunk;   // panels: k decoded at once
+  int64_t n_share;   // panels: blocks of columns a task
+  int64_t n_blocks;  // panels: of these, whose sums go on together from chunk to chunk,
+  int64_t k_chunks;  // and the chunks whose packed rows they use before the next
   bool by_rows;      // panels: threads share out the blocks of rows, not the columns of one block after the other
   int threads;
 };
