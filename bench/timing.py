@@ -17,8 +17,8 @@ import torch
 MIN_SAMPLE_S = 200e-6
 # A first call longer than this needs no second one to know what a call costs.
 SLOW_S = 1.0
-# Before it is timed a runner goes round its copies, for as long as this: the first reading of a copy takes up to a third
-# longer than the next.
+# Before it is timed a runner goes round its copies, for as long as this: the first reading of a copy takes longer than
+# the next, up to a third on a virtual machine.
 ROUND_S = 0.15
 # Ratios whose 95 % interval is wider than this part of them are measured again.
 UNCERTAIN, PATIENCE = 0.15, 4

@@ -25,9 +25,9 @@ from inq_kernels.bench import (
     plots,
     report,
     shapes,
+    timing,
 )
 from inq_kernels.bench.registry import GPU_OPS, NOT_MEASURED, OPS
-from inq_kernels.bench import timing
 from inq_kernels.bench.timing import MIN_PAIRS, PATIENCE, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
 from inq_kernels.bench.weights import RandomWeights
 

@@ -124,8 +124,8 @@ def test_as_good_as_dense_and_the_same_for_all_threads(fmt, dtype, isa):
             y = linear(x, packed, bias)
             w = inq.unpack(packed, torch.float64)
             exact = F.linear(x.double(), w, None if bias is None else bias.double())
-            # Torch's product, and scale and bias in float32 as the contract has them: where the bias cancels most of the
-            # product, what either rounds away in between is more than the result's own rounding.
+            # Torch's product, and scale and bias in float32 as the contract has them: where the bias cancels most of
+            # the product, what either rounds away in between is more than the result's own rounding.
             dense = F.linear(x, inq.unpack(plain(packed), torch.float64).to(dtype)).float()
             if packed.weight_scale is not None:
                 dense = dense * packed.weight_scale.view(-1)

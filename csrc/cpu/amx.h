@@ -6,8 +6,8 @@
 
 namespace inq::cpu {
 
-// Throws std::runtime_error if the processor's tiles give another product than AVX-512 does: the kernels were written
-// without a machine to run them on, and a wrong product must never go unnoticed. Checked once.
+// Throws std::runtime_error if the processor's tiles give another product than AVX-512 does: few machines have run these
+// kernels, hypervisors emulate and mask instructions, and a wrong product must never go unnoticed. Checked once.
 const Kernels& amx_kernels();
 
 // Throws the same if `tiles` multiply wrongly.

@@ -1,5 +1,6 @@
 // AMX without torch, for the sanitizers: the kernels' own machine code (tile_traps.h) against the emulated tiles, bit
 // for bit, on arrays of exactly the promised sizes. test_linear.cpp multiplies with the emulated ones.
+#include <algorithm>
 #include <cstring>
 #include <random>
 #include <stdexcept>
@@ -64,9 +65,35 @@ void check_multiply(int rows, int panels, int64_t steps) {
   c[1] = c[0];
   for (const bool accumulate : {false, true, true}) {
     const Kernels* const sets[2] = {&amx_hardware_kernels(), &amx_emulated_kernels()};
-    for (int i = 0; i < 2; ++i) sets[i]->multiply({a, b, steps, c[i].data(), rows, panels, accumulate, a});
+    for (int i = 0; i < 2; ++i) sets[i]->multiply({a, b, steps, c[i].data(), rows, panels, accumulate, a, {}});
     CHECK(std::memcmp(c[0].data(), c[1].data(), c[0].size() * sizeof(float)) == 0, "%d rows, %d panels, %d steps", rows,
           panels, static_cast<int>(steps));
+  }
+}
+
+// The same product and, in the place of what it used, the next weights: as many tiles, fewer, or more. Once asked for,
+// codes need not exist.
+void check_multiply_decoding(Format format, int rows, int panels, int64_t tiles, int64_t next_tiles) {
+  const int64_t steps = tiles * kTileK / 2, columns = panels * kPanelRows, most = std::max(tiles, next_tiles);
+  const std::vector<uint16_t> x = random_bfloat16(steps * rows * 2, 8);
+  const std::vector<uint8_t> weight = random_values<uint8_t>(panels * next_tiles * tile_bytes(format), 9);
+  std::vector<uint16_t> w = random_bfloat16(most * kTileK * columns, 10);
+  const uint32_t* const a = reinterpret_cast<const uint32_t*>(x.data());
+  const Codebook book = codebook(format);
+  const Ask ask{weight.data(), 64, 3, 2, 30};
+  std::vector<float> want(rows * columns);
+  amx_emulated_kernels().multiply({a, reinterpret_cast<const uint32_t*>(w.data()), steps, want.data(), rows, panels, false, a, {}});
+  std::vector<uint16_t> decoded = w;
+  DecodeArgs next{&book, weight.data(), next_tiles * tile_bytes(format), next_tiles, panels, nullptr};
+  next.out = reinterpret_cast<uint32_t*>(decoded.data());
+  amx_emulated_kernels().decode(next);
+  for (const Kernels* const set : {&amx_hardware_kernels(), &amx_emulated_kernels()}) {
+    std::vector<uint16_t> right = w;
+    std::vector<float> c(rows * columns);
+    next.out = reinterpret_cast<uint32_t*>(right.data());
+    set->multiply_decoding({a, next.out, steps, c.data(), rows, panels, false, a, ask}, next);
+    CHECK(c == want && right == decoded, "%d rows, %d panels, %d tiles, then %d, bits %d", rows, panels,
+          static_cast<int>(tiles), static_cast<int>(next_tiles), format.bits);
   }
 }
 
@@ -104,6 +131,9 @@ void check_machine_code() {
   for (const int rows : {1, 2, 15, 16, 17, 31, 32}) {
     for (int panels = 1; panels <= 2; ++panels) {
       for (const int64_t steps : {0, 16, 80}) check_multiply(rows, panels, steps);
+      for (const int bits : {4, 5}) {
+        for (const int64_t tiles : {0, 3, 5}) check_multiply_decoding({bits, false}, rows, panels, tiles, 4);
+      }
     }
   }
   // In the middle of a task the number of rows may change, as above; `stream` is a task of its own.
