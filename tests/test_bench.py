@@ -118,6 +118,13 @@ def test_copies_together_exceed_the_cache(op, monkeypatch):
     assert all(len(each.calls) in counts for each in rotated)
 
 
+def test_where_the_cache_is_large_for_the_memory_there_are_fewer_copies(monkeypatch):
+    monkeypatch.setattr(machine, "last_level_cache", lambda: 480 << 20)
+    for memory, times in ((24 << 30, 2), (48 << 30, 4)):
+        monkeypatch.setattr(machine, "memory_bytes", lambda memory=memory: memory)
+        assert machine.copies(240 << 20) == 2 * times + 1
+
+
 def test_no_more_than_64_copies(monkeypatch):
     assert machine.copies(1) == 64
     for cache, inside in ((CACHE, False), (1 << 24, True)):
