@@ -1,9 +1,8 @@
-"""The speed tables in the README: ``python tests/readme_speed.py [RESULTS]`` writes them from the committed results of
-a real ``make bench``. test_readme.py checks that they were written."""
+"""The speed tables in the README: ``python tests/readme_speed.py`` writes each block again from the committed results that
+it names; after a new run, change the name first. test_readme.py checks that they were written."""
 
 import json
 import re
-import sys
 from pathlib import Path
 
 from inq_kernels.bench.shapes import MAIN
@@ -70,24 +69,28 @@ def text(path: str, results: dict) -> str:
                 f"\n```text\n{_products(section, 'float32')}\n```\n",
             ]
     parts += ["Training and storage", f"\n```text\n{_others(native)}\n```\n"]
+    asked = "".join(f" --op {op}" for op in results["arguments"]["op"] or ())
     picture = Path(path).parent / _PICTURE
     if (ROOT / picture).exists():
         parts.append(f"![time against M]({picture.as_posix()})\n")
     parts.append(
-        f"`make bench` at commit {software['commit']} on {machine['cores']} cores of an {machine['cpu']} "
+        f"`{f'inq bench{asked} --isa native' if asked else 'make bench'}` at commit {software['commit']} "
+        f"on {machine['cores']} cores of an {machine['cpu']} "
         f"(family {machine['family'][0]}, {machine['isa']}), torch {software['torch']}; all of it, with pictures, is "
         f"in {Path(path).parent.as_posix()}.\n"
     )
     return "\n".join(parts)
 
 
-def main(argv: list[str]) -> None:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    path = argv[0] if argv else BLOCK.search(before)[1]
-    block = text(path, json.loads((ROOT / path).read_text()))
-    readme.write_text(BLOCK.sub(lambda match: f"{path}{match[2]}{block}", before))
+def written(readme: str) -> str:
+    """``readme`` with every block as its results say."""
+
+    def block(match: re.Match) -> str:
+        return f"{match[1]}{match[2]}{text(match[1], json.loads((ROOT / match[1]).read_text()))}"
+
+    return BLOCK.sub(block, readme)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    path = ROOT / "README.md"
+    path.write_text(written(path.read_text()))
