@@ -1,5 +1,5 @@
-"""The speed tables in the README: ``python tests/readme_speed.py`` writes each block again from the committed results that
-it names; after a new run, change the name first. test_readme.py checks that they were written."""
+"""The speed tables in the README: ``python tests/readme_speed.py`` writes each block again from the committed results
+that it names; after a new run, change the name first. test_readme.py checks that they were written."""
 
 import json
 import re
