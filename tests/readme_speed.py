@@ -69,13 +69,15 @@ def text(path: str, results: dict) -> str:
                 f"\n```text\n{_products(section, 'float32')}\n```\n",
             ]
     parts += ["Training and storage", f"\n```text\n{_others(native)}\n```\n"]
-    asked = "".join(f" --op {op}" for op in results["arguments"]["op"] or ())
+    arguments, command = results["arguments"], "make bench"
+    if arguments["op"]:
+        ops, isas = "".join(f" --op {op}" for op in arguments["op"]), ",".join(s["isa"] for s in results["sections"])
+        command = f"inq bench{ops} --isa {isas} --seconds-per-case {arguments['seconds_per_case']}"
     picture = Path(path).parent / _PICTURE
     if (ROOT / picture).exists():
         parts.append(f"![time against M]({picture.as_posix()})\n")
     parts.append(
-        f"`{f'inq bench{asked} --isa native' if asked else 'make bench'}` at commit {software['commit']} "
-        f"on {machine['cores']} cores of an {machine['cpu']} "
+        f"`{command}` at commit {software['commit']} on {machine['cores']} cores of an {machine['cpu']} "
         f"(family {machine['family'][0]}, {machine['isa']}), torch {software['torch']}; all of it, with pictures, is "
         f"in {Path(path).parent.as_posix()}.\n"
     )

@@ -32,8 +32,8 @@ static_assert(sizeof(TileConfig) == 64);
 constexpr int kTileRows = 16;
 constexpr int kBlockSteps = kAmxShape.block;  // steps a tile
 constexpr int kBlockBytes = kBlockSteps * 4;  // a row of a tile
-constexpr int kStreamTiles = 8;       // of `stream`'s ring: 8 KB
-constexpr int kStreamAhead = 2048;    // bytes of a panel from what is decoded to what is asked for
+constexpr int kStreamTiles = 8;               // of `stream`'s ring: 8 KB of the first-level cache
+constexpr int kStreamAhead = 2048;            // bytes of a panel from what is decoded to what is asked for
 static_assert(kBlockSteps == kTileK / 2 && kBlockBytes == 64);
 
 // Four tiles of sums: up to 16 rows × 4 panels, or 32 rows × 2. Each weight tile is then used for all rows, and four

@@ -51,24 +51,23 @@ class Gathered {
 
   void run() const {
     auto pack = [&](int64_t first, int rows, uint32_t* out) { gather(first, rows, out); };
-    auto codes = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
-      if (taps_ > 1) return DecodeArgs{};  // not as they are
+    auto natural = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
       return DecodeArgs{&book_, weights(chunk, panel), panel_bytes_, pieces_[chunk].tiles, panels, out};
     };
+    auto codes = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
+      return taps_ == 1 ? natural(chunk, panel, panels, out) : DecodeArgs{};  // several taps are regrouped, too
+    };
     auto decode = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
-      const Piece& piece = pieces_[chunk];
-      const DecodeArgs natural{&book_, weights(chunk, panel), panel_bytes_, piece.tiles, panels, out};
-      if (taps_ == 1) return kernels_.decode(natural);
+      if (taps_ == 1) return kernels_.decode(natural(chunk, panel, panels, out));
       // First behind the place where they belong.
       const int columns = panels * kPanelRows;
-      DecodeArgs aside = natural;
-      aside.out = out + chunks_[chunk].steps * columns;
+      const DecodeArgs aside = natural(chunk, panel, panels, out + chunks_[chunk].steps * columns);
       kernels_.decode(aside);
-      kernels_.regroup({aside.out, piece.at.data(), chunks_[chunk].steps, columns, out});
+      kernels_.regroup({aside.out, pieces_[chunk].at.data(), chunks_[chunk].steps, columns, out});
     };
     auto reads = [&](size_t chunk, int64_t panel, int panels) {
       const int64_t lines = pieces_[chunk].tiles * tile_bytes(args_.weight.format) / kCacheLine;
-      return Ask{weights(chunk, panel), weights(chunk, panel + 1) - weights(chunk, panel), lines, 0, lines * panels};
+      return Ask{weights(chunk, panel), panel_bytes_, lines, 0, lines * panels};
     };
     auto finish = [&](int64_t pixel, int pixels, int64_t panel, int panels, const float* sums) {
       const int64_t column = panel * kPanelRows, row = group_ * rows_ + column, n = args_.weight.n;
@@ -77,8 +76,8 @@ class Gathered {
                        args_.weight.scale ? args_.weight.scale + row : nullptr, args_.bias ? args_.bias + row : nullptr,
                        args_.type, static_cast<unsigned char*>(args_.out) + (pixel * n + row) * size_of(args_.type), n});
     };
-    PanelProduct(plan_, args_.batch * args_.out_size[0] * args_.out_size[1], rows_, chunks_, pack, decode, codes, reads, finish)
-        .run();
+    const int64_t pixels = args_.batch * args_.out_size[0] * args_.out_size[1];
+    PanelProduct(plan_, pixels, rows_, chunks_, pack, decode, codes, reads, finish).run();
   }
 
  private:

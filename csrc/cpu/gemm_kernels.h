@@ -24,8 +24,8 @@ constexpr int kVectors = kPanelRows / S::kShape.lanes;  // a panel
 template <class S>
 constexpr int kTileSteps = kUnits * S::kSteps;
 
-// Steps that are summed before their sum joins the total. In float32 a quarter of a chunk: where torch's product of few rows
-// sums in many short parts, as on Intel, one of 64 terms loses more than twice what it does.
+// Steps that are summed before their sum joins the total. In float32 a quarter of a chunk: where torch's product of few
+// rows sums in many short parts, as on Intel, one of 64 terms loses more than twice what it does.
 template <class S>
 constexpr int64_t kSumSteps = S::kShape.pair == 1 ? kChunkSteps / 4 : kChunkSteps;
 
@@ -187,7 +187,8 @@ void multiply_tile(const MultiplyArgs& m) {
   const uint32_t* a = m.a;
   const uint32_t* b = m.b;
   const uint32_t* next = m.next;
-  Asking(m.codes).next<2>(m.codes.last - m.codes.first);
+  Asking codes(m.codes);
+  codes.next<2>(codes.left());
   bool add = m.accumulate;
   int64_t left = m.steps;
   do {  // once without any steps: sums of nothing are 0

@@ -1,8 +1,7 @@
 // The products' loops with AVX-512: 16 dword lanes; float32 rows with FMA, bfloat16 rows with vdpbf16ps.
 
-#include "pairs_avx512.h"
-
 #include "gemm_kernels.h"
+#include "pairs_avx512.h"
 
 namespace {
 
@@ -96,7 +95,6 @@ struct Avx512 {
       r[12 + i] = _mm512_shuffle_f32x4(AB, CD, 0xDD);
     }
   }
-
 };
 
 struct Float : Avx512 {
@@ -113,10 +111,8 @@ struct Float : Avx512 {
     const int pair = step / 2, odd = step % 2;
     const Vec w = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * pair + 16 * odd), table);
     if constexpr (!kSigns) return w;
-    // One vpternlogd: w ^ (signs & sign bit).
     const Codes moved = _mm512_slli_epi32(signs, 4 * unit + pair + (odd ? 0 : 16));
-    return _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(_mm512_castps_si512(w), moved, _mm512_set1_epi32(INT32_MIN), 0x78));
+    return _mm512_castsi512_ps(flip(_mm512_castps_si512(w), moved, INT32_MIN));
   }
 };
 

@@ -22,6 +22,7 @@ constexpr int64_t kColumnsToShare = 16;
 // its sets leave about half): those of some chunks, for some blocks of columns, are used before the next. 12 tiles of k
 // of 32 decoded columns are 24 KB of the first-level cache, half of it: what is multiplied by them passes through the rest.
 constexpr int64_t kMostPackedAmx = 8 << 20, kMostRowsCachedAmx = 384 << 10, kMostSumsAmx = 512 << 10;
+// For fewer rows decoding takes longer than multiplying.
 constexpr int64_t kLeastRowsAmx = 64;
 constexpr int64_t kChunkAmx = 12 * kTileK;
 // Tasks a thread when threads share out columns.
