@@ -143,9 +143,12 @@ def _select_here(op: str, requested: str, device: str, dtype: torch.dtype, index
 
 def choose(op: str, like: Tensor, dtype: torch.dtype, backend: str = "") -> str:
     """``select`` for this machine, for tensors on the device of ``like``; ``INQ_BACKEND`` counts as a request."""
+    requested = backend or os.environ.get(ENVIRONMENT, "")
+    if like.is_cpu:  # asked at each product: a device's type is a new string, whose making takes as long as the rest
+        return _select_here(op, requested, "cpu", dtype)
     device = like.device
     at = (device.index,) if device.type == "cuda" else ()
-    return _select_here(op, backend or os.environ.get(ENVIRONMENT, ""), device.type, dtype, *at)
+    return _select_here(op, requested, device.type, dtype, *at)
 
 
 def preferred_layout(device: str, dtype: torch.dtype, fmt: Format, backend: str = "", op: str = "linear") -> str:
@@ -258,6 +261,11 @@ def _attach(op: str) -> None:
     lists = [i for i, argument in enumerate(arguments) if isinstance(argument.type, torch.ListType)]
     lists = lists if lists[:1] == [0] else []
 
+    def product(*args):
+        like = args[0]
+        backend = choose(op, like, like.dtype, args[-1])
+        return plain(*args) if backend == "reference" else _implementation(op, backend)(*args)
+
     def call(*args):
         like = args[0]
         for i in lists:
@@ -271,7 +279,7 @@ def _attach(op: str) -> None:
                 return None
             like = _hardest(like)
         dtype = torch.float32 if bytes_only else like.dtype if dtype_at is None else args[dtype_at]
-        backend = choose(op, like, dtype, args[-1] if forced else "")
+        backend = choose(op, like, dtype)
         if backend == "reference":
             return plain(*args)
         if bytes_only:
@@ -281,7 +289,7 @@ def _attach(op: str) -> None:
             _count_as_written(args[i])
         return result
 
-    library.implement(op, call)
+    library.implement(op, product if forced else call)
 
 
 def _mover(backend: str, layout: str) -> str:

@@ -20,13 +20,15 @@ from torch.autograd import Function
 from . import backends as _backends  # loading it is what implements the operators
 from . import reference
 from .format import Format, frozen_count
-from .layouts import STORAGE
+from .layouts import CPU16, STORAGE
 from .layouts import shape as layout_shape
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PARTITIONS = ("magnitude", "random")
 
 _op = torch.ops.inq
+_cpu_op = torch.ops.inq_cpu
+_in_transform = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -387,12 +389,20 @@ def _check_out(packed: PackedWeight, dtype: torch.dtype | None, out: Tensor) -> 
 
 
 def _run(op: str, *args):
-    """``torch.ops.inq.<op>``, whose first argument is the activations. The CPU kernels are operators themselves:
-    outside of tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
-    x = args[0]
-    if not torch.compiler.is_compiling() and _backends.choose(op, x, x.dtype, args[-1]) == "cpu":
+    """``torch.ops.inq.<op>``, whose last argument is the backend. The CPU kernels are operators themselves: outside of
+    tracing the detour through the dispatcher and back into Python would be 4 µs for nothing."""
+    if args[-1] == "cpu" and not torch.compiler.is_compiling():
         return getattr(_backends.cpu, op)(*args)
     return getattr(_op, op)(*args)
+
+
+def _chosen(op: str, x: Tensor, backend: str | None) -> str:
+    """The CPU's kernels where they were chosen, which is not asked again for the gradients; else what was asked for, as
+    others need not have all operators. While tracing, the graph leaves it to the machine that runs it."""
+    backend = backend or ""
+    if torch.compiler.is_compiling():
+        return backend
+    return "cpu" if _backends.choose(op, x, x.dtype, backend) == "cpu" else backend
 
 
 def _apply(function: type[Function], *args):
@@ -406,7 +416,7 @@ def _apply(function: type[Function], *args):
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, bias, weight, weight_exp, weight_scale, tail):
-        ctx.packed, ctx.tail, ctx.k = (weight, weight_exp, weight_scale), tail, x.shape[-1]
+        ctx.packed, ctx.tail, ctx.k = (weight, weight_exp, weight_scale), tail, x.size(-1)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _run("linear", x, weight, weight_exp, weight_scale, bias, *tail)
 
@@ -467,18 +477,19 @@ def _sum_to_bias(grad: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Validate, and return x in its autocast dtype where autocast is on."""
-    _check_packed(f"inq.{op}: packed", packed)
-    transformable = not torch.compiler.is_compiling()
-    for name, value in (("x", x),) if bias is None else (("x", x), ("bias", bias)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"inq.{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
-        if transformable and torch._C._functorch.is_functorch_wrapped_tensor(value):
-            # The operators are opaque to torch.func: jvp, for one, would see a constant and answer with zeros.
-            raise RuntimeError(
-                f"inq.{op}: {name}: expected a plain tensor, got one inside a torch.func transform (grad, jvp, vmap, "
-                "…), which packed products do not support: use torch.autograd"
-            )
+    """Validate, and return x in its autocast dtype where autocast is on. At each call: what is right is asked as little
+    as possible."""
+    if not (isinstance(packed, PackedWeight) and isinstance(x, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        _check_packed(f"inq.{op}: packed", packed)
+        name, value = ("bias", bias) if isinstance(x, Tensor) else ("x", x)
+        raise TypeError(f"inq.{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (_in_transform(x) or (bias is not None and _in_transform(bias))):
+        # The operators are opaque to torch.func: jvp, for one, would see a constant and answer with zeros.
+        raise RuntimeError(
+            f"inq.{op}: {'x' if _in_transform(x) else 'bias'}: expected a plain tensor, got one inside a torch.func "
+            "transform (grad, jvp, vmap, …), which packed products do not support: use torch.autograd"
+        )
     if x.dtype not in FLOATS:
         raise TypeError(
             f"inq.{op}: x: expected activations of dtype float64, float32, bfloat16 or float16, got {x.dtype}. "
@@ -486,8 +497,8 @@ def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None
         )
     if x.device != packed.weight.device:
         raise ValueError(f"inq.{op}: x: expected device {packed.weight.device} of the weight, got {x.device}")
-    n = packed.shape[0]
     if bias is not None:
+        n = packed.shape[0]
         if bias.dtype not in FLOATS:
             raise TypeError(f"inq.{op}: bias: expected a float dtype, got {bias.dtype}")
         if tuple(bias.shape) != (n,) or bias.device != x.device:
@@ -496,10 +507,33 @@ def _check_product(op: str, x: Tensor, packed: PackedWeight, bias: Tensor | None
             )
     if packed.weight_scale is not None and packed.weight_scale.requires_grad:
         raise ValueError(f"inq.{op}: weight_scale: expected requires_grad=False: packed weights take no gradient")
-    device = x.device.type
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    if compiling or torch._C._is_any_autocast_enabled():
+        device = x.device.type
+        if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def _fits_as_it_is(x: Tensor, packed: PackedWeight, bias: Tensor | None, backend: str | None) -> bool:
+    """Whether ``linear`` is a call of the CPU kernel and nothing else: nothing to refuse, to convert or to lay out.
+
+    Between two products of a model the caches hold nothing of this: each thing asked costs a µs or more, and all that
+    ``_check_product`` asks as much as 5 % of a product of one row.
+    """
+    if not (isinstance(x, Tensor) and isinstance(packed, PackedWeight) and packed.layout == CPU16):
+        return False
+    weight, scale, shape = packed.weight, packed.weight_scale, packed.shape
+    if bias is not None and not (
+        isinstance(bias, Tensor) and bias.shape == shape[:1] and bias.is_cpu and bias.dtype in FLOATS
+        and not _in_transform(bias)
+    ):  # fmt: skip
+        return False
+    return (
+        x.shape[-1:] == shape[1:] and weight.is_cpu
+        and (scale is None or not scale.requires_grad)
+        and not (_in_transform(x) or torch._C._is_any_autocast_enabled())
+        and _backends.choose("linear", x, x.dtype, backend or "") == "cpu"
+    )  # fmt: skip
 
 
 def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
@@ -531,12 +565,19 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, backe
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit. BackendError: a forced backend cannot run.
     """
+    if not torch.compiler.is_compiling() and _fits_as_it_is(x, packed, bias, backend):
+        fmt = packed.format
+        weights = (packed.weight, packed.weight_exp, packed.weight_scale)
+        if _needs_grad(x, bias):
+            return _apply(_Linear, x, bias, *weights, (fmt.bits, fmt.levels, CPU16, "cpu"))
+        return _cpu_op.linear(x, *weights, bias, fmt.bits, fmt.levels == "dense")
     x = _check_product("linear", x, packed, bias)
-    if x.dim() == 0 or len(packed.shape) != 2 or x.shape[-1] != packed.shape[1]:
+    if x.dim() == 0 or len(packed.shape) != 2 or x.size(-1) != packed.shape[1]:
         raise ValueError(
             f"inq.linear: x: expected [..., K] for a weight of shape {list(packed.shape)}, got {list(x.shape)}"
         )
-    tail = (packed.format.bits, packed.format.levels, packed.layout, backend or "")
+    fmt = packed.format
+    tail = (fmt.bits, fmt.levels, packed.layout, _chosen("linear", x, backend))
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
         return _apply(_Linear, x, bias, *weights, tail)
@@ -617,7 +658,7 @@ def conv2d(
                 f"inq.conv2d: x: expected padded {name} of at least {span}, got {x.shape[2 + i] + 2 * padding[i]}"
             )
     conv = (shape[2:], stride, padding, dilation, groups)
-    tail = (packed.format.bits, packed.format.levels, packed.layout, backend or "")
+    tail = (packed.format.bits, packed.format.levels, packed.layout, _chosen("conv2d", x, backend))
     weights = (packed.weight, packed.weight_exp, packed.weight_scale)
     if _needs_grad(x, bias):
         return _apply(_Conv2d, x, bias, *weights, conv, tail)

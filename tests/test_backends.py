@@ -75,7 +75,7 @@ def test_the_capability_is_that_of_the_tensors_device(monkeypatch):
     monkeypatch.setattr(backends, "_availability", lambda: LIBRARY)
     monkeypatch.setattr(backends, "_select_here", backends._select_here.__wrapped__)
     for index, expected in ((0, "cuda"), (1, "triton"), (0, "cuda")):
-        like = SimpleNamespace(device=torch.device("cuda", index))
+        like = SimpleNamespace(device=torch.device("cuda", index), is_cpu=False)
         assert backends.choose("linear_fp8", like, torch.bfloat16) == expected
 
 
