@@ -37,7 +37,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 endif
 
-.PHONY: demo bars language-model tables bench static static-cuda gpu gpu-sanitize test test-integrations emulate mutants mutants-files sanitize fuzz faults lint format clean help
+.PHONY: demo bars language-model tables bench bench-native static static-cuda gpu gpu-sanitize test test-integrations emulate mutants mutants-files sanitize fuzz faults lint format clean help
 
 help:
 	@echo "make demo      quantize a real network at 5, 4, 3 and 2 bits, in a few minutes (report: demo/report.html)"
@@ -45,6 +45,7 @@ help:
 	@echo "make language-model   a language model in float32, INQ, plain and calibrated rounding (LM=--quick: seconds)"
 	@echo "make tables    the paper's tables in small: INQ, DNS + INQ, TWN, BWN, Deep Compression (QUICK=1: minutes, no claims)"
 	@echo "make bench     time every operator beside torch's, into bench/results/ (25 minutes; BENCH=--quick: one)"
+	@echo "make bench-native   time products by plans of your own: NATIVE=\"m=64 / n_group=32\" (tests/native/bench_linear.cpp)"
 	@echo "make static    compile every Triton kernel for six kinds of GPU, and count its instructions (needs no GPU)"
 	@echo "make static-cuda   the same for the compiled CUDA library, as it is in the file"
 	@echo "make gpu-sanitize   there, compute-sanitizer over the CUDA library's tests"
@@ -77,6 +78,10 @@ tables: $(READY)
 
 bench: $(READY)
 	$(PY) -m inq_kernels.cli bench --bars $(BENCH)
+
+# One minute to build, then seconds.
+bench-native: $(READY)
+	$(PY) tests/native_bench.py $(NATIVE)
 
 static: $(READY)
 	$(PY) -m inq_kernels.cli bench static $(STATIC)

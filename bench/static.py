@@ -411,6 +411,9 @@ def worker(task: dict, path: Path) -> None:
     path.write_text(json.dumps(rows))
 
 
+_NONE = "inq bench: no configuration is like that: see --only"
+
+
 def extremes(rows: Sequence[dict]) -> list[dict]:
     """Few rows that stand for all: of each kernel and type of product, for each capability, the one with most
     registers, and the first of each tile that has a budget."""
@@ -425,7 +428,7 @@ def extremes(rows: Sequence[dict]) -> list[dict]:
     return list({(row["name"], row["sm"]): row for row in chosen.values()}.values())
 
 
-def check(jobs: int, capabilities: Sequence[int]) -> int:
+def check(jobs: int, capabilities: Sequence[int], only: Sequence[str]) -> int:
     """``inq bench static --check``: the extremes, compiled again, and the committed table; 1 where they differ."""
     version = importlib.metadata.version("triton")
     path = folder(version) / "static.json"
@@ -434,7 +437,14 @@ def check(jobs: int, capabilities: Sequence[int]) -> int:
         return 1
     results = read(path)
     wrong = [f"{name}: changed since the table was made: make static" for name in changed(results)]
-    known = {(row["name"], row["sm"]): row for row in extremes(results["rows"]) if row["sm"] in capabilities}
+    known = {
+        (row["name"], row["sm"]): row
+        for row in extremes(results["rows"])
+        if row["sm"] in capabilities and (not only or any(word in row["name"] for word in only))
+    }
+    if not known:
+        print(_NONE, file=sys.stderr)
+        return 1
     rows = compile_all(capabilities, (), jobs, known)
     # As they come back from a file.
     for row in json.loads(json.dumps(rows)):
@@ -503,7 +513,7 @@ def run(out: Path | None, capabilities: Sequence[int], only: Sequence[str], jobs
         print("inq bench: static needs Triton: pip install 'inq_kernels[triton]'", file=sys.stderr)
         return 1
     if checking:
-        return check(jobs, capabilities)
+        return check(jobs, capabilities, only)
     version = importlib.metadata.version("triton")
     out = out or Path("bench", "results", f"static-{version}")
     # Before minutes of compiling: a folder that cannot be made is told at once.
@@ -511,7 +521,7 @@ def run(out: Path | None, capabilities: Sequence[int], only: Sequence[str], jobs
     made_of = sources()
     rows = compile_all(capabilities, only, jobs)
     if not rows:
-        print("inq bench: no configuration is like that: see --only", file=sys.stderr)
+        print(_NONE, file=sys.stderr)
         return 1
     results = {"schema": SCHEMA, "triton": version, "capabilities": list(capabilities), "sources": made_of}
     results["rows"] = rows

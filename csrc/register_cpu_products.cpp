@@ -107,7 +107,7 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   if (groups < 1 || x.size(1) % groups != 0) {
     fail("conv2d: groups", "a divisor of " + std::to_string(x.size(1)), std::to_string(groups));
   }
-  // Below 2^31 no product or sum of them can overflow.
+  // Below 2^31 no product or sum of two can overflow.
   auto two = [](const char* name, const std::vector<int64_t>& values, int64_t least, int64_t (&to)[2]) {
     auto outside = [&](int64_t value) { return value < least || value > INT32_MAX; };
     if (values.size() != 2 || outside(values[0]) || outside(values[1])) {
@@ -122,7 +122,11 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   two("dilation", dilation, 1, args.dilation);
   args.groups = groups;
   args.batch = x.size(0), args.channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
-  const int64_t k = args.channels / groups * args.kernel[0] * args.kernel[1];
+  const int64_t taps = args.kernel[0] * args.kernel[1], channels = args.channels / groups;
+  if (channels > 0 && taps > INT64_MAX / channels) {
+    fail("conv2d: kernel_size", "fewer than 2^63 weights a row", text_of(kernel_size) + " of " + std::to_string(channels));
+  }
+  const int64_t k = channels * taps;
   args.weight = weight_of("conv2d", weight, weight_exp, weight_scale, k, format);
   const int64_t n = args.weight.n;
   if (n % groups != 0) {
@@ -147,13 +151,12 @@ Tensor conv2d_op(Tensor x, Tensor weight, Tensor weight_exp, OptionalTensor weig
   return want_last ? out : torch::stable::contiguous(out);
 }
 
-std::string plan_op(std::string op, int64_t m, int64_t n, int64_t k, std::string dtype, int64_t bits, std::string isa,
-                    int64_t threads) {
+std::string plan_op(std::string op, int64_t m, int64_t n, int64_t k, std::string dtype, std::string isa, int64_t threads) {
   check_at_least("plan: m", m, 0);
   check_at_least("plan: n", n, 0);
   check_at_least("plan: k", k, 0);
-  return to_string(plan({op_from_name(op), m, n, k, dtype_from_name(dtype), format_of("plan", bits, false).bits,
-                         isa_from_name(isa, "plan: isa"), static_cast<int>(threads)}));
+  return to_string(plan({op_from_name(op), m, n, k, dtype_from_name(dtype), isa_from_name(isa, "plan: isa"),
+                         static_cast<int>(threads)}));
 }
 
 }  // namespace
@@ -170,7 +173,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(inq_cpu, m) {
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor weight_exp, Tensor? weight_scale, Tensor? bias, SymInt[2] kernel_size, "
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, int bits, bool dense) -> Tensor");
-  m.def("plan(str op, int m, int n, int k, str dtype, int bits, str isa, int threads) -> str");
+  m.def("plan(str op, int m, int n, int k, str dtype, str isa, int threads) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inq_cpu, CompositeExplicitAutograd, m) {

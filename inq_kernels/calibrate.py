@@ -87,6 +87,7 @@ def calibrate(
         model: as for ``inq.convert``, which says what stays float.
         batches: what the model shall work on, a few hundred to a few thousand inputs a layer and many more than K. Each
             is a Tensor, given to the model; a tuple or list, its positional arguments; or a dict, its keyword ones.
+            All are kept: an iterator must not yield the same memory again.
         fmt, skip, only: as for ``inq.convert``.
         row_scales: a real ``weight_scale`` a row (output channel), float32 [N, 1], searched and then fitted by least
             squares: 4 bytes a row, and less error where rows do not suit the powers of two.
@@ -125,9 +126,11 @@ def calibrate(
     layers = [each for each in planned if each.format is not None]
     for each in layers:
         ops.check_weight(f"inq.calibrate: layer {each.name!r}: weight", each.module.weight)
-    batches = list(batches)
+    given, batches = batches, list(batches)
     if not batches:
         raise ValueError("inq.calibrate: batches: expected at least one, got none")
+    if not isinstance(given, Sequence):
+        _check_own_memory(batches)
 
     run = _Run(model, batches, forward or _call, float(damping), row_scales)
     with _untouched(model), torch.no_grad():
@@ -154,6 +157,21 @@ def calibrate(
         report.layers.append(run.reports[each.name])
     swap("inq.calibrate", model, replacements, report)
     return report
+
+
+def _check_own_memory(batches: list) -> None:
+    """ValueError if what was iterated over filled the same memory again: all batches would be the last one."""
+    seen: dict[tuple, int] = {}
+    for i, batch in enumerate(batches):
+        values = (
+            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+        )
+        memory = tuple(v.data_ptr() for v in values if isinstance(v, Tensor) and v.numel() and v.device.type != "meta")
+        if memory and (first := seen.setdefault(memory, i)) != i:
+            raise ValueError(
+                f"inq.calibrate: batches: expected memory of its own for each, got batches {first} and {i} in the "
+                "same: what fills one buffer again and again must yield clones of it"
+            )
 
 
 def _call(model: nn.Module, batch: object) -> object:

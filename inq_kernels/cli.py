@@ -320,7 +320,7 @@ def _plan(args: argparse.Namespace) -> int:
         backend = backends.select(op, requested, available, "cpu", getattr(torch, dtype))
         kernel = "decode, then torch's dense product"
         if backend == "cpu":
-            kernel = backends.cpu.plan(op, m, n, k, dtype, bits, isa)
+            kernel = backends.cpu.plan(op, m, n, k, dtype, isa)
         rows.append((op, dtype, bits, m, n, k, backend, kernel))
     _print_table(("op", "x", "bits", "M", "N", "K", "backend", "kernel"), rows)
     return 0

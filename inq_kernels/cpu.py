@@ -55,9 +55,9 @@ def summary() -> str:
     return f"{isa} ({missing})" if missing else isa
 
 
-def plan(op: str, m: int, n: int, k: int, dtype: str, bits: int, isa: str | None = None) -> str:
+def plan(op: str, m: int, n: int, k: int, dtype: str, isa: str | None = None) -> str:
     """Which kernel would run a product of that size with that instruction set (None: the one in use), in words."""
-    return _leaf.plan(op, m, n, k, dtype, bits, isa or _leaf.isa(), torch.get_num_threads())
+    return _leaf.plan(op, m, n, k, dtype, isa or _leaf.isa(), torch.get_num_threads())
 
 
 def _ready(weight: Tensor, k: int, bits: int, dense: bool, layout: str) -> Tensor:

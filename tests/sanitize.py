@@ -28,13 +28,11 @@ def build_settings():
     return module
 
 
-def ninja_file(settings, flags: str) -> str:
-    compiler = os.environ.get("CXX", "c++")
-    # Without optimisation gcc warns about its own intrinsics: warnings are the library build's matter.
-    cxx = settings.CXX_FLAGS.replace("-O3", "-O1 -g -fno-omit-frame-pointer -w").replace("-DNDEBUG", "")
+def ninja_file(settings, flags: str, mains: list[Path], others: list[Path]) -> str:
+    """A program of each of ``mains``, with ``others`` and the kernels."""
     lines = [
-        f"cxx = {compiler}",
-        f"flags = {cxx} {flags} -I{ROOT / 'csrc'} -I{NATIVE}",
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"flags = {flags} -I{ROOT / 'csrc'} -I{NATIVE}",
         "rule compile",
         "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -42,28 +40,30 @@ def ninja_file(settings, flags: str) -> str:
         "rule link",
         "  command = $cxx $flags $in -o $out -pthread",
     ]
-    tests = sorted(NATIVE.glob("test_*.cpp"))
-    shared = []
-    for source in [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), *sorted(NATIVE.glob("*.cpp"))]:
-        # A test's main runs on every machine: test_amx.cpp asks first what this one has.
+    shared = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), *others]
+    for source in [*shared, *mains]:
+        # A main runs on every machine: test_amx.cpp asks first what this one has.
         more = settings.isa_flags(source) if source.parent != NATIVE else ""
         lines += [f"build {source.stem}.o: compile {source}", f"  more = {more}"]
-        if source not in tests:
-            shared.append(f"{source.stem}.o")
-    lines += [f"build {test.stem}: link {test.stem}.o {' '.join(shared)}" for test in tests]
+    objects = " ".join(f"{source.stem}.o" for source in shared)
+    lines += [f"build {main.stem}: link {main.stem}.o {objects}" for main in mains]
     return "\n".join([*lines, ""])
 
 
 def main(only: list[str]) -> int:
     settings = build_settings()
+    tests = sorted(NATIVE.glob("test_*.cpp"))
+    others = [source for source in sorted(NATIVE.glob("*.cpp")) if not source.stem.startswith(("test_", "bench_"))]
+    # Without optimisation gcc warns about its own intrinsics: warnings are the library build's matter.
+    cxx = settings.CXX_FLAGS.replace("-O3", "-O1 -g -fno-omit-frame-pointer -w").replace("-DNDEBUG", "")
     failed = []
     for name, flags in SANITIZERS.items():
         if only and not any(word in name for word in only):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "build.ninja").write_text(ninja_file(settings, flags))
+            Path(folder, "build.ninja").write_text(ninja_file(settings, f"{cxx} {flags}", tests, others))
             subprocess.run([sys.executable, "-m", "ninja", "-C", folder, "--quiet"], check=True)
-            for test in sorted(NATIVE.glob("test_*.cpp")):
+            for test in tests:
                 status = subprocess.run([str(Path(folder, test.stem))], check=False).returncode
                 print(f"{test.stem}, {name}: {'clean' if status == 0 else f'FAILED with status {status}'}", flush=True)
                 if status:

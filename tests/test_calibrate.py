@@ -334,6 +334,10 @@ FAILURES = {
     "tensor": (None, X, {}, TypeError, "batches: expected an iterable of batches, got Tensor: put a single batch"),
     "dict": (None, {"x": X}, {}, TypeError, "batches: expected an iterable of batches, got dict"),
     "number": (None, 3, {}, TypeError, "batches: expected an iterable of batches, got int"),
+    "one buffer": (
+        None, (X for _ in range(3)), {}, ValueError,
+        "batches: expected memory of its own for each, got batches 0 and 1 in the same: what fills one buffer",
+    ),
     "inputs": (
         None, [X, not_finite(X)], {}, ValueError,
         "layer '0': inputs: expected finite values, got 1 NaN and 2 Inf of 800",

@@ -27,7 +27,7 @@ ops = torch.ops.inq_cpu
 
 # Around 16 rows of a tile and 32 of a micro-tile, and past a block of rows.
 ROWS = (1, 15, 16, 17, 31, 32, 33, 50, 270)
-# N, K: around panels and tiles; past a group of `stream` (4 or 8 tiles of k) and past a chunk (16).
+# N, K: around panels and tiles; past the ring of `stream` (2 to 8 tiles of k) and past a chunk (12).
 SHAPES = ((1, 1), (15, 31), (17, 33), (33, 17), (70, 290), (100, 130), (16, 600))
 
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -89,6 +89,20 @@ def test_as_good_as_dense_and_the_same_for_all_threads(fmt, amx):
 
 
 @needs_avx512
+@pytest.mark.parametrize("bits", [4, 5])
+def test_groups_of_columns_and_of_chunks(bits, amx):
+    """More of both than are used together: 16 blocks of 32 columns, of 19, and 2 chunks of K, of 5."""
+    fmt, n, k, m = inq.Format(bits), 600, 1600, 256
+    assert " cached=512x768 " in ops.plan("linear", m, n, k, "bfloat16", "amx", 1)
+    packed = random_packed(fmt, n, k, scale=True)
+    x = integer_case(fmt, k, (m, k), torch.bfloat16)
+    want = reference.linear(x, packed.weight, packed.weight_exp, packed.weight_scale, None, packed.format)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(linear(x, packed), want), threads
+
+
+@needs_avx512
 def test_a_row_does_not_depend_on_the_others(amx):
     # Streamed or in blocks, in one chunk or several: one order of summation.
     packed = random_packed(inq.Format(5), 70, 1100, scale=True)
@@ -122,7 +136,7 @@ def test_what_holds_for_every_isa(amx):
 
 def test_plan():
     def plan(m, n, k, dtype="bfloat16", op="linear", threads=2):
-        return ops.plan(op, m, n, k, dtype, 4, "amx", threads)
+        return ops.plan(op, m, n, k, dtype, "amx", threads)
 
     stream = "stream isa=amx products=bfloat16"
     assert plan(1, 4096, 14336) == f"{stream} rows=1 group=4 threads=2"
@@ -133,6 +147,9 @@ def test_plan():
     assert plan(33, 4096, 14336) == f"{panels} m_block=64 k_chunk=384 cached=512x5760 by=columns threads=2"
     assert plan(256, 4096, 14336) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=columns threads=2"
     assert plan(4096, 4096, 4096) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=rows threads=2"
+    # Two blocks of rows would leave 46 of 48 threads idle; four of columns would leave a third of three threads idle.
+    assert "by=columns" in plan(64, 4096, 4096, threads=48)
+    assert "m_block=160 k_chunk=384 cached=128x1152 by=rows" in plan(960, 128, 4096, threads=3)
     # A thread's packed rows are at most 8 MB.
     assert "m_block=128" in plan(4096, 4096, 32768)
     assert plan(784, 64, 576, op="conv2d").startswith(panels)

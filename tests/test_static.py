@@ -409,6 +409,10 @@ def test_what_comes_out_is_compared_with_the_table(tmp_path, capsys, monkeypatch
     command = ["bench", "static", "--check", "--sm", "90"]
     assert main(command) == 0
     assert "1 of 1 kernels compiled again, 0 problems" in capsys.readouterr().out
+    assert main([*command, "--only", KEY[0]]) == 0
+    capsys.readouterr()
+    assert main([*command, "--only", "nothing"]) == 1
+    assert "no configuration is like that: see --only" in capsys.readouterr().err
     now[0]["registers"] = 101
     assert main(command) == 1
     assert f"{KEY[0]} on sm_90: registers 100 → 101" in capsys.readouterr().err

@@ -179,13 +179,13 @@ void multiply_tiles(const MultiplyArgs& m, D decoding) {
   // Evenly: all at once would take every buffer that tile loads wait in too. The next tile's sums follow these, in the
   // second-level cache; they are loaded when no product is under way that would hide it.
   const int64_t blocks = m.steps > 0 ? m.steps / kBlockSteps : 1, sum_lines = m.rows * kPanels;
-  Asking codes(m.codes), sums({reinterpret_cast<const uint8_t*>(m.c + sum_lines * kPanelRows), 0, sum_lines, 0, sum_lines});
-  const int64_t codes_at_once = ceil_div(codes.left(), blocks), sums_at_once = ceil_div(sum_lines, blocks);
+  Asking ask(m.ask), sums({reinterpret_cast<const uint8_t*>(m.c + sum_lines * kPanelRows), 0, sum_lines, 0, sum_lines});
+  const int64_t asked_at_once = ceil_div(ask.left(), blocks), sums_at_once = ceil_div(sum_lines, blocks);
   const uint32_t* a = m.a;
   // A block is decoded over when it has been used, which costs next to nothing: decoding is not the tiles' work.
   uint32_t* b = const_cast<uint32_t*>(m.b);
   for (int64_t step = 0; step < m.steps; step += kBlockSteps, a += kBlockSteps * m.rows, b += kBlock) {
-    codes.next<2>(codes_at_once);
+    ask.next<2>(asked_at_once);
     sums.next<3>(sums_at_once);
     add_products<Tiles, kRowTiles, kPanels>(a, b);
     if (decoding.tiles > 0) decoding.template next<0>(b);

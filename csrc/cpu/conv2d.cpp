@@ -33,16 +33,21 @@ class Gathered {
         panel_bytes_(tiles_of(args.weight.k) * tile_bytes(args.weight.format)) {
     const int pair = plan.shape.pair;
     // All channels at once where that is not much over a chunk, else as many as fill one.
-    const int64_t chunk = plan.k_chunk / pair, most_steps = chunk * 3 / 2 * pair;
-    const int64_t most = taps_ > 1 && channels_ * taps_ <= most_steps
+    const int64_t chunk = plan.k_chunk / pair, most_k = chunk * 3 / 2 * pair;
+    const int64_t most = taps_ > 1 && channels_ * taps_ <= most_k
                              ? std::max<int64_t>(channels_, 1)
                              : std::max<int64_t>(chunk / taps_, 1) * pair;
+    // Rows as they lie in the image are dwords of one product each, pixel by pixel.
+    in_place_ = plan.shape.block == 1 && size_of(args.type) * pair == 4 && channels_ > 0 && channels_ % pair == 0 &&
+                reinterpret_cast<uintptr_t>(args.x) % 4 == 0;
+    if (in_place_) zeros_.resize(static_cast<size_t>(channels_ * size_of(args.type)));
     int64_t first = 0;
     for (int64_t c = 0; c < channels_ || c == 0; c += most) {
       const int64_t count = std::min(most, channels_ - c);
       const int64_t tile = c * taps_ / kTileK, tiles = ceil_div((c + count) * taps_, kTileK) - tile;
       const int64_t steps = round_up(ceil_div(count * taps_, pair), plan.shape.block);
       chunks_.push_back({first, steps, tiles * kTileK / pair + (taps_ > 1 ? steps : 0)});
+      if (in_place_) chunks_.back().first = 0, chunks_.back().taps = taps_, chunks_.back().offset = c * size_of(args.type);
       pieces_.push_back({c, count, tile, tiles, order(c * taps_ - tile * kTileK, count)});
       first += steps;
     }
@@ -50,7 +55,7 @@ class Gathered {
   }
 
   void run() const {
-    auto pack = [&](int64_t first, int rows, uint32_t* out) { gather(first, rows, out); };
+    auto pack = [&](int64_t first, int rows, uint32_t* out) { in_place_ ? locate(first, rows, out) : gather(first, rows, out); };
     auto natural = [&](size_t chunk, int64_t panel, int panels, uint32_t* out) {
       return DecodeArgs{&book_, weights(chunk, panel), panel_bytes_, pieces_[chunk].tiles, panels, out};
     };
@@ -100,6 +105,21 @@ class Gathered {
   const uint8_t* weights(size_t chunk, int64_t panel) const {
     return args_.weight.data + (group_ * rows_ / kPanelRows + panel) * panel_bytes_ +
            pieces_[chunk].tile * tile_bytes(args_.weight.format);
+  }
+
+  // Where the pixels of each tap are, of some output pixels; in the padding, zeros.
+  void locate(int64_t first, int rows, uint32_t* out) const {
+    const unsigned char** to = reinterpret_cast<const unsigned char**>(out);
+    for (int r = 0; r < rows; ++r) {
+      const Corner corner = corner_of(args_, first + r);
+      for (int64_t i = 0, tap = 0; i < args_.kernel[0]; ++i) {
+        for (int64_t j = 0; j < args_.kernel[1]; ++j, ++tap) {
+          const int64_t row = i * args_.dilation[0], column = j * args_.dilation[1];
+          const bool there = inside({corner.image, corner.row + row, corner.column + column});
+          to[tap * rows + r] = there ? pixel(corner, row, column) : zeros_.data();
+        }
+      }
+    }
   }
 
   // The patches of some output pixels as rows of the left operand.
@@ -171,6 +191,8 @@ class Gathered {
   std::vector<Chunk> chunks_;
   std::vector<Piece> pieces_;
   int64_t row_bytes_ = 0;  // of a patch's largest piece
+  bool in_place_ = false;  // rows are multiplied where they are, not packed
+  std::vector<unsigned char> zeros_;  // a pixel of padding
 };
 
 // --- any groups: lane by lane -----------------------------------------------------------------------------------------
@@ -276,8 +298,7 @@ void conv2d(const Conv2dArgs& args) {
   // A panel must not hold rows of two groups, unless there is only one.
   const bool whole_panels = args.groups == 1 || rows % kPanelRows == 0;
   const Plan chosen = plan({Op::conv2d, pixels, whole_panels ? rows : args.weight.n, args.weight.k,
-                            whole_panels ? args.type : DType::float32, args.weight.format.bits, current_isa(),
-                            thread_count()});
+                            whole_panels ? args.type : DType::float32, current_isa(), thread_count()});
   if (chosen.kernel == Kernel::none) return;
   const Codebook book = codebook(args.weight.format);
   const Buffer<float> power = powers(args.weight);

@@ -24,10 +24,55 @@ constexpr int kVectors = kPanelRows / S::kShape.lanes;  // a panel
 template <class S>
 constexpr int kTileSteps = kUnits * S::kSteps;
 
-// Steps that are summed before their sum joins the total. In float32 a quarter of a chunk: where torch's product of few
-// rows sums in many short parts, as on Intel, one of 64 terms loses more than twice what it does.
+// Steps that are summed before their sum joins that of the chunk, which joins the total. In float32 a quarter of a chunk:
+// where torch's product of few rows sums in many short parts, as on Intel, one of 64 terms loses more than twice what it
+// does. Were the parts to join the total themselves, four times as many additions would follow one another: too many where
+// K is long, beside torch's product on AMD.
 template <class S>
 constexpr int64_t kSumSteps = S::kShape.pair == 1 ? kChunkSteps / 4 : kChunkSteps;
+
+// The sums of a micro-tile: parts of kSumSteps in registers, their sum in the first-level cache, the total in c.
+template <class S, int kRows, int kVecs>
+struct Sums {
+  typename S::Vec part[kRows][kVecs];
+  alignas(64) float chunk[kRows][kVecs * S::kShape.lanes];
+  bool joined = false;
+
+  __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) part[r][v] = S::zero();
+    }
+  }
+
+  // A part that is not the last.
+  __attribute__((always_inline)) void join() {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        float* to = &chunk[r][v * S::kShape.lanes];
+        S::store(to, joined ? S::add(S::load(to), part[r][v]) : part[r][v]);
+      }
+    }
+    joined = true;
+    clear();
+  }
+
+  // The last part. From +0 as `stream` does: a sum of −0 is +0 for any number of rows.
+  __attribute__((always_inline)) void finish(float* c, bool accumulate) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        float* to = c + (r * kVecs + v) * S::kShape.lanes;
+        const typename S::Vec sum = joined ? S::add(S::load(&chunk[r][v * S::kShape.lanes]), part[r][v]) : part[r][v];
+        S::store(to, S::add(accumulate ? S::load(to) : S::zero(), sum));
+      }
+    }
+  }
+};
 
 // How far ahead of its reads a stream asks for its lines: about the memory latency at full bandwidth.
 constexpr int64_t kPrefetchBytes = 2048;
@@ -187,19 +232,11 @@ void multiply_tile(const MultiplyArgs& m) {
   const uint32_t* a = m.a;
   const uint32_t* b = m.b;
   const uint32_t* next = m.next;
-  Asking codes(m.codes);
-  codes.next<2>(codes.left());
-  bool add = m.accumulate;
-  int64_t left = m.steps;
-  do {  // once without any steps: sums of nothing are 0
-    typename S::Vec sum[kRows][kVecs];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
-        sum[r][v] = S::zero();
-      }
-    }
+  Asking ask(m.ask);
+  ask.next<2>(ask.left());
+  Sums<S, kRows, kVecs> sums;
+  sums.clear();
+  for (int64_t left = m.steps; left > 0;) {
     const int64_t steps = least(left, kSumSteps<S>);
     for (int64_t step = 0; step < steps; ++step, a += kRows, b += kColumns, next += kRows) {
       // It comes from the third-level cache, and the hardware's prefetcher notices only after some misses.
@@ -211,20 +248,52 @@ void multiply_tile(const MultiplyArgs& m) {
       for (int r = 0; r < kRows; ++r) {
         const typename S::Vec x = S::broadcast(a + r);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) sum[r][v] = S::multiply_add(sum[r][v], x, weight[v]);
+        for (int v = 0; v < kVecs; ++v) sums.part[r][v] = S::multiply_add(sums.part[r][v], x, weight[v]);
       }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
-        float* c = m.c + r * kColumns + v * S::kShape.lanes;
-        S::store(c, add ? S::add(S::load(c), sum[r][v]) : sum[r][v]);
-      }
-    }
-    add = true;
     left -= steps;
-  } while (left > 0);
+    if (left > 0) sums.join();
+  }
+  sums.finish(m.c, m.accumulate);
+}
+
+// The same sums from rows that are not packed (MultiplyArgs::taps).
+template <class S, int kRows, int kPanels>
+void multiply_runs(const MultiplyArgs& m) {
+  constexpr int kVecs = kPanels * kVectors<S>, kColumns = kPanels * kPanelRows;
+  const unsigned char* const* at = reinterpret_cast<const unsigned char* const*>(m.a);
+  const uint32_t* b = m.b;
+  Asking ask(m.ask);
+  ask.next<2>(ask.left());
+  Sums<S, kRows, kVecs> sums;
+  sums.clear();
+  const int64_t run = m.steps / m.taps;
+  int64_t left = least(m.steps, kSumSteps<S>), steps_left = m.steps;
+  for (int64_t tap = 0; tap < m.taps; ++tap, at += kRows) {
+    const uint32_t* x[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] = reinterpret_cast<const uint32_t*>(at[r] + m.offset);
+    for (int64_t step = 0; step < run;) {
+      const int64_t end = step + least(run - step, left);
+      left -= end - step;
+      for (; step < end; ++step, b += kColumns) {
+        typename S::Vec weight[kVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) weight[v] = S::load(b + v * S::kShape.lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const typename S::Vec value = S::broadcast(x[r] + step);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) sums.part[r][v] = S::multiply_add(sums.part[r][v], value, weight[v]);
+        }
+      }
+      if (left == 0 && (steps_left -= kSumSteps<S>) > 0) {
+        sums.join();
+        left = least(steps_left, kSumSteps<S>);
+      }
+    }
+  }
+  sums.finish(m.c, m.accumulate);
 }
 
 template <class S, int kPanels, int kRows>
@@ -232,7 +301,7 @@ void multiply_rows(const MultiplyArgs& m) {
   if constexpr (kRows > 1) {
     if (m.rows < kRows) return multiply_rows<S, kPanels, kRows - 1>(m);
   }
-  multiply_tile<S, kRows, kPanels>(m);
+  m.taps > 0 ? multiply_runs<S, kRows, kPanels>(m) : multiply_tile<S, kRows, kPanels>(m);
 }
 
 template <class S, int kPanels = S::kShape.panels>
@@ -294,8 +363,9 @@ void finish(const FinishArgs& f) {
 template <class S, int kRows, int kPanels, bool kSigns>
 void stream_pass(const StreamArgs& s, int64_t panel) {
   constexpr int kTile = kCodeBytes + (kSigns ? kSignBytes : 0), kVecs = kPanels * kVectors<S>;
-  constexpr int kColumns = kPanels * kPanelRows, kSumTiles = kSumSteps<S> / kTileSteps<S>;
-  alignas(64) float c[kRows][kColumns] = {};  // the sum so far
+  constexpr int kColumns = kPanels * kPanelRows, kSumTiles = kSumSteps<S> / kTileSteps<S>, kChunkTiles = kChunkSteps / kTileSteps<S>;
+  // The total so far, and of this chunk where its parts do not join the total at once.
+  alignas(64) float c[kRows][kColumns] = {}, chunk[kRows][kSumTiles < kChunkTiles ? kColumns : 1] = {};
   typename S::Vec sum[kVecs][kRows];          // of these kSumSteps
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) {
@@ -336,12 +406,19 @@ void stream_pass(const StreamArgs& s, int64_t panel) {
       }
     }
     if ((t + 1) % kSumTiles == 0 || t + 1 == s.tiles) {
+      const bool whole = (t + 1) % kChunkTiles == 0 || t + 1 == s.tiles;
 #pragma GCC unroll 16
       for (int v = 0; v < kVecs; ++v) {
 #pragma GCC unroll 24
         for (int r = 0; r < kRows; ++r) {
           float* total = &c[r][v * S::kShape.lanes];
-          S::store(total, S::add(S::load(total), sum[v][r]));
+          typename S::Vec joined = sum[v][r];
+          if constexpr (kSumTiles < kChunkTiles) {
+            float* of_chunk = &chunk[r][v * S::kShape.lanes];
+            joined = S::add(S::load(of_chunk), joined);
+            S::store(of_chunk, whole ? S::zero() : joined);
+          }
+          if (whole) S::store(total, S::add(S::load(total), joined));
           sum[v][r] = S::zero();
         }
       }

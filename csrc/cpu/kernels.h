@@ -3,9 +3,10 @@
 //
 // A *step* is what one lane of a register multiplies at once: one k in float32, a pair (k, k + 1) in bfloat16. Left
 // operands are packed as dwords [step][rows], decoded weights as [step][columns]; sums are float32. Each element of the
-// output is the sum, in ascending order, of the sums of some steps each in ascending order from 0 (32 steps in float32,
-// a chunk in bfloat16, 16 on tiles): the same for any blocking, number of rows and number of threads. (One chain over
-// all of K would lose several times more than torch's product does.)
+// output is the sum, in ascending order, of the sums of chunks of K, and that of a chunk the sum of the sums of 32 steps
+// (bfloat16: of 128, which is a chunk of `linear`), each in ascending order from 0; on tiles it is the sum of the sums of
+// 16 steps. It is the same for any blocking, number of rows and number of threads. (One chain over all of K would lose
+// several times more than torch's product does.)
 #pragma once
 
 #include <cstdint>
@@ -81,7 +82,12 @@ struct Ask {
   int64_t stride, lines, first, last;
 };
 
-// c[rows][16·panels] = (accumulate ? c : 0) + a[steps][rows]ᵀ · b[steps][16·panels], the product summed first.
+// c[rows][16·panels] = (accumulate ? c : 0) + a[steps][rows]ᵀ · b[steps][16·panels], summed as said above. b is aligned to
+// 64 bytes where it is decoded over.
+//
+// Or, if taps > 0, without a packed left operand: the steps of row r are `taps` runs of equal length, wherever they are.
+// Run t begins `offset` bytes after the address at[t][rows] that `a` then points to. Only where a step is a dword of the
+// rows as they are: pair values of `DType`.
 struct MultiplyArgs {
   const uint32_t* a;
   const uint32_t* b;
@@ -90,7 +96,8 @@ struct MultiplyArgs {
   int rows, panels;
   bool accumulate;
   const uint32_t* next;  // the left operand of the call after this one, or any address: it is asked for, not read
-  Ask codes;             // what a later decode will read
+  Ask ask;               // what a later decode will read
+  int64_t taps = 0, offset = 0;
 };
 
 // y = (c · power) · scale + bias of a block of columns, rounded once to `type`; scale and bias may be null.

@@ -113,8 +113,10 @@ void run_panels(const LinearArgs& args, const Plan& plan) {
 
 void linear(const LinearArgs& args) {
   const Weight& w = args.weight;
-  const Plan chosen =
-      plan({Op::linear, args.m, w.n, w.k, args.type, w.format.bits, current_isa(), thread_count()});
+  linear(args, plan({Op::linear, args.m, w.n, w.k, args.type, current_isa(), thread_count()}));
+}
+
+void linear(const LinearArgs& args, const Plan& chosen) {
   switch (chosen.kernel) {
     case Kernel::none: return;
     case Kernel::stream: return run_stream(args, chosen);

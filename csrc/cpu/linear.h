@@ -24,7 +24,11 @@ struct LinearArgs {
   void* out;          // [m, n], contiguous
 };
 
+struct Plan;
+
 void linear(const LinearArgs& args);
+// By another plan than plan()'s, with the shape and the instruction set that this has: for measuring (bench_linear.cpp).
+void linear(const LinearArgs& args, const Plan& chosen);
 
 struct LinearDxArgs {
   const void* grad;  // [m, n], contiguous

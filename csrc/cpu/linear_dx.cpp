@@ -29,7 +29,7 @@ void scaled_row(const void* grad, DType type, const float* power, const float* s
 
 void linear_dx(const LinearDxArgs& args) {
   const Weight& w = args.weight;
-  const Plan chosen = plan({Op::linear_dx, args.m, w.n, w.k, args.type, w.format.bits, current_isa(), thread_count()});
+  const Plan chosen = plan({Op::linear_dx, args.m, w.n, w.k, args.type, current_isa(), thread_count()});
   if (chosen.kernel == Kernel::none) return;
   const Kernels& kernels = kernels_of(chosen);
   const Codebook book = codebook(w.format);

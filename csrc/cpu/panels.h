@@ -35,13 +35,14 @@ void parallel_tasks(int64_t count, int threads, const F& task) {
 }
 
 // A piece of the sums: steps [first, first + steps) of the packed left operand against as many rows of decoded weights,
-// of which the decoder may write up to `decoded`.
+// of which the decoder may write up to `decoded`. With taps, first is 0 and the rest as in MultiplyArgs.
 struct Chunk {
-  int64_t first, steps, decoded;
+  int64_t first, steps, decoded, taps = 0, offset = 0;
 };
 
 // The parts of a product that depend on what its operands are:
-//   pack(row, rows, out)             rows [row, row + rows) of the left operand as out[step][rows], all steps;
+//   pack(row, rows, out)             rows [row, row + rows) of the left operand as out[step][rows], all steps; or, with taps,
+//                                    where they are, out[tap][rows], two dwords each;
 //   decode(chunk, panel, panels, out)  columns of the right one as out[step][16·panels], a chunk's steps;
 //   codes(chunk, panel, panels, out)   the same as the kernels' arguments, or with no tiles where it is more than that;
 //   reads(chunk, panel, panels)      the cache lines that this decode will read, all of them;
@@ -55,7 +56,8 @@ class PanelProduct {
   PanelProduct(const Plan& plan, int64_t m, int64_t n, const std::vector<Chunk>& chunks, const Pack& pack,
                const Decode& decode, const Codes& codes, const Reads& reads, const Finish& finish)
       : plan_(plan), kernels_(kernels_of(plan)), m_(m), panels_(panels_of(n)), chunks_(chunks), pack_(pack),
-        decode_(decode), codes_(codes), reads_(reads), finish_(finish), steps_(chunks.back().first + chunks.back().steps) {
+        decode_(decode), codes_(codes), reads_(reads), finish_(finish),
+        steps_(chunks[0].taps ? 2 * chunks[0].taps : chunks.back().first + chunks.back().steps) {
     for (const Chunk& chunk : chunks) decoded_ = std::max(decoded_, std::max(chunk.decoded, chunk.steps));
   }
 
@@ -99,7 +101,7 @@ class PanelProduct {
 
   Scratch scratch() const {
     const int64_t columns = int64_t{kPanelRows} * plan_.shape.panels;
-    return {Buffer<uint32_t>(decoded_ * columns), Buffer<float>(std::min(plan_.m_block, m_) * columns * plan_.n_blocks)};
+    return {Buffer<uint32_t>(decoded_ * columns), Buffer<float>(std::min(plan_.m_block, m_) * columns * plan_.n_group)};
   }
 
   // A block of rows as micro-tiles of nearly equal height: eight rows are 4 + 4, not 6 + 2.
@@ -160,7 +162,9 @@ class PanelProduct {
         m.panels = wide;
         m.accumulate = item.chunk > 0;
         m.next = bottom ? left_at(0, more ? next.chunk : 0) : left_at(i + 1, item.chunk);
-        m.codes = {ask.from, ask.stride, ask.lines, ask.last * i / rows.tiles, ask.last * (i + 1) / rows.tiles};
+        m.taps = chunks_[item.chunk].taps;
+        m.offset = chunks_[item.chunk].offset;
+        m.ask = {ask.from, ask.stride, ask.lines, ask.last * i / rows.tiles, ask.last * (i + 1) / rows.tiles};
         bottom && codes.tiles ? kernels_.multiply_decoding(m, codes) : kernels_.multiply(m);
         if (final) finish_(rows.first + rows.row(i), m.rows, panel, wide, tile);
       }
@@ -170,7 +174,7 @@ class PanelProduct {
     }
   }
 
-  // One chunk of one block of columns: what is decoded at once. They follow each other so that `n_blocks` blocks use the
+  // One chunk of one block of columns: what is decoded at once. They follow each other so that `n_group` blocks use the
   // rows of `k_chunks` chunks before the next chunks' turn: rows, and these blocks' sums, stay in the second-level cache.
   struct Item {
     int64_t from;  // the first of those blocks
@@ -185,7 +189,7 @@ class PanelProduct {
     const bool more = i.chunk < chunks_.size();
     if (more && static_cast<int64_t>(i.chunk - i.begin) < plan_.k_chunks) return i;
     ++i.block;
-    if (i.block < std::min(i.from + plan_.n_blocks, last)) return {i.from, i.begin, i.block, i.begin};
+    if (i.block < std::min(i.from + plan_.n_group, last)) return {i.from, i.begin, i.block, i.begin};
     if (more) return {i.from, i.chunk, i.from, i.chunk};
     return {i.block, 0, i.block, 0};
   }
@@ -201,7 +205,7 @@ class PanelProduct {
   const Codes& codes_;
   const Reads& reads_;
   const Finish& finish_;
-  const int64_t steps_;
+  const int64_t steps_;  // dwords of a row of `left`
   int64_t decoded_ = 0;
 };
 

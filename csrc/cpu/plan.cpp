@@ -11,7 +11,9 @@ namespace {
 
 // Multiplications that are worth waking another thread for: some 5 µs of work.
 constexpr int64_t kThreadWork = 1 << 18;
-// Rows of a block: decoding a weight costs about as much as five rows' use of it, so 256 rows leave 2 %, 512 1 %.
+// Decoding a weight costs about as much as this many rows' use of it.
+constexpr int64_t kRowsToDecode = 5;
+// Rows of a block: decoding is 2 % of 256 rows' time, 1 % of 512's.
 // Packed rows of a block, in bytes: they are read again for every 64 columns, from the third-level cache, which other
 // processes share. All threads on one block of rows need less of it than each on its own, and it may be larger then.
 constexpr int64_t kMostRows = 256, kMostPacked = 5 << 20;
@@ -55,10 +57,17 @@ void split_panels(Plan& p, int64_t m, int64_t n, int64_t k) {
   // By rows where their blocks keep every thread busy: each thread reads all weights for rows of its own, and none waits
   // for another between blocks.
   p.by_rows = blocks >= 2 * p.threads || (blocks >= p.threads && blocks % p.threads == 0);
-  if (!p.by_rows && n_blocks < 4 * p.threads && n_blocks % p.threads != 0) {
-    // Too few columns to share out: more and smaller blocks of rows.
-    blocks = std::min(round_up(blocks, p.threads), ceil_div(m, p.shape.rows));
-    p.by_rows = true;
+  if (!p.by_rows && n_blocks < 4 * p.threads) {
+    // Few columns to share out, which may leave threads idle at the end: more and smaller blocks of rows instead, if that
+    // is faster although each block decodes all weights. In rows of products that the busiest thread has to wait for:
+    const int64_t finest = std::min(round_up(blocks, p.threads), ceil_div(m, p.shape.rows));
+    const int64_t decoding = tiles ? kLeastRowsAmx : kRowsToDecode;
+    const int64_t by_columns = ceil_div(n_blocks, p.threads) * (m + decoding);  // n_blocks times as many
+    const int64_t by_rows = ceil_div(finest, p.threads) * (ceil_div(m, finest) + decoding) * n_blocks;
+    if (by_rows < by_columns) {
+      blocks = finest;
+      p.by_rows = true;
+    }
   }
   // As many for each thread, where a thread has few.
   if (p.by_rows && blocks < 16 * p.threads) blocks = round_up(blocks, p.threads);
@@ -70,12 +79,12 @@ void split_cached(Plan& p, int64_t m, int64_t n) {
   const int64_t rows = std::min(p.m_block, m), columns = int64_t{kPanelRows} * p.shape.panels;
   const int64_t n_blocks = ceil_div(n, columns), tasks = p.isa == Isa::amx ? kTasksAmx : kTasks;
   p.n_share = p.by_rows ? n_blocks : std::max<int64_t>(n_blocks / (p.threads * tasks), 1);
-  p.n_blocks = 1;
+  p.n_group = 1;
   p.k_chunks = std::numeric_limits<int64_t>::max();
   if (p.isa != Isa::amx) return;
   p.k_chunks = std::max<int64_t>(kMostRowsCachedAmx / (rows * p.k_chunk * 2), 1);
-  p.n_blocks = std::clamp<int64_t>(kMostSumsAmx / (rows * columns * 4), 1, p.n_share);
-  if (!p.by_rows) p.n_share = p.n_blocks;
+  p.n_group = std::clamp<int64_t>(kMostSumsAmx / (rows * columns * 4), 1, p.n_share);
+  if (!p.by_rows) p.n_share = p.n_group;
 }
 
 }  // namespace
@@ -118,7 +127,7 @@ std::string to_string(const Plan& p) {
     text += " tile=" + std::to_string(p.shape.rows) + "x" + std::to_string(p.shape.panels * kPanelRows);
     text += " m_block=" + std::to_string(p.m_block) + " k_chunk=" + std::to_string(p.k_chunk);
     if (p.isa == Isa::amx) {
-      text += " cached=" + std::to_string(p.n_blocks * p.shape.panels * kPanelRows) + "x" + std::to_string(p.k_chunks * p.k_chunk);
+      text += " cached=" + std::to_string(p.n_group * p.shape.panels * kPanelRows) + "x" + std::to_string(p.k_chunks * p.k_chunk);
     }
     text += p.by_rows ? " by=rows" : " by=columns";
   }

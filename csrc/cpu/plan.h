@@ -16,7 +16,6 @@ struct Description {
   Op op;
   int64_t m, n, k;  // rows, columns and length of the product's sums (linear_dx: k columns, sums over n)
   DType type;
-  int bits;
   Isa isa;
   int threads;
 };
@@ -36,7 +35,7 @@ struct Plan {
   int64_t m_block;   // panels: rows packed at once
   int64_t k_chunk;   // panels: k decoded at once
   int64_t n_share;   // panels: blocks of columns a task
-  int64_t n_blocks;  // panels: of these, whose sums go on together from chunk to chunk,
+  int64_t n_group;   // panels: of these, whose sums go on together from chunk to chunk,
   int64_t k_chunks;  // and the chunks whose packed rows they use before the next
   bool by_rows;      // panels: threads share out the blocks of rows, not the columns of one block after the other
   int threads;

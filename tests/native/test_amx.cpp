@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "cpu/amx.h"
+#include "cpu/buffer.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "threads.h"
@@ -77,22 +78,31 @@ void check_multiply_decoding(Format format, int rows, int panels, int64_t tiles,
   const int64_t steps = tiles * kTileK / 2, columns = panels * kPanelRows, most = std::max(tiles, next_tiles);
   const std::vector<uint16_t> x = random_bfloat16(steps * rows * 2, 8);
   const std::vector<uint8_t> weight = random_values<uint8_t>(panels * next_tiles * tile_bytes(format), 9);
-  std::vector<uint16_t> w = random_bfloat16(most * kTileK * columns, 10);
+  const std::vector<uint16_t> values = random_bfloat16(most * kTileK * columns, 10);
+  // Of exactly that size and alignment.
+  auto copy = [&] {
+    Buffer<uint32_t> to(most * kTileK / 2 * columns);
+    if (!values.empty()) std::memcpy(to.get(), values.data(), values.size() * sizeof(uint16_t));
+    return to;
+  };
+  auto same = [&](const Buffer<uint32_t>& p, const Buffer<uint32_t>& q) {
+    return std::memcmp(p.get(), q.get(), values.size() * sizeof(uint16_t)) == 0;
+  };
   const uint32_t* const a = reinterpret_cast<const uint32_t*>(x.data());
   const Codebook book = codebook(format);
   const Ask ask{weight.data(), 64, 3, 2, 30};
   std::vector<float> want(rows * columns);
-  amx_emulated_kernels().multiply({a, reinterpret_cast<const uint32_t*>(w.data()), steps, want.data(), rows, panels, false, a, {}});
-  std::vector<uint16_t> decoded = w;
+  const Buffer<uint32_t> w = copy(), decoded = copy();
+  amx_emulated_kernels().multiply({a, w.get(), steps, want.data(), rows, panels, false, a, {}});
   DecodeArgs next{&book, weight.data(), next_tiles * tile_bytes(format), next_tiles, panels, nullptr};
-  next.out = reinterpret_cast<uint32_t*>(decoded.data());
+  next.out = decoded.get();
   amx_emulated_kernels().decode(next);
   for (const Kernels* const set : {&amx_hardware_kernels(), &amx_emulated_kernels()}) {
-    std::vector<uint16_t> right = w;
+    const Buffer<uint32_t> right = copy();
     std::vector<float> c(rows * columns);
-    next.out = reinterpret_cast<uint32_t*>(right.data());
+    next.out = right.get();
     set->multiply_decoding({a, next.out, steps, c.data(), rows, panels, false, a, ask}, next);
-    CHECK(c == want && right == decoded, "%d rows, %d panels, %d tiles, then %d, bits %d", rows, panels,
+    CHECK(c == want && same(right, decoded), "%d rows, %d panels, %d tiles, then %d, bits %d", rows, panels,
           static_cast<int>(tiles), static_cast<int>(next_tiles), format.bits);
   }
 }
