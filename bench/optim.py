@@ -124,8 +124,7 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...], call
         return None
 
     def baseline(make: Callable[[State], Callable[[], object]]) -> Runner:
-        # On the candidate's own memory: where pages happen to lie made steps of the same kind differ by 10 %.
-        return Runner([make(state) for state in states], moved)
+        return Runner([make(copy.deepcopy(state)) for state in states], moved)
 
     def torch_step(**how):
         # A graph can hold AdamW's step only if the number of steps is on the device.
@@ -133,7 +132,8 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...], call
         return attempt(lambda: baseline(lambda s: _optimizer_step(op, s, lambda p, **o: torch_class(p, **o, **how))))
 
     if as_operator:
-        fused = attempt(lambda: baseline(lambda s: _torch_step(op, s)))
+        # On the candidate's own memory: where pages happen to lie makes equal steps differ by 10 %.
+        fused = attempt(lambda: Runner([_torch_step(op, state) for state in states], moved))
         return Work(Runner(made, moved), {"torch fused, no mask": fused}, check, facts={"frozen": 0.5}, longer=_LONGER)
     baselines = {
         "torch fused, no mask": torch_step(fused=True),

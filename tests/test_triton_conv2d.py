@@ -230,9 +230,10 @@ def check_conv2d(case):
     dense = dense if packed.weight_scale is None else dense * packed.weight_scale.double().view(-1, 1, 1)
     size = F.conv2d(x.double().abs(), w.abs(), *arguments)
     if bias is not None:
-        exact, dense, size = (t + bias.double().view(-1, 1, 1) for t in (exact, dense, size))
+        added = bias.double().view(-1, 1, 1)
+        exact, dense, size = exact + added, dense + added, size + added.abs()
     unit = torch.exp2(packed.weight_exp.double()).view(-1, 1, 1)
-    check_error(conv2d(x), exact, dense.to(dtype), unit, size.abs())
+    check_error(conv2d(x), exact, dense.to(dtype), unit, size)
     x = stored_as(integer_case(fmt, packed.k, x_shape, dtype, seed=2), case["memory"])
     assert_same(conv2d(x), exact_convolution(x, packed, bias, conv), case["scale"] and case["bias"])
 
