@@ -133,7 +133,9 @@ def _masked(context: Context, op: str, layers: tuple[tuple[int, int], ...], call
 
     if as_operator:
         # On the candidate's own memory: where pages happen to lie makes equal steps differ by 10 %.
-        fused = attempt(lambda: Runner([_torch_step(op, state) for state in states], moved))
+        # Half a rotation on: not the copy that the candidate has just used.
+        half = len(states) // 2
+        fused = attempt(lambda: Runner([_torch_step(op, s) for s in states[half:] + states[:half]], moved))
         return Work(Runner(made, moved), {"torch fused, no mask": fused}, check, facts={"frozen": 0.5}, longer=_LONGER)
     baselines = {
         "torch fused, no mask": torch_step(fused=True),

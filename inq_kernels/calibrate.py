@@ -160,18 +160,23 @@ def calibrate(
 
 
 def _check_own_memory(batches: list) -> None:
-    """ValueError if what was iterated over filled the same memory again: all batches would be the last one."""
+    """ValueError if what was iterated over filled the same memory again: all batches would be the last one. Of batches
+    of plain tensors alone: others may differ in what is not looked at."""
     seen: dict[tuple, int] = {}
     for i, batch in enumerate(batches):
-        values = (
-            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
-        )
-        memory = tuple(v.data_ptr() for v in values if isinstance(v, Tensor) and v.numel() and v.device.type != "meta")
+        values = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+        if not isinstance(batch, (Tensor, Mapping, tuple, list)) or not all(map(_has_memory, values)):
+            continue
+        memory = tuple((v.device, v.data_ptr(), v.shape, v.stride()) for v in values)
         if memory and (first := seen.setdefault(memory, i)) != i:
             raise ValueError(
                 f"inq.calibrate: batches: expected memory of its own for each, got batches {first} and {i} in the "
                 "same: what fills one buffer again and again must yield clones of it"
             )
+
+
+def _has_memory(value: object) -> bool:
+    return type(value) is Tensor and value.layout == torch.strided and value.device.type != "meta" and value.numel() > 0
 
 
 def _call(model: nn.Module, batch: object) -> object:

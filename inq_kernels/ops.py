@@ -529,7 +529,8 @@ def _fits_as_it_is(x: Tensor, packed: PackedWeight, bias: Tensor | None, backend
     ):  # fmt: skip
         return False
     return (
-        x.shape[-1:] == shape[1:] and weight.is_cpu
+        len(shape) == 2 and x.shape[-1:] == shape[1:] and x.is_cpu and weight.is_cpu
+        and x.dtype in _backends.cpu.DTYPES
         and (scale is None or not scale.requires_grad)
         and not (_in_transform(x) or torch._C._is_any_autocast_enabled())
         and _backends.choose("linear", x, x.dtype, backend or "") == "cpu"

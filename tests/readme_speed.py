@@ -69,7 +69,8 @@ def text(path: str, results: dict) -> str:
                 f"\n```text\n{_products(section, 'float32')}\n```\n",
             ]
     parts += ["Training and storage", f"\n```text\n{_others(native)}\n```\n"]
-    arguments, command = results["arguments"], "make bench"
+    arguments = results["arguments"]
+    command = f'make bench BENCH="--seconds-per-case {arguments["seconds_per_case"]}"'
     if arguments["op"]:
         ops, isas = "".join(f" --op {op}" for op in arguments["op"]), ",".join(s["isa"] for s in results["sections"])
         command = f"inq bench{ops} --isa {isas} --seconds-per-case {arguments['seconds_per_case']}"

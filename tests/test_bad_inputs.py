@@ -62,6 +62,23 @@ def test_wrong_dtypes(dtype):
         inq.unpack(layer.packed, dtype)
 
 
+def test_the_short_way_to_the_cpus_kernel_hides_no_error():
+    """What the kernel's backend would refuse first, by its own name, the checks explain."""
+    layer = packed_linear()
+    layer(torch.zeros(2, 40))  # lays the weight out
+    layer.backend = "cpu"
+    with pytest.raises(TypeError, match="Packed weights are uint8"):
+        layer(torch.zeros(2, 40, dtype=torch.int64))
+    with pytest.raises(ValueError, match="inq.linear: x: expected device cpu of the weight, got meta"):
+        layer(torch.zeros(2, 40, device="meta"))
+    row = inq.ops.prepack(inq.pack(torch.ones(3), inq.Format(4)), "cpu16")
+    for x in (torch.tensor(1.0), torch.tensor(1.0, requires_grad=True)):
+        with pytest.raises(
+            ValueError, match=r"inq.linear: x: expected \[..., K\] for a weight of shape \[3\], got \[\]"
+        ):
+            inq.linear(x, row)
+
+
 def test_wrong_devices():
     layer = packed_linear()
     with pytest.raises(ValueError, match="inq.linear: x: expected device cpu of the weight, got meta"):

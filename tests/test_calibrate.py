@@ -243,6 +243,14 @@ def test_what_a_batch_may_be():
         expected = codes
 
 
+def test_batches_may_share_memory_that_is_not_all_of_them():
+    """Views with one beginning; a mask that is always the same, beside what is deeper than the check looks."""
+    x, mask = correlated(40, 16), torch.ones(40, 1)
+    inq.calibrate(two_layers(), (x[:n] for n in (8, 16, 40)), FMT)
+    parts = (([x[i : i + 20]], mask[:20]) for i in (0, 20))
+    inq.calibrate(two_layers(), parts, FMT, forward=lambda model, batch: model(batch[0][0] * batch[1]))
+
+
 def test_inputs_that_are_always_zero_and_rows_of_zeros():
     torch.manual_seed(0)
     layer = nn.Linear(12, 5)

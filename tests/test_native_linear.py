@@ -437,6 +437,8 @@ def test_conv2d_errors():
         ((x, (3, 3), zero, zero, one, 2), r"stride: expected two of at least 1 and under 2\^31, got \[0, 0\]"),
         ((x, (3, 3), one, (0, 2**31), one, 2), "padding: expected two of at least 0 and under 2"),
         ((x, (3, 3), one, zero, (2**62 + 1, 1), 2), "dilation: expected two of at least 1 and under 2"),
+        # 2 · 2^62 weights a row would be 0 of 64 bits.
+        ((x, (2**31 - 1, 2**31 - 1), one, (2**31 - 1,) * 2, one, 1), r"kernel_size: expected fewer than 2\^63 weights"),
         ((x[:, :, :2], (3, 3), one, zero, one, 2), "x: expected an image at least as large as the kernel"),
         ((x, (4, 5), one, zero, one, 2), r"weight: expected shape \[1, 2, 256\], got \[1, 1, 256\]"),
     ]

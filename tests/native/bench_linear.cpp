@@ -34,9 +34,9 @@ int thread_count() { return omp_get_max_threads(); }
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction function, const void* context) {
   if (begin >= end) return;
   const int64_t count = std::min<int64_t>(thread_count(), ceil_div(end - begin, std::max<int64_t>(grain, 1)));
-  const int64_t share = ceil_div(end - begin, count);
 #pragma omp parallel num_threads(static_cast<int>(count))
   {
+    const int64_t share = ceil_div(end - begin, omp_get_num_threads());
     const int64_t first = begin + omp_get_thread_num() * share;
     if (first < end) function(first, std::min(first + share, end), context);
   }

@@ -148,6 +148,43 @@ void check_conv2d(Format format, int64_t channels, int64_t n, int64_t groups, in
         static_cast<long>(channels), static_cast<long>(n), static_cast<long>(groups), static_cast<long>(kernel));
 }
 
+// The same bits from rows where they lie as from packed ones, in parts, chunks and runs that do not end together.
+void check_runs(const Kernels& kernels, Shape shape, DType type) {
+  constexpr int64_t kTaps = 5, kRun = 47, kSteps = kTaps * kRun;
+  std::vector<uint32_t> x(static_cast<size_t>(2 + shape.rows * kSteps));
+  for (uint32_t& v : x) v = (random_bits() & 0x81FF'81FF) | 0x3E00'3E00;  // around 1, in either dtype
+  std::vector<uint32_t> b(static_cast<size_t>(kSteps * shape.panels * kPanelRows));
+  for (uint32_t& v : b) v = (random_bits() & 0x81FF'81FF) | 0x3E00'3E00;
+  for (int rows = 1; rows <= shape.rows; ++rows) {
+    for (int panels = 1; panels <= shape.panels; ++panels) {
+      const void* row[32];
+      const unsigned char* at[kTaps * 32];
+      for (int r = 0; r < rows; ++r) {
+        row[r] = &x[2 + r * kSteps];
+        // Eight bytes before, for the offset.
+        for (int64_t t = 0; t < kTaps; ++t) {
+          at[t * rows + r] = reinterpret_cast<const unsigned char*>(&x[r * kSteps + t * kRun]);
+        }
+      }
+      std::vector<uint32_t> packed(static_cast<size_t>(rows * kSteps));
+      kernels.pack({row, rows, rows, kSteps * shape.pair, kSteps, type, packed.data()});
+      std::vector<float> c[2] = {std::vector<float>(static_cast<size_t>(rows * panels * kPanelRows), 0.5f), {}};
+      c[1] = c[0];
+      for (const bool accumulate : {false, true}) {
+        MultiplyArgs m{packed.data(), b.data(), kSteps, c[0].data(), rows, panels, accumulate, packed.data(), {}};
+        kernels.multiply(m);
+        m.a = reinterpret_cast<const uint32_t*>(at);
+        m.c = c[1].data();
+        m.taps = kTaps;
+        m.offset = 8;
+        kernels.multiply(m);
+        CHECK(std::memcmp(c[0].data(), c[1].data(), c[0].size() * sizeof(float)) == 0, "%d rows, %d panels, pair %d", rows,
+              panels, shape.pair);
+      }
+    }
+  }
+}
+
 void check_all() {
   int turn = 0;
   for (const int bits : {2, 3, 4, 5}) {
@@ -174,6 +211,14 @@ void check_all() {
 }  // namespace
 
 int main() {
+  check_runs(portable_kernels(), kPortableShape, DType::float32);
+#if defined(__x86_64__)
+  if (detected_isa() >= Isa::avx2) check_runs(avx2_kernels(), kAvx2Shape, DType::float32);
+  if (detected_isa() >= Isa::avx512) {
+    check_runs(avx512_kernels(), kAvx512Shape, DType::float32);
+    check_runs(avx512_pair_kernels(), kAvx512PairShape, DType::bfloat16);
+  }
+#endif
   const bool emulate = detected_isa() == Isa::avx512;
   for (int isa = 0; isa <= static_cast<int>(detected_isa()) + emulate; ++isa) {
     if (isa > static_cast<int>(detected_isa())) emulate_amx(true);
