@@ -351,6 +351,14 @@ def folder(version: str) -> Path:
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
+_NONE = "inq bench: no configuration is like that: see --only"
+
+
+def _named(name: str, only: Sequence[str]) -> bool:
+    """Whether ``--only`` lets it through: one of the words is in the name, or there are none."""
+    return not only or any(word in name for word in only)
+
+
 def compile_all(
     capabilities: Sequence[int], only: Sequence[str] = (), jobs: int = 2, exact: Iterable[tuple[str, int]] | None = None
 ) -> list[dict]:
@@ -404,14 +412,10 @@ def worker(task: dict, path: Path) -> None:
         (at, each, sm)
         for sm in task["capabilities"]
         for at, each in enumerate(wanted(configurations(sm), sm))
-        if (not task["only"] or any(word in each.name for word in task["only"]))
-        and (exact is None or (each.name, sm) in exact)
+        if _named(each.name, task["only"]) and (exact is None or (each.name, sm) in exact)
     ]
     rows = [compile_one(each, sm) | {"at": at} for at, each, sm in work[task["job"] :: task["jobs"]]]
     path.write_text(json.dumps(rows))
-
-
-_NONE = "inq bench: no configuration is like that: see --only"
 
 
 def extremes(rows: Sequence[dict]) -> list[dict]:
@@ -440,7 +444,7 @@ def check(jobs: int, capabilities: Sequence[int], only: Sequence[str]) -> int:
     known = {
         (row["name"], row["sm"]): row
         for row in extremes(results["rows"])
-        if row["sm"] in capabilities and (not only or any(word in row["name"] for word in only))
+        if row["sm"] in capabilities and _named(row["name"], only)
     }
     if not known:
         print(_NONE, file=sys.stderr)

@@ -46,8 +46,8 @@ class Gathered {
       const int64_t count = std::min(most, channels_ - c);
       const int64_t tile = c * taps_ / kTileK, tiles = ceil_div((c + count) * taps_, kTileK) - tile;
       const int64_t steps = round_up(ceil_div(count * taps_, pair), plan.shape.block);
-      chunks_.push_back({first, steps, tiles * kTileK / pair + (taps_ > 1 ? steps : 0)});
-      if (in_place_) chunks_.back().first = 0, chunks_.back().taps = taps_, chunks_.back().offset = c * size_of(args.type);
+      chunks_.push_back({in_place_ ? 0 : first, steps, tiles * kTileK / pair + (taps_ > 1 ? steps : 0),
+                         in_place_ ? taps_ : 0, c * size_of(args.type)});
       pieces_.push_back({c, count, tile, tiles, order(c * taps_ - tile * kTileK, count)});
       first += steps;
     }
