@@ -36,6 +36,8 @@ PAPER_PORTIONS: dict[int, tuple[float, ...]] = {
 }
 STATE_VERSION = 1
 
+# Weights whose error is summed at once, in float64.
+_PIECE = 1 << 20
 _LAYER_KEYS = ("format", "shape", "mask", "keep", "codes", "n1", "signal", "noise")
 _RUN_KEYS = (
     *("version", "portions", "partition", "seed", "reset_optimizer", "index", "in_progress", "layers"),
@@ -299,14 +301,24 @@ class _Portion:
     def finish(self) -> None:
         """After freezing: the codes, and Σw² and Σ(w − ŵ)² of what was added, as two more facts."""
         layer, fmt = self.layer, self.layer.format
-        added = reference.unpack_bits(self.mask ^ layer.mask, self.w.shape)
-        before = torch.where(added, layer.local.detach(), 0.0).double()
-        change = before - torch.where(added, self.w, 0.0).double()
-        self.facts += [before.square().sum(), change.square().sum()]
+        self.facts += self._energies()
         frozen = reference.unpack_bits(self.mask, self.w.shape)
         self.codes = layer.codes
         if self.w.numel():
             self.codes = _op.pack(torch.where(frozen, self.w, 0.0), self.n1, fmt.bits, fmt.levels)
+
+    def _energies(self) -> list[Tensor]:
+        """Σw² and Σ(w − ŵ)² of what was added, in float64: a piece at a time, or the temporaries of a large layer would
+        take ten times its memory."""
+        before, after = self.layer.local.detach().reshape(-1), self.w.view(-1)
+        added = self.mask ^ self.layer.mask
+        energies = before.new_zeros(2, dtype=torch.float64)
+        for i in range(0, len(before), _PIECE):
+            w, rounded = before[i : i + _PIECE], after[i : i + _PIECE]
+            here = reference.unpack_bits(added[i // 8 : (i + _PIECE) // 8], w.shape)
+            w, rounded = torch.where(here, w, 0.0).double(), torch.where(here, rounded, 0.0).double()
+            energies += torch.stack([w.square().sum(), (w - rounded).square_().sum()])
+        return list(energies)
 
     def check(self, bad: float, nan: float, nonzero: float, *_: float) -> None:
         """ValueError unless the weight can be quantized."""

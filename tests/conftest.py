@@ -54,25 +54,14 @@ def guarded(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def one_patch_a_launch():
-    """At each call of a helper the interpreter patches triton.language as it did at the launch: nearly all its time."""
+def quick_interpreter():
+    """``support_interpreter.quick_interpreter`` for a module, where kernels are interpreted."""
     from inq_kernels.triton_ops.launch import INTERPRETED
 
     if not INTERPRETED:
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from support_interpreter import quick_interpreter
 
-    before = InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        # Triton's own helpers have another module of the language in their globals; its patches are never undone.
-        if self.fn not in known and not self.fn.__module__.startswith("inq_kernels"):
-            known.add(self.fn)
-            return before(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    known = set()
-    InterpretedFunction.__call__ = call
-    yield
-    InterpretedFunction.__call__ = before
+    with quick_interpreter():
+        yield

@@ -6,6 +6,7 @@
 # ruff: noqa: E501 - the table is easier to read with one mutant a line
 
 import contextlib
+import importlib
 import io
 import multiprocessing
 import multiprocessing.pool
@@ -36,6 +37,7 @@ MUTANTS = [
     ("test_mistakes.py::test_05b", "inq.py", [("local_part(weight.grad).masked_fill_(self.held_mask(), 0.0)", "pass")]),
     ("test_inq.py::test_lbfgs", "inq.py", [(" or isinstance(self.optimizer, torch.optim.LBFGS)", "")]),
     ("test_inq.py::test_frozen_gradients", "inq.py", [(".masked_fill_(self.held_mask(), 0.0)", ".mul_(~self.held_mask())")]),
+    ("test_inq.py::test_the_error_is_the_same", "inq.py", [("added[i // 8 : (i + _PIECE) // 8]", "added[: _PIECE // 8]")]),
     ("test_mistakes.py::test_06", "format.py", [("math.floor(portion * numel + 0.5)", "int(portion * numel) - 1")]),
     (
         "test_mistakes.py::test_07",
@@ -214,10 +216,12 @@ def check_sound(test: str) -> str | None:
 
 
 def workers() -> multiprocessing.pool.Pool:
-    """A fresh process for each task, which has imported torch already: importing it takes longer than most tests."""
+    """A fresh process for each task, which has imported already what takes longer than most tests."""
     # One thread each leaves the other core to the other mutant.
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch  # noqa: F401
+    # torch's optimizers import torch._dynamo.
+    for module in ("torch", "torch._dynamo", "pytest", "hypothesis"):
+        importlib.import_module(module)
 
     return multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1)
 

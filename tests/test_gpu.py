@@ -37,7 +37,7 @@ BACKEND = os.environ.get("INQ_GPU_BACKEND", "triton")
 LAYOUT = fragments.FP16 if BACKEND == "cuda" else slices.FP16
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.skipif(not (FAKE or torch.cuda.is_available()), reason="needs a CUDA device: torch finds none here"),
 ]
 FMT = inq.Format(4)

@@ -173,6 +173,20 @@ def test_counts_at_odd_sizes(size, bits):
         assert report.frozen == int(frozen.sum()) == report.zeros + sum(report.histogram.values())
 
 
+def test_the_error_is_the_same_in_pieces(monkeypatch):
+    """A layer's report: what is summed a piece at a time, the last one not whole, is what the weights say."""
+    torch.manual_seed(0)
+    dense = nn.Linear(37, 29, bias=False)
+    keep = torch.rand(29, 37) < 0.8
+    before = dense.weight.detach().double() * keep
+    monkeypatch.setattr("inq_kernels.inq._PIECE", 64)
+    run = inq.INQ(dense, torch.optim.SGD(dense.parameters(), 0.1), FMT, PORTIONS, prune_masks={"": keep})
+    for _ in run:
+        held = run.frozen("") & keep
+        signal, noise = (t[held].square().sum() for t in (before, before - dense.weight.detach().double()))
+        assert run.report()[0].sqnr_db == pytest.approx(10 * float((signal / noise).log10()), abs=1e-9)
+
+
 TWENTY_MILLION = [4, 8, 12, 14, 16, 17, 18, 19, 19.5, 20]  # the paper's portions at 2 bits, in millions
 
 

@@ -28,7 +28,7 @@ from inq_kernels.triton_ops import conv2d as triton_conv2d
 
 # Triton's interpreter gives numpy arrays of one element where Python wants an integer: the bounds of loops.
 pytestmark = [
-    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     # What becomes infinite in the interpreter's numpy, as it does silently on a GPU.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),

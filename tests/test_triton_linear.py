@@ -25,7 +25,7 @@ from inq_kernels.triton_ops.operators import OPERATORS
 
 # numpy warns where the interpreter computes an infinity, which a GPU does silently.
 pytestmark = [
-    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

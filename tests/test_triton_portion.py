@@ -32,7 +32,7 @@ from test_triton_training import (
 )
 
 pytestmark = [
-    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]

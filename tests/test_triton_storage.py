@@ -13,7 +13,7 @@ from support_triton import DEVICE, SIZES
 from inq_kernels import layouts, reference, slices
 from inq_kernels.format import Format
 
-pytestmark = pytest.mark.usefixtures("one_patch_a_launch")
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 SHAPES = list(itertools.product(SIZES, SIZES))
 DTYPES = storage.DTYPES
 WORDS = [(layout, fmt) for layout in slices.LAYOUTS for fmt in FORMATS if slices.has(layout, fmt)]

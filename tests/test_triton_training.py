@@ -31,7 +31,7 @@ POISON = 0xA5
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # numpy says it to the interpreter, which turns arrays of one element into numbers.
 pytestmark = [
-    pytest.mark.usefixtures("one_patch_a_launch"),
+    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     # And what becomes NaN or infinite in it, as it shall.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),

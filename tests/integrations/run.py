@@ -63,7 +63,8 @@ def run(*command: object, **kwargs) -> int:
 
 
 def pip(python: Path, *arguments: object, own_torch: bool = False) -> None:
-    quiet = ("--quiet", "--disable-pip-version-check")
+    # Errors alone: where there are several indexes, pip warns of each package that one of them lacks.
+    quiet = ("-qq", "--disable-pip-version-check")
     if not own_torch:
         # torch is pinned: a looser requirement would fetch gigabytes of CUDA libraries.
         quiet += ("-c", ROOT / "constraints.txt")
