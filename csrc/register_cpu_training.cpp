@@ -90,9 +90,15 @@ std::tuple<Tensor, Tensor> exponents_and_threshold(Tensor w, Tensor mask, std::o
     Tensor n1 = exponents_of(w, source.w, source.keep, rule, channel);
     return {n1, threshold_tensor(w, partition_threshold(source, count))};
   }
+  if (!mse) {
+    if (const auto selected = select_in_one_pass(source, count)) {
+      // Exponents are those of all kept weights, and what the mask holds was not looked at.
+      const int n1 = selected->masked ? tensor_exponent(source.w, source.keep, rule) : exponent_of(selected->largest);
+      return {filled_n1(w, n1), threshold_tensor(w, selected->threshold)};
+    }
+  }
   const DigitCounts digits = first_digits(source);
   const Threshold selected = partition_threshold(source, count, digits);
-  // Exponents are those of all kept weights, and what the mask holds was not counted.
   const int n1 = digits.masked ? tensor_exponent(source.w, source.keep, rule) : exponent_of(digits, rule);
   return {filled_n1(w, n1), threshold_tensor(w, selected)};
 }

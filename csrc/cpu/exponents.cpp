@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "survey.h"
 
 namespace inq::cpu {
 namespace {
@@ -182,8 +183,11 @@ int exponent_of(const DigitCounts& digits, ExponentRule rule) {
   return rule.mse ? mse_rule(bins_of(digits), top, rule.format) : top;
 }
 
+int exponent_of(uint32_t largest) { return largest == 0 ? kN1ZeroRow : max_rule(largest); }
+
 int tensor_exponent(const Weights& w, const uint8_t* keep, ExponentRule rule) {
-  return exponent_of(first_digits({w, false, 0, nullptr, keep}), rule);
+  const KeySource source{w, false, 0, nullptr, keep};
+  return rule.mse ? exponent_of(first_digits(source), rule) : exponent_of(survey(source, std::nullopt).largest);
 }
 
 void row_exponents(const Weights& w, const uint8_t* keep, int64_t rows, ExponentRule rule, int8_t* n1) {

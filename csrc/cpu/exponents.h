@@ -17,6 +17,9 @@ struct ExponentRule {
 // n1 for the weights that `digits` counts.
 int exponent_of(const DigitCounts& digits, ExponentRule rule);
 
+// n1 by the `max` rule from the largest key.
+int exponent_of(uint32_t largest);
+
 // n1 for all of w together. Weights whose bit in `keep` is clear count as 0; nullptr: there are none.
 int tensor_exponent(const Weights& w, const uint8_t* keep, ExponentRule rule);
 

@@ -22,30 +22,99 @@ INQ_INLINE int64_t select_word(const T* values, uint64_t candidates, int shift, 
 }
 
 template <class T>
-INQ_INLINE int64_t select_range(const KeySource& s, int64_t begin, int64_t end, int shift, uint32_t prefix,
-                                uint32_t* out) {
+INQ_INLINE int64_t survey_word(const T* values, uint64_t candidates, U below, U high, int64_t& above, U& largest,
+                               uint32_t* out) {
+  const U magnitude = set(0x7FFFFFFFu);
+  uint32_t* const begin = out;
+  for (int lane = 0; lane < kWord; lane += kLanes) {
+    const U key = bit_and(load_bits(values + lane), magnitude);
+    const uint32_t here = static_cast<uint32_t>(candidates >> lane) & kLaneBits;
+    const uint32_t over = bits_of(greater(key, high)) & here;
+    const uint32_t inside = bits_of(greater(key, below)) & here & ~over;
+    above += __builtin_popcount(over);
+    largest = larger(largest, candidates == ~uint64_t{0} ? key : choose(mask_of(here), key, set(0u)));
+    out += compress(out, mask_of(inside), key);
+  }
+  return out - begin;
+}
+
+// The candidates of the word that begins at weight i, of which `count` exist.
+INQ_INLINE uint64_t candidates_of(const KeySource& s, int64_t i, int64_t count) {
+  uint64_t candidates = count < kWord ? (uint64_t{1} << count) - 1 : ~uint64_t{0};
+  if (s.mask != nullptr) candidates &= ~load_word(s.mask, i / kWord, count);
+  if (s.keep != nullptr) candidates &= load_word(s.keep, i / kWord, count);
+  return candidates;
+}
+
+// f(values, candidates) for each word of [begin, end) that has candidates: 64 keys or weights that may be read.
+template <class T, class F>
+INQ_INLINE void each_word(const KeySource& s, int64_t begin, int64_t end, const F& f) {
   const T* const values = static_cast<const T*>(s.w.data);
-  const U wanted = set(prefix);
-  uint32_t* const first = out;
   for (int64_t i = begin; i < end; i += kWord) {
     const int64_t count = end - i < kWord ? end - i : kWord;
-    uint64_t candidates = count < kWord ? (uint64_t{1} << count) - 1 : ~uint64_t{0};
-    if (s.mask != nullptr) candidates &= ~load_word(s.mask, i / kWord, count);
-    if (s.keep != nullptr) candidates &= load_word(s.keep, i / kWord, count);
+    const uint64_t candidates = candidates_of(s, i, count);
     if (candidates == 0) continue;
     if (s.random) {
       uint32_t keys[kWord];
       random_keys(s.seed, i, keys);
-      out += select_word(keys, candidates, shift, wanted, out);
+      f(keys, candidates);
     } else if (count < kWord) {
       T padded[kWord] = {};
       std::memcpy(padded, values + i, static_cast<size_t>(count) * sizeof(T));
-      out += select_word(padded, candidates, shift, wanted, out);
+      f(padded, candidates);
     } else {
-      out += select_word(values + i, candidates, shift, wanted, out);
+      f(values + i, candidates);
     }
   }
+}
+
+template <class T>
+INQ_INLINE int64_t select_range(const KeySource& s, int64_t begin, int64_t end, int shift, uint32_t prefix,
+                                uint32_t* out) {
+  const U wanted = set(prefix);
+  uint32_t* const first = out;
+  each_word<T>(s, begin, end, [&](const auto* values, uint64_t candidates) INQ_INLINED {
+    out += select_word(values, candidates, shift, wanted, out);
+  });
   return out - first;
+}
+
+template <class T>
+INQ_INLINE int64_t survey_range(const KeySource& s, int64_t begin, int64_t end, uint32_t low, uint32_t high,
+                                RangeFacts& facts, uint32_t* out) {
+  const U below = set(low - 1), top = set(high);
+  U largest = set(0u);
+  int64_t above = 0;
+  uint32_t* const first = out;
+  each_word<T>(s, begin, end, [&](const auto* values, uint64_t candidates) INQ_INLINED {
+    // With constant bits the masking is gone.
+    out += candidates == ~uint64_t{0} ? survey_word(values, ~uint64_t{0}, below, top, above, largest, out)
+                                      : survey_word(values, candidates, below, top, above, largest, out);
+  });
+  uint32_t lanes[kLanes];
+  store_bits(lanes, largest);
+  for (uint32_t x : lanes) facts.largest = x > facts.largest ? x : facts.largest;
+  facts.above += above;
+  return out - first;
+}
+
+int64_t survey_keys(const KeySource& s, int64_t begin, int64_t end, uint32_t low, uint32_t high, RangeFacts& facts,
+                    uint32_t* out) {
+  return s.w.bfloat16 ? survey_range<uint16_t>(s, begin, end, low, high, facts, out)
+                      : survey_range<uint32_t>(s, begin, end, low, high, facts, out);
+}
+
+CandidateCount count_candidates(const KeySource& s, int64_t begin, int64_t end) {
+  CandidateCount total{0, 0};
+  auto add = [&](int64_t i, int64_t count) INQ_INLINED {
+    const uint64_t frozen = s.mask != nullptr ? load_word(s.mask, i / kWord, count) : 0;
+    total.candidates += __builtin_popcountll(candidates_of(s, i, count));
+    total.frozen += __builtin_popcountll(frozen);
+  };
+  int64_t i = begin;
+  for (; i + kWord <= end; i += kWord) add(i, kWord);
+  if (i < end) add(i, end - i);
+  return total;
 }
 
 int64_t select_keys(const KeySource& s, int64_t begin, int64_t end, int shift, uint32_t prefix, uint32_t* out) {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <mutex>
 #include <stdexcept>
@@ -17,8 +19,8 @@ constexpr Threshold kNone{std::numeric_limits<int64_t>::max(), 0};
 
 // Digits after the first.
 constexpr int kNextBits = 9;
-// The keys that the first digit leaves are copied out if they take at most 1/17 of the weights' memory (with the
-// counters 1/16), or are at most this many. For normal weights they always do.
+// The keys that the first digit or a bracket leaves are copied out if they take at most 1/17 of the weights' memory (with
+// the counters 1/16), or are at most this many. For normal weights they always do.
 constexpr int64_t kWeightsPart = 17;
 constexpr int64_t kAlways = 1 << 14;
 constexpr int64_t kKeyBytes = sizeof(uint32_t);
@@ -68,10 +70,50 @@ uint32_t digit_of(const std::vector<int64_t>& counts, int64_t& count) {
   return digit;
 }
 
+// The `count`-th largest of `keys`, which are in a bracket: a digit of what distinguishes them, then the few that share it.
+Threshold among(const uint32_t* keys, int64_t number, const Bracket& bracket, int64_t count) {
+  constexpr int kBits = 12;
+  int shift = 0;
+  while ((bracket.high - bracket.low) >> shift >= 1u << kBits) ++shift;
+  std::vector<int64_t> counts(size_t{1} << kBits);
+  for (int64_t i = 0; i < number; ++i) ++counts[(keys[i] - bracket.low) >> shift];
+  const uint32_t digit = digit_of(counts, count);
+  std::vector<uint32_t> few;
+  few.reserve(static_cast<size_t>(counts[digit]));
+  std::copy_if(keys, keys + number, std::back_inserter(few),
+               [&](uint32_t k) { return (k - bracket.low) >> shift == digit; });
+  std::nth_element(few.begin(), few.begin() + (count - 1), few.end(), std::greater<>());
+  const uint32_t key = few[static_cast<size_t>(count - 1)];
+  return {key, count - std::count_if(few.begin(), few.end(), [&](uint32_t k) { return k > key; })};
+}
+
+// The lower half of a widened bfloat16 is zero.
+int zero_bits(const KeySource& source) { return source.w.bfloat16 && !source.random ? 16 : 0; }
+
+// How many keys may be copied out.
+int64_t room_of(const Weights& w) {
+  return std::max(kAlways, w.numel * (w.bfloat16 ? 2 : 4) / kWeightsPart / kKeyBytes);
+}
+
 }  // namespace
 
+std::optional<Selection> select_in_one_pass(const KeySource& source, int64_t count) {
+  if (!worth_a_sample(source)) return std::nullopt;
+  const CandidateCount all = count_candidates_of(source);
+  if (count < 1 || count > all.candidates) return std::nullopt;
+  const std::optional<Bracket> bracket = guess(source, all.candidates, count, room_of(source.w));
+  if (!bracket) return std::nullopt;
+  const Survey found = survey(source, bracket);
+  if (count <= found.above || count > found.above + found.inside || found.inside > bracket->room) return std::nullopt;
+  Threshold threshold = among(found.keys.get(), found.inside, *bracket, count - found.above);
+  threshold.key >>= zero_bits(source);
+  return Selection{threshold, found.largest, all.frozen > 0};
+}
+
 Threshold partition_threshold(const KeySource& source, int64_t count) {
-  return count == 0 ? kNone : partition_threshold(source, count, first_digits(source));
+  if (count == 0) return kNone;
+  if (const auto selection = select_in_one_pass(source, count)) return selection->threshold;
+  return partition_threshold(source, count, first_digits(source));
 }
 
 Threshold partition_threshold(const KeySource& source, int64_t count, const DigitCounts& digits) {
@@ -90,12 +132,10 @@ Threshold partition_threshold(const KeySource& source, int64_t count, const Digi
     left = counts[digit];
   };
   narrow(digits.count, kDigitBits);
-  // The lower half of a widened bfloat16 is zero.
-  const int low = source.w.bfloat16 && !source.random ? 16 : 0;
-  const int64_t most = std::max(kAlways, source.w.numel * (source.w.bfloat16 ? 2 : 4) / kWeightsPart / kKeyBytes);
+  const int low = zero_bits(source);
   int shift = kRestBits;
   // Equal weights, say, do not fit: those take a pass over the weights for each of the digits that are left.
-  while (shift > low && left > most) {
+  while (shift > low && left > room_of(source.w)) {
     const int bits = std::min(shift - low, kNextBits);
     shift -= bits;
     narrow(next_digits(source, key, bits, shift), bits);

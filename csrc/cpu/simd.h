@@ -24,6 +24,8 @@
 #endif
 
 #define INQ_INLINE static inline __attribute__((always_inline))
+// The same for a lambda, after its parameters.
+#define INQ_INLINED __attribute__((always_inline))
 
 namespace inq::cpu::INQ_ISA {
 
@@ -152,7 +154,7 @@ INQ_INLINE U plus(U a, U b) { return a + b; }
 INQ_INLINE U smaller(U a, U b) { return a < b ? a : b; }
 INQ_INLINE U larger(U a, U b) { return a < b ? b : a; }
 INQ_INLINE U shift_right(U a, int count) { return a >> count; }
-INQ_INLINE M greater(U a, U b) { return a > b; }
+INQ_INLINE M greater(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
 INQ_INLINE M equal(U a, U b) { return a == b; }
 INQ_INLINE M mask_of(uint32_t bits) { return (bits & 1) != 0; }
 INQ_INLINE uint32_t bits_of(M m) { return m; }
