@@ -447,7 +447,7 @@ def check(jobs: int, capabilities: Sequence[int], only: Sequence[str]) -> int:
         if row["sm"] in capabilities and _named(row["name"], only)
     }
     if not known:
-        print(_NONE, file=sys.stderr)
+        print("\n".join([*(f"inq bench: {each}" for each in wrong), _NONE]), file=sys.stderr)
         return 1
     rows = compile_all(capabilities, (), jobs, known)
     # As they come back from a file.

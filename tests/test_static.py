@@ -419,6 +419,8 @@ def test_what_comes_out_is_compared_with_the_table(tmp_path, capsys, monkeypatch
     now[0]["registers"] = 100
     results["sources"]["linear.py"] = "another"
     static.write(tmp_path / "static.json", results)
+    assert main([*command, "--only", "nothing"]) == 1
+    assert "linear.py: changed since the table was made" in capsys.readouterr().err
     assert main(command) == 1
     assert "inq bench: linear.py: changed since the table was made" in capsys.readouterr().err
 
