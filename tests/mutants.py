@@ -219,8 +219,9 @@ def workers() -> multiprocessing.pool.Pool:
     """A fresh process for each task, which has imported already what takes longer than most tests."""
     # One thread each leaves the other core to the other mutant.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # torch's optimizers import torch._dynamo.
-    for module in ("torch", "torch._dynamo", "pytest", "hypothesis"):
+    # torch's optimizers import torch._dynamo, and that Triton, which then has to know already what conftest.py sets.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    for module in ("torch", "torch._dynamo", "pytest"):
         importlib.import_module(module)
 
     return multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1)

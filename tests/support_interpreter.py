@@ -22,7 +22,8 @@ _SCALAR = core.constexpr(1), core.tuple([])
 
 
 def _block_type(self, element_ty, shape):
-    sizes = tuple(core._unwrap_shape(shape) if not isinstance(shape, core.tuple) else shape.values)
+    assert isinstance(shape, (list, core.tuple))
+    sizes = tuple(core._unwrap_if_constexpr(size) for size in shape)
     if not sizes:
         raise TypeError("0d block_type is forbidden")
     self.element_ty = element_ty

@@ -171,6 +171,21 @@ def check(machines, w, mask, keep, count, random, seed, fmt, case):
         assert torch.equal(ours[1], theirs[1]), (case, machine)
 
 
+@pytest.mark.parametrize("numel", [2**21 - 1, 2**21 + 37])
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("random", [False, True])
+def test_large_enough_for_a_sample(machines, numel, pruned, random):
+    """One pass decides from 2^21 weights on. The largest weight is frozen, and still decides about the exponent."""
+    g = generator(numel)
+    w = torch.randn(1, numel, generator=g)
+    w[0, 1_000_003] = 1e3
+    mask, keep = (torch.rand(numel, generator=g) < p for p in (0.3, 0.9))
+    mask[1_000_003] = keep[1_000_003] = True
+    fmt = inq.Format(4, granularity="tensor", exponent="max")
+    keep_bits = pack_bits(keep) if pruned else None
+    check(machines, w, pack_bits(mask), keep_bits, numel // 4, random, 9, fmt, numel)
+
+
 @dtypes
 def test_large_enough_for_threads(machines, dtype):
     # Rows that are no multiple of 64, in more blocks than one thread takes; every kind of mask.

@@ -82,6 +82,7 @@ INQ_INLINE int64_t select_range(const KeySource& s, int64_t begin, int64_t end, 
 template <class T>
 INQ_INLINE int64_t survey_range(const KeySource& s, int64_t begin, int64_t end, uint32_t low, uint32_t high,
                                 RangeFacts& facts, uint32_t* out) {
+  // Comparisons are signed: −1 is below all keys.
   const U below = set(low - 1), top = set(high);
   U largest = set(0u);
   int64_t above = 0;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
-#include <iterator>
 #include <limits>
 #include <mutex>
 #include <stdexcept>
@@ -20,7 +19,7 @@ constexpr Threshold kNone{std::numeric_limits<int64_t>::max(), 0};
 // Digits after the first.
 constexpr int kNextBits = 9;
 // The keys that the first digit or a bracket leaves are copied out if they take at most 1/17 of the weights' memory (with
-// the counters 1/16), or are at most this many. For normal weights they always do.
+// the counters 1/16 of a few million weights or more), or are at most this many. For normal weights they always do.
 constexpr int64_t kWeightsPart = 17;
 constexpr int64_t kAlways = 1 << 14;
 constexpr int64_t kKeyBytes = sizeof(uint32_t);
@@ -70,21 +69,21 @@ uint32_t digit_of(const std::vector<int64_t>& counts, int64_t& count) {
   return digit;
 }
 
-// The `count`-th largest of `keys`, which are in a bracket: a digit of what distinguishes them, then the few that share it.
-Threshold among(const uint32_t* keys, int64_t number, const Bracket& bracket, int64_t count) {
-  constexpr int kBits = 12;
+// The `count`-th largest of `keys`, which are in a bracket and get another order: a digit of what distinguishes them, then
+// those that share it.
+Threshold among(uint32_t* keys, int64_t number, const Bracket& bracket, int64_t count) {
+  constexpr uint32_t kMost = (1u << 12) - 1;
   int shift = 0;
-  while ((bracket.high - bracket.low) >> shift >= 1u << kBits) ++shift;
-  std::vector<int64_t> counts(size_t{1} << kBits);
-  for (int64_t i = 0; i < number; ++i) ++counts[(keys[i] - bracket.low) >> shift];
+  while ((bracket.high - bracket.low) >> shift > kMost) ++shift;
+  // Somebody may write to the weights meanwhile: whatever a key has become, it is counted in bounds.
+  auto digit_of_key = [&](uint32_t key) { return std::min((key - bracket.low) >> shift, kMost); };
+  std::vector<int64_t> counts(size_t{kMost} + 1);
+  for (int64_t i = 0; i < number; ++i) ++counts[digit_of_key(keys[i])];
   const uint32_t digit = digit_of(counts, count);
-  std::vector<uint32_t> few;
-  few.reserve(static_cast<size_t>(counts[digit]));
-  std::copy_if(keys, keys + number, std::back_inserter(few),
-               [&](uint32_t k) { return (k - bracket.low) >> shift == digit; });
-  std::nth_element(few.begin(), few.begin() + (count - 1), few.end(), std::greater<>());
-  const uint32_t key = few[static_cast<size_t>(count - 1)];
-  return {key, count - std::count_if(few.begin(), few.end(), [&](uint32_t k) { return k > key; })};
+  uint32_t* const end = std::partition(keys, keys + number, [&](uint32_t k) { return digit_of_key(k) == digit; });
+  std::nth_element(keys, keys + (count - 1), end, std::greater<>());
+  const uint32_t key = keys[count - 1];
+  return {key, count - std::count_if(keys, end, [&](uint32_t k) { return k > key; })};
 }
 
 // The lower half of a widened bfloat16 is zero.
@@ -98,15 +97,15 @@ int64_t room_of(const Weights& w) {
 }  // namespace
 
 std::optional<Selection> select_in_one_pass(const KeySource& source, int64_t count) {
-  if (!worth_a_sample(source)) return std::nullopt;
+  if (count < 1 || !worth_a_sample(source)) return std::nullopt;
   const CandidateCount all = count_candidates_of(source);
-  if (count < 1 || count > all.candidates) return std::nullopt;
+  if (count > all.candidates) return std::nullopt;
   const std::optional<Bracket> bracket = guess(source, all.candidates, count, room_of(source.w));
   if (!bracket) return std::nullopt;
   const Survey found = survey(source, bracket);
   if (count <= found.above || count > found.above + found.inside || found.inside > bracket->room) return std::nullopt;
-  Threshold threshold = among(found.keys.get(), found.inside, *bracket, count - found.above);
-  threshold.key >>= zero_bits(source);
+  // Keys have all their bits here: bfloat16 magnitudes are not worth a sample.
+  const Threshold threshold = among(found.keys.get(), found.inside, *bracket, count - found.above);
   return Selection{threshold, found.largest, all.frozen > 0};
 }
 

@@ -30,7 +30,8 @@ int64_t sampled_word(int64_t i, int64_t taken, int64_t words) {
   return first + static_cast<int64_t>(jitter * static_cast<uint64_t>(range) >> 32);
 }
 
-// Keys from all over the weights, the same at each call: some of the first in each of `taken` words.
+// Keys from all over the weights, the same at each call: some of the first in each of `taken` words. Where weights differ
+// by their place in a word, that misleads, and the pass for which it does is lost.
 std::vector<uint32_t> sample(const KeySource& source, int64_t taken) {
   const int64_t words = source.w.numel / kWord, size = source.w.bfloat16 ? 2 : 4;
   const SelectKeys select = select_keys();
@@ -75,7 +76,7 @@ std::optional<Bracket> guess(const KeySource& source, int64_t candidates, int64_
   };
   const uint32_t low = at(rank - margin, 0), high = at(rank + margin, (1u << kKeyBits) - 1);
   const auto inside = std::count_if(keys.begin(), keys.end(), [&](uint32_t k) { return low <= k && k <= high; });
-  // Of equal keys there are too many.
+  // Of equal keys there are too many, which would not all fit.
   if (static_cast<double>(inside) / size * static_cast<double>(candidates) > 0.8 * static_cast<double>(room)) {
     return std::nullopt;
   }

@@ -20,7 +20,7 @@ struct Bracket {
 bool worth_a_sample(const KeySource& source);
 
 // A bracket in which the `count`-th largest of the `candidates` keys of `source` very likely is, from a sample, always the
-// same; none where more than `room` keys would be in it.
+// same; none where 0.8·room keys or more would be in it, or the sample has too few.
 std::optional<Bracket> guess(const KeySource& source, int64_t candidates, int64_t count, int64_t room);
 
 struct Survey {

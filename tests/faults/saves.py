@@ -179,12 +179,14 @@ class Trial:
 
     def begin(self) -> None:
         """The old checkpoint, and nothing else."""
-        for name in set(os.listdir(self.place)) - self.names:
+        litter = set(os.listdir(self.place)) - self.names
+        for name in litter:
             path = self.place / name
             # What a fault leaves must be recognisable: hidden, and a temporary file's.
             assert name.startswith("."), f"{self.scenario.name}: left {name}"
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # Nothing but litter has gone since `end` looked.
+        if litter:
+            assert self.scenario.load(self.place) in self.expected, f"{self.scenario.name}: it needed {litter}"
         if not self.old_is_there:
             self.scenario.save(self.place, 0)
 
