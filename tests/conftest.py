@@ -1,4 +1,5 @@
-"""One thread: on a shared machine, two threads that wait for each other take ten times longer for small tensors.
+"""One thread: on a shared machine, two threads that wait for each other take ten times longer for small tensors. Where
+tests want more, idle ones sleep instead of spinning: the processor is the other pytest process's.
 
 Triton's kernels are interpreted on the CPU where there is no GPU. Triton reads the variable when kernels are defined.
 """
@@ -6,6 +7,9 @@ Triton's kernels are interpreted on the CPU where there is no GPU. Triton reads 
 import importlib.util
 import os
 import time
+
+# Read when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
