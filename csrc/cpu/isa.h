@@ -40,3 +40,13 @@ bool amx_emulated();
 Isa set_isa(Isa isa);
 
 }  // namespace inq::cpu
+
+// The function `name` of the instruction set in use, of those in the namespaces portable, avx2 and avx512 (simd.h).
+#if defined(__x86_64__)
+#define INQ_IN_USE(name)                              \
+  (current_isa() >= Isa::avx512 ? avx512::name        \
+   : current_isa() >= Isa::avx2 ? avx2::name          \
+                                : portable::name)
+#else
+#define INQ_IN_USE(name) (portable::name)
+#endif

@@ -36,19 +36,11 @@ void for_all(const std::vector<StepTensor>& tensors, const Numbers& numbers,
 }  // namespace
 
 void masked_sgd(const std::vector<StepTensor>& tensors, const SgdNumbers& numbers) {
-#if defined(__x86_64__)
-  if (current_isa() >= Isa::avx512) return for_all(tensors, numbers, avx512::sgd_range);
-  if (current_isa() >= Isa::avx2) return for_all(tensors, numbers, avx2::sgd_range);
-#endif
-  for_all(tensors, numbers, portable::sgd_range);
+  for_all(tensors, numbers, INQ_IN_USE(sgd_range));
 }
 
 void masked_adamw(const std::vector<StepTensor>& tensors, const AdamwNumbers& numbers) {
-#if defined(__x86_64__)
-  if (current_isa() >= Isa::avx512) return for_all(tensors, numbers, avx512::adamw_range);
-  if (current_isa() >= Isa::avx2) return for_all(tensors, numbers, avx2::adamw_range);
-#endif
-  for_all(tensors, numbers, portable::adamw_range);
+  for_all(tensors, numbers, INQ_IN_USE(adamw_range));
 }
 
 }  // namespace inq::cpu

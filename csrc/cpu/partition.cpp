@@ -86,9 +86,6 @@ Threshold among(uint32_t* keys, int64_t number, const Bracket& bracket, int64_t 
   return {key, count - std::count_if(keys, end, [&](uint32_t k) { return k > key; })};
 }
 
-// The lower half of a widened bfloat16 is zero.
-int zero_bits(const KeySource& source) { return source.w.bfloat16 && !source.random ? 16 : 0; }
-
 // How many keys may be copied out.
 int64_t room_of(const Weights& w) {
   return std::max(kAlways, w.numel * (w.bfloat16 ? 2 : 4) / kWeightsPart / kKeyBytes);
@@ -131,7 +128,8 @@ Threshold partition_threshold(const KeySource& source, int64_t count, const Digi
     left = counts[digit];
   };
   narrow(digits.count, kDigitBits);
-  const int low = zero_bits(source);
+  // The lower half of a widened bfloat16 is zero.
+  const int low = source.w.bfloat16 && !source.random ? 16 : 0;
   int shift = kRestBits;
   // Equal weights, say, do not fit: those take a pass over the weights for each of the digits that are left.
   while (shift > low && left > room_of(source.w)) {

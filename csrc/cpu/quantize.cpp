@@ -12,14 +12,6 @@
 namespace inq::cpu {
 namespace {
 
-FreezeRange freeze_range() {
-#if defined(__x86_64__)
-  if (current_isa() >= Isa::avx512) return avx512::freeze_range;
-  if (current_isa() >= Isa::avx2) return avx2::freeze_range;
-#endif
-  return portable::freeze_range;
-}
-
 LimitTable limit_table(Format format) {
   LimitTable table;
   for (int n1 = -128; n1 < 128; ++n1) {
@@ -48,7 +40,7 @@ void quantize_with_mask(const KeySource& source, void* w, uint8_t* mask, const i
   const uint32_t key = static_cast<uint32_t>(none ? kLargest : threshold.key << unit);
   const int64_t ties = none ? 0 : threshold.ties;
   const QuantizeParams p{source, w, mask, n1, one_n1 ? numel : numel / rows, limits.data(), key};
-  const FreezeRange freeze = freeze_range();
+  const FreezeRange freeze = INQ_IN_USE(freeze_range);
 
   // Which ties are the first in flat order is known once those of the chunks before are counted. In this pass only the
   // thread that starts at 0 knows; for the others' chunks there is a second one, where there are ties to take.

@@ -8,13 +8,13 @@
 #include <stdexcept>
 #include <vector>
 
-#include "random_key.h"
 #include "check.h"
 #include "cpu/exponents.h"
 #include "cpu/isa.h"
 #include "cpu/masked_step.h"
 #include "cpu/partition.h"
 #include "cpu/quantize.h"
+#include "random_key.h"
 #include "threads.h"
 
 using namespace inq::cpu;
