@@ -1,14 +1,12 @@
 """The example of plain torch, and docs/distributed.md: one process, and FSDP2 of which a rank is killed and that
 torchrun starts again, end in one hash. (DDP, Accelerate and transformers' Trainer: tests/integrations.)"""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch import python, torchrun
 
 import inq_kernels as inq
 
@@ -18,11 +16,10 @@ PAGE = ROOT / "docs" / "distributed.md"
 ARGUMENTS = ["--steps", "4", "--bits", "5", "--partition", "random"]
 
 
-def run(*command, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def run(program, *words, **environment):
+    code, text = program(*words, **environment)
+    assert code == 0, text
+    return text
 
 
 def found(output):
@@ -30,16 +27,16 @@ def found(output):
 
 
 def test_one_hash_and_kill_9(tmp_path):
-    alone = found(run(sys.executable, str(EXAMPLE), *ARGUMENTS, "--out", str(tmp_path / "packed.safetensors")))
+    alone = found(run(python, EXAMPLE, *ARGUMENTS, "--out", str(tmp_path / "packed.safetensors")))
     assert inq.load(tmp_path / "packed.safetensors")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # fmt: skip
     # Steps 1 to 4 in float, 5 to 20 in four portions; saved after 3, 6, …; killed in step 14.
     kill = (str(ROOT / "tests" / "kill_rank.py"), "14", str(tmp_path / "killed"), str(EXAMPLE))
     checkpoints = ("--checkpoint", str(tmp_path / "run"), "--save-every", "3")
     # The workers' second life needs a store of its own: docs/distributed.md.
+    restart = ("--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    assert found(run(*torchrun, *kill, *ARGUMENTS, "--wrap", "fsdp2", *checkpoints, **store)) == alone
+    words = (*restart, *kill, *ARGUMENTS, "--wrap", "fsdp2", *checkpoints)
+    assert found(run(torchrun, *words, **store)) == alone
     assert (tmp_path / "killed").read_text() == "1", "no rank was killed"
 
 

@@ -1,15 +1,13 @@
 """transformers' tensor parallelism over two processes: results of one process, and files of one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import snippets
 import tiny
 import torch
+from launch import torchrun
 from safetensors.torch import load_file
 from support import same_bits
 from transformers import AutoModelForCausalLM
@@ -20,16 +18,6 @@ from inq_kernels.cli import main
 from inq_kernels.integrations.transformers import save_pretrained
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
-
-
-def torchrun(*arguments, script=WORKER, folder=None):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=folder
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 def write(path, **changes):
@@ -49,7 +37,7 @@ def write(path, **changes):
 @pytest.mark.parametrize("changes", [{}, dict(attention_bias=True, mlp_bias=True)], ids=["plain", "bias"])
 def test_two_processes_compute_what_one_does_and_save_the_same_files(tmp_path, changes):
     source = write(tmp_path, **changes)
-    code, text = torchrun("run", source, tmp_path / "again", tmp_path / "result.safetensors")
+    code, text = torchrun(WORKER, "run", source, tmp_path / "again", tmp_path / "result.safetensors")
     assert code == 0, text
     result = load_file(tmp_path / "result.safetensors")
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -89,20 +77,20 @@ def test_the_script_of_the_page(tmp_path):
         "import torch.distributed\ntorch.distributed.destroy_process_group()\n"
     )
     (tmp_path / "serve.py").write_text(before + snippet.body + after)
-    code, text = torchrun(script=tmp_path / "serve.py", folder=tmp_path)
+    code, text = torchrun(tmp_path / "serve.py", folder=tmp_path)
     assert code == 0, text
 
 
 def test_a_float_model_is_refused(tmp_path):
     write(tmp_path)
-    code, text = torchrun("pack", tmp_path / "dense")
+    code, text = torchrun(WORKER, "pack", tmp_path / "dense")
     assert code != 0
     assert "expected a packed model for tensor parallelism, got a float one" in text
 
 
 def test_columns_that_cannot_be_cut_are_refused(tmp_path):
     source = write(tmp_path, intermediate_size=152)
-    code, text = torchrun("run", source, tmp_path / "again", tmp_path / "result.safetensors")
+    code, text = torchrun(WORKER, "run", source, tmp_path / "again", tmp_path / "result.safetensors")
     assert code != 0
     assert "expected input features that are a multiple of 16 for 2 processes, got 152" in text
 
@@ -111,6 +99,6 @@ def test_a_directory_that_may_not_be_replaced_is_an_error_in_both(tmp_path):
     source, other = write(tmp_path), tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").write_text("precious")
-    code, text = torchrun("save", source, other)
+    code, text = torchrun(WORKER, "save", source, other)
     assert code == 0, text
     assert (other / "chapter.txt").read_text() == "precious"

@@ -1,40 +1,26 @@
 """The examples with Hugging Face's Accelerate and transformers' Trainer, as they are, in processes of their own."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import snippets
+from launch import python, torchrun
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TWO = (
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--rdzv-backend",
-    "c10d",
-    "--rdzv-endpoint",
-    "localhost:0",
-)
 SCRIPT = str(EXAMPLES / "train_trainer.py")
 ARGUMENTS = ("--steps", "4", "--bits", "5")
 
 
-def hash_of(*words, folder, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = (sys.executable, *words)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return re.search(r"^hash ([0-9a-f]{64})$", result.stdout, re.MULTILINE)[1]
+def hash_of(run, *words, **settings):
+    code, text = run(*words, **settings)
+    assert code == 0, text
+    return re.search(r"^hash ([0-9a-f]{64})$", text, re.MULTILINE)[1]
 
 
 def test_the_commands_of_the_page(tmp_path):
@@ -48,11 +34,11 @@ def test_the_commands_of_the_page(tmp_path):
         if program == "export":
             name, _, environment[name] = words[0].partition("=")
             continue
-        launcher = {"python": (), "torchrun": ("-m", "torch.distributed.run")}[program]
+        run = {"python": python, "torchrun": torchrun}[program]
         if words[0] == "examples/train_trainer.py":
             trainer += 1
         else:
-            hashes.append(hash_of(*launcher, *words, *ARGUMENTS, folder=tmp_path, **environment))
+            hashes.append(hash_of(run, *words, *ARGUMENTS, folder=tmp_path, **environment))
     assert (len(hashes), trainer) == (6, 2)
     assert set(hashes) == {hashes[0]}
 
@@ -60,13 +46,13 @@ def test_the_commands_of_the_page(tmp_path):
 def test_trainer_and_its_resume(tmp_path):
     """A whole schedule, one that goes on from a checkpoint in its middle to the same end, and one on two ranks."""
     arguments = (*ARGUMENTS, "--save-every", "6", "--dir", "trainer")
-    first = hash_of(SCRIPT, *arguments, folder=tmp_path)
+    first = hash_of(python, SCRIPT, *arguments, folder=tmp_path)
     saved = sorted(p.name for p in (tmp_path / "trainer").iterdir())
     assert {"checkpoint-6", "checkpoint-12", "checkpoint-18"} <= set(saved)
     files = {p.suffix for p in (tmp_path / "trainer" / "checkpoint-12").iterdir()}
     assert ".pt" not in files
     assert ".pth" not in files
     again = (*arguments, "--resume", "trainer/checkpoint-12")
-    assert hash_of(SCRIPT, *again, folder=tmp_path) == first
+    assert hash_of(python, SCRIPT, *again, folder=tmp_path) == first
     (tmp_path / "two").mkdir()
-    hash_of(*TWO, SCRIPT, *arguments, folder=tmp_path / "two")
+    hash_of(torchrun, SCRIPT, *arguments, folder=tmp_path / "two")

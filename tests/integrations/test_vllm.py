@@ -3,14 +3,13 @@ slices of the files' bytes that are its, and its layers compute what these bytes
 model's forward needs those."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from launch import torchrun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -29,13 +28,9 @@ def load(path, processes, *names):
     """(exit status, output, [tensors of each process]) of vLLM's loader."""
     out = path.parent / f"out{processes}"
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER), str(path), str(out), *names]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    results = [load_file(out / f"{r}.safetensors") for r in range(processes)] if done.returncode == 0 else []
-    return done.returncode, done.stdout + done.stderr, results
+    code, text = torchrun(WORKER, path, out, *names, processes=processes, seconds=600)
+    results = [load_file(out / f"{r}.safetensors") for r in range(processes)] if code == 0 else []
+    return code, text, results
 
 
 def quantize(source, target, *arguments):
