@@ -36,13 +36,19 @@ constexpr int kStreamTiles = 8;               // of `stream`'s ring: 8 KB of the
 constexpr int kStreamAhead = 2048;            // bytes of a panel from what is decoded to what is asked for
 static_assert(kBlockSteps == kTileK / 2 && kBlockBytes == 64);
 
-// Four tiles of sums: up to 16 rows × 4 panels, or 32 rows × 2. Each weight tile is then used for all rows, and four
-// products are under way, which hides most of a product's latency (52 cycles, one started every 16).
-constexpr int sum_tile(int row_tile, int panel) { return row_tile * 2 + panel; }
-constexpr int left_tile(int row_tile) { return 4 + row_tile; }
-constexpr int weight_tile(int row_tiles, int panel) { return row_tiles == 2 ? 6 + panel : 5 + panel % 3; }
+// Four tiles of sums: up to 16 rows × 4 panels, 32 rows × 2 or 64 rows × 1. Each weight tile is then used for all rows,
+// and four products are under way, which hides most of a product's latency (52 cycles, one started every 16). The lowest
+// row tile has registers of its own, since it may have fewer rows.
+constexpr int sum_tile(int row_tiles, int row_tile, int panel) { return row_tiles > 2 ? row_tile : row_tile * 2 + panel; }
+constexpr int left_tile(int row_tiles, int row_tile) {
+  return row_tiles <= 2 ? 4 + row_tile : row_tile + 1 == row_tiles ? 6 : 4 + row_tile % 2;
+}
+constexpr int weight_tile(int row_tiles, int panel) {
+  return row_tiles > 2 ? 7 : row_tiles == 2 ? 6 + panel : 5 + panel % 3;
+}
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int row_tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // f(0), …, f(count − 1), each with a constant: tile registers are numbers inside instructions.
 template <class F, int... kIndex>
@@ -65,15 +71,15 @@ thread_local int configured_rows = 0;
 template <class Tiles>
 void configure(int rows) {
   if (configured_rows<Tiles> == rows) return;
-  const uint8_t top = static_cast<uint8_t>(least(rows, kTileRows)), bottom = static_cast<uint8_t>(rows - top);
+  const int row_tiles = row_tiles_of(rows), last = row_tiles - 1;
   TileConfig config;
   for (int t = 0; t < 8; ++t) {
     config.row_bytes[t] = kBlockBytes;
     config.rows[t] = kTileRows;
   }
-  for (int i = 0; i < 4; ++i) config.rows[i] = i < sum_tile(1, 0) || bottom == 0 ? top : bottom;
-  config.rows[left_tile(0)] = top;
-  if (bottom > 0) config.rows[left_tile(1)] = bottom;
+  const uint8_t bottom = static_cast<uint8_t>(rows - last * kTileRows);
+  for (int panel = 0; panel < kAmxShape.registers / row_tiles; ++panel) config.rows[sum_tile(row_tiles, last, panel)] = bottom;
+  config.rows[left_tile(row_tiles, last)] = bottom;
   Tiles::configure(config);
   configured_rows<Tiles> = rows;
 }
@@ -101,17 +107,25 @@ inline void pack_blocks(const PackArgs& p) {
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-// One block of steps. The left operand is read once a pass and comes from the second-level cache; it should not push
-// the decoded weights out of the first.
+// One block of steps. Up to two row tiles are read once a pass and come from the second-level cache; they should not push
+// the decoded weights out of the first. More are those of `stream_tall`: they stay in the first from panel to panel, and
+// each is loaded when it is needed, for there are fewer registers.
 template <class Tiles, int kRowTiles, int kPanels>
 inline __attribute__((always_inline)) void add_products(const uint32_t* a, const uint32_t* b) {
-  each<kRowTiles>([&](auto r) {
-    Tiles::template load_once<left_tile(r)>(a + r * kTileRows * kBlockSteps, kBlockBytes);
-  });
+  constexpr bool kStay = kRowTiles > 2;
+  auto left = [&](auto r) {
+    constexpr int kTile = left_tile(kRowTiles, r);
+    const uint32_t* from = a + r * kTileRows * kBlockSteps;
+    kStay ? Tiles::template load<kTile>(from, kBlockBytes) : Tiles::template load_once<kTile>(from, kBlockBytes);
+  };
+  if constexpr (!kStay) each<kRowTiles>(left);
   each<kPanels>([&](auto p) {
     constexpr int kPanel = p, kWeight = weight_tile(kRowTiles, kPanel);
     Tiles::template load<kWeight>(b + p * kPanelRows, kPanels * kPanelRows * 4);
-    each<kRowTiles>([&](auto r) { Tiles::template multiply_add<sum_tile(r, kPanel), left_tile(r), kWeight>(); });
+    each<kRowTiles>([&](auto r) {
+      if constexpr (kStay) left(r);
+      Tiles::template multiply_add<sum_tile(kRowTiles, r, kPanel), left_tile(kRowTiles, r), kWeight>();
+    });
   });
 }
 
@@ -120,7 +134,8 @@ inline __attribute__((always_inline)) void each_sum(float* c, const F& f) {
   each<kRowTiles>([&](auto r) {
     constexpr int kRowTile = r;
     each<kPanels>([&](auto p) {
-      f(std::integral_constant<int, sum_tile(kRowTile, p)>{}, c + (kRowTile * kTileRows * kPanels + p) * kPanelRows);
+      f(std::integral_constant<int, sum_tile(kRowTiles, kRowTile, p)>{},
+        c + (kRowTile * kTileRows * kPanels + p) * kPanelRows);
     });
   });
 }
@@ -139,6 +154,14 @@ struct Decoding {
   // Asks for the codes kAhead bytes on: past a panel's end that is the next panel's beginning.
   template <int kAhead>
   __attribute__((always_inline)) void next(uint32_t* out) {
+    next(out, [](const uint8_t* line) {
+      if constexpr (kAhead > 0) __builtin_prefetch(line + kAhead);
+    });
+  }
+
+  // `ask` is called with each line that is decoded.
+  template <class Ask>
+  __attribute__((always_inline)) void next(uint32_t* out, const Ask& ask) {
     each<kPanels>([&](auto p) {
       const uint8_t* tile = weight + p * panel_bytes;
       __m512i signs{};
@@ -146,14 +169,14 @@ struct Decoding {
 #pragma GCC unroll 4
       for (int unit = 0; unit < kUnits; ++unit) {
         const __m512i codes = _mm512_loadu_si512(tile + unit * kUnitBytes);
-        if constexpr (kAhead > 0) __builtin_prefetch(tile + unit * kUnitBytes + kAhead);
+        ask(tile + unit * kUnitBytes);
 #pragma GCC unroll 4
         for (int step = 0; step < 4; ++step) {
           _mm512_store_si512(out + (unit * 4 + step) * kPanels * kPanelRows + p * kPanelRows,
                              decode_pair<kSigns>(codes, step, signs, unit, table));
         }
       }
-      if constexpr (kSigns && kAhead > 0) __builtin_prefetch(tile + kCodeBytes + kAhead);
+      if constexpr (kSigns) ask(tile + kCodeBytes);
     });
     weight += kTile;
     --tiles;
@@ -220,6 +243,20 @@ void multiply_decoding(const MultiplyArgs& m, const DecodeArgs& d) {
 
 // --- few rows --------------------------------------------------------------------------------------------------------
 
+// What `stream` ends with, for some columns from `panel` on.
+inline void finish_panels(const StreamArgs& s, int64_t panel, const float* c, int columns) {
+  const int column = static_cast<int>(panel * kPanelRows);
+  FinishArgs f = s.finish;
+  f.c = c;
+  f.c_stride = columns;
+  f.columns = static_cast<int>(least(columns, f.columns - column));
+  f.power += column;
+  if (f.scale) f.scale += column;
+  if (f.bias) f.bias += column;
+  f.out = static_cast<unsigned char*>(f.out) + int64_t{column} * size_of(f.type);
+  avx512_pair_kernels().finish(f);
+}
+
 // A ring of decoded tiles in the first-level cache: each is used, and decoded over for the round after. The distance in
 // between is what lets the processor overlap the two, and stores reach the cache before they are loaded as tiles.
 template <class Tiles, int kRowTiles, int kPanels, bool kSigns>
@@ -237,17 +274,39 @@ void stream_pass(const StreamArgs& s, int64_t panel) {
     a += kBlockSteps * s.rows;
   }
   each_sum<Tiles, kRowTiles, kPanels>(c, [](auto t, float* to) { Tiles::template store<t>(to, kColumns * 4); });
+  finish_panels(s, panel, c, kColumns);
+}
 
-  const int column = static_cast<int>(panel * kPanelRows);
-  FinishArgs f = s.finish;
-  f.c = c;
-  f.c_stride = kColumns;
-  f.columns = static_cast<int>(least(kColumns, f.columns - column));
-  f.power += column;
-  if (f.scale) f.scale += column;
-  if (f.bias) f.bias += column;
-  f.out = static_cast<unsigned char*>(f.out) + int64_t{column} * size_of(f.type);
-  avx512_pair_kernels().finish(f);
+// More than two row tiles, some k at a time (kTallTiles): these k of the rows stay in the first-level cache, panels and
+// their sums pass by. The other way round, with sums in registers or decoded weights there, as many rows from the
+// second-level cache would take all its buffers, in which reads from memory wait too. Each tile is decoded over when it
+// has been used, for the next panel; the codes of the one after that are asked for.
+template <class Tiles, int kRowTiles, bool kSigns>
+void stream_tall(const StreamArgs& s) {
+  constexpr int kBlock = kBlockSteps * kPanelRows, kSumLines = kRowTiles * kTileRows;
+  alignas(64) uint32_t b[kTallTiles * kBlock];
+  Decoding<1, kSigns> first(*s.book, s.weight, s.panel_bytes, s.tiles);
+  for (int64_t tile = 0; tile < s.tiles; ++tile) first.template next<0>(b + tile * kBlock);
+  const int64_t lines_at_once = ceil_div(kSumLines, s.tiles > 0 ? s.tiles : 1);
+  for (int64_t panel = 0; panel < s.panels; ++panel) {
+    float* c = s.sums + panel * kSumLines * kPanelRows;
+    each_sum<Tiles, kRowTiles, 1>(c, [&](auto t, float* from) {
+      s.first ? Tiles::template zero<t>() : Tiles::template load<t>(from, kPanelRows * 4);
+    });
+    const bool more = panel + 1 < s.panels;
+    Decoding<1, kSigns> next(*s.book, s.weight + (more ? panel + 1 : 0) * s.panel_bytes, s.panel_bytes, s.tiles);
+    // Past the last panel follow the next k of the first.
+    const int64_t ahead = panel + 2 < s.panels ? s.panel_bytes : s.tiles * next.kTile - (s.panels - 1) * s.panel_bytes;
+    const float* sums = c + kSumLines * kPanelRows;
+    const uint32_t* a = s.a;
+    for (int64_t tile = 0; tile < s.tiles; ++tile, a += kBlockSteps * s.rows) {
+      add_products<Tiles, kRowTiles, 1>(a, b + tile * kBlock);
+      if (more) next.next(b + tile * kBlock, [&](const uint8_t* line) { __builtin_prefetch(line + ahead, 0, 2); });
+      for (int64_t i = 0; i < lines_at_once; ++i, sums += kPanelRows) __builtin_prefetch(sums, 0, 3);
+    }
+    each_sum<Tiles, kRowTiles, 1>(c, [](auto t, float* to) { Tiles::template store<t>(to, kPanelRows * 4); });
+    if (s.last) finish_panels(s, panel, c, kPanelRows);
+  }
 }
 
 template <class Tiles, int kRowTiles, int kPanels>
@@ -261,11 +320,26 @@ void stream_from(const StreamArgs& s, int64_t panel) {
   }
 }
 
+template <class Tiles, int kRowTiles>
+void stream_rows(const StreamArgs& s) {
+  constexpr int kPanels = stream_panels(kAmxShape, kRowTiles * kTileRows);
+  if constexpr (kRowTiles > 2) {
+    s.book->sign_plane ? stream_tall<Tiles, kRowTiles, true>(s) : stream_tall<Tiles, kRowTiles, false>(s);
+  } else {
+    stream_from<Tiles, kRowTiles, kPanels>(s, 0);
+  }
+}
+
 template <class Tiles>
 void stream(const StreamArgs& s) {
+  static_assert(kAmxShape.stream_rows == 4 * kTileRows);
   configure<Tiles>(s.rows);
-  s.rows > kTileRows ? stream_from<Tiles, 2, stream_panels(kAmxShape, 2 * kTileRows)>(s, 0)
-                     : stream_from<Tiles, 1, stream_panels(kAmxShape, kTileRows)>(s, 0);
+  switch (row_tiles_of(s.rows)) {
+    case 1: stream_rows<Tiles, 1>(s); break;
+    case 2: stream_rows<Tiles, 2>(s); break;
+    case 3: stream_rows<Tiles, 3>(s); break;
+    default: stream_rows<Tiles, 4>(s);
+  }
   leave<Tiles>();
 }
 

@@ -113,7 +113,8 @@ struct FinishArgs {
   int64_t out_stride;  // elements
 };
 
-// All of K for few rows: a[steps][rows], decoded weights only ever in registers. Ends with `finish`.
+// All of K for few rows: a[steps][rows], decoded weights only ever in registers or the nearest cache. Ends with `finish`.
+// Tall streams take `tiles` of K at a time, and leave sums in sums[panels][rows, whole row tiles][16] for the next k.
 struct StreamArgs {
   const Codebook* book;
   const uint8_t* weight;  // the first panel
@@ -122,6 +123,8 @@ struct StreamArgs {
   const uint32_t* a;
   int rows;           // of a; one of kStreamRows, or any where Shape::block is more than 1
   FinishArgs finish;  // rows, power, …, out of the first column; columns of all panels; c is not used
+  bool first = true, last = true;  // k of all K; false only where tall
+  float* sums = nullptr;           // only where tall
 };
 
 // The row counts that `stream` is compiled for; others take the next one and zero rows.
@@ -141,11 +144,13 @@ constexpr Shape kPortableShape{1, 2, 1, 2, 4, 12};
 constexpr Shape kAvx2Shape{1, 6, 1, 4, 8, 12};
 constexpr Shape kAvx512Shape{1, 6, 4, 12, 16, 28};
 constexpr Shape kAvx512PairShape{2, 6, 4, 24, 16, 28};
-constexpr Shape kAmxShape{2, 32, 2, 32, 16, 4, 16};  // registers: tiles of 16 rows of sums
+constexpr Shape kAmxShape{2, 32, 2, 64, 16, 4, 16};  // registers: tiles of 16 rows of sums
+// From three row tiles on (`tall`) its stream takes so many tiles of k at a time: 24 KB of 64 rows.
+constexpr int kTallRows = 33, kTallTiles = 6;
 
 // Panels that `stream` takes at once: eight streams from memory at most, as many as its registers hold.
 constexpr int stream_panels(Shape s, int rows) {
-  if (s.block > 1) return s.registers / (rows > 16 ? 2 : 1);
+  if (s.block > 1) return s.registers / ((rows + 15) / 16);
   const int fitting = s.registers / ((rows + 1) * (kPanelRows / s.lanes));
   return fitting < 1 ? 1 : fitting > 8 ? 8 : fitting;
 }

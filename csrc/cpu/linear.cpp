@@ -8,7 +8,7 @@
 namespace inq::cpu {
 namespace {
 
-constexpr int kMostRowPointers = 32;  // the most rows of any Shape's micro-tile or stream
+constexpr int kMostRowPointers = 64;  // the most rows of any Shape's micro-tile or stream
 
 // x[m, k] as a[step][rows], zero from m on and from k to the end of the last tile.
 void pack_stream(const LinearArgs& args, const Plan& plan, uint32_t* a) {
@@ -41,18 +41,19 @@ void run_stream(const LinearArgs& args, const Plan& plan) {
   const Buffer<float> power = powers(w);
   const Buffer<uint32_t> a(tiles_of(w.k) * kTileK / plan.shape.pair * plan.stream_rows);
   pack_stream(args, plan, a.get());
-  const int64_t panel_bytes = tiles_of(w.k) * tile_bytes(w.format), panels = panels_of(w.n);
-  parallel_tasks(ceil_div(panels, plan.group), plan.threads, [&](int64_t task) {
+  const int64_t tiles = tiles_of(w.k), panel_bytes = tiles * tile_bytes(w.format), panels = panels_of(w.n);
+  const bool whole = plan.k_chunk == 0;
+  const int64_t at_once = whole ? tiles : plan.k_chunk / kTileK;
+  auto make = [&] { return Buffer<float>(whole ? 0 : plan.group * round_up(plan.stream_rows, 16) * kPanelRows); };
+  parallel_tasks(ceil_div(panels, plan.group), plan.threads, make, [&](int64_t task, const Buffer<float>& sums) {
     const int64_t panel = task * plan.group, column = panel * kPanelRows;
     const int64_t count = std::min(plan.group, panels - panel);
     StreamArgs s{};
     s.book = &book;
-    s.weight = w.data + panel * panel_bytes;
     s.panel_bytes = panel_bytes;
-    s.tiles = tiles_of(w.k);
     s.panels = count;
-    s.a = a.get();
     s.rows = plan.stream_rows;
+    s.sums = sums.get();
     s.finish.rows = static_cast<int>(args.m);
     s.finish.columns = static_cast<int>(std::min(count * kPanelRows, w.n - column));
     s.finish.power = power.get() + column;
@@ -61,7 +62,16 @@ void run_stream(const LinearArgs& args, const Plan& plan) {
     s.finish.type = args.type;
     s.finish.out = static_cast<unsigned char*>(args.out) + column * size_of(args.type);
     s.finish.out_stride = w.n;
-    kernels.stream(s);
+    int64_t tile = 0;
+    do {
+      s.weight = w.data + panel * panel_bytes + tile * tile_bytes(w.format);
+      s.a = a.get() + tile * kTileK / plan.shape.pair * plan.stream_rows;
+      s.tiles = std::min(at_once, tiles - tile);
+      s.first = tile == 0;
+      tile += s.tiles;
+      s.last = tile == tiles;
+      kernels.stream(s);
+    } while (tile < tiles);
   });
 }
 

@@ -24,6 +24,8 @@ constexpr int64_t kColumnsToShare = 16;
 // its sets leave about half): those of some chunks, for some blocks of columns, are used before the next. 12 tiles of k
 // of 32 decoded columns are 24 KB of the first-level cache, half of it: what is multiplied by them passes through the rest.
 constexpr int64_t kMostPackedAmx = 8 << 20, kMostRowsCachedAmx = 384 << 10, kMostSumsAmx = 512 << 10;
+// Tasks a thread of a tall stream: its sums, 4 KB a panel, come from the second-level cache.
+constexpr int64_t kTasksTallAmx = 2, kMostTallPanels = 128;
 // For fewer rows decoding takes longer than multiplying.
 constexpr int64_t kLeastRowsAmx = 64;
 constexpr int64_t kChunkAmx = 12 * kTileK;
@@ -109,6 +111,10 @@ Plan plan(const Description& d) {
     // A task is one pass, or less where that leaves threads without work.
     const int64_t at_once = stream_panels(p.shape, p.stream_rows);
     p.group = std::clamp<int64_t>(ceil_div(panels_of(d.n), p.threads), 1, at_once);
+    if (p.isa == Isa::amx && d.m >= kTallRows) {
+      p.k_chunk = kTallTiles * kTileK;
+      p.group = std::clamp<int64_t>(ceil_div(panels_of(d.n), p.threads * kTasksTallAmx), 1, kMostTallPanels);
+    }
     return p;
   }
   p.kernel = Kernel::panels;
@@ -123,6 +129,7 @@ std::string to_string(const Plan& p) {
   text += std::string(" isa=") + name(p.isa) + (p.shape.pair == 2 ? " products=bfloat16" : " products=float32");
   if (p.kernel == Kernel::stream) {
     text += " rows=" + std::to_string(p.stream_rows) + " group=" + std::to_string(p.group);
+    if (p.k_chunk > 0) text += " k_chunk=" + std::to_string(p.k_chunk);
   } else {
     text += " tile=" + std::to_string(p.shape.rows) + "x" + std::to_string(p.shape.panels * kPanelRows);
     text += " m_block=" + std::to_string(p.m_block) + " k_chunk=" + std::to_string(p.k_chunk);

@@ -33,7 +33,7 @@ struct Plan {
   int stream_rows;   // stream: rows it is run with, at least m
   int64_t group;     // stream: panels a task
   int64_t m_block;   // panels: rows packed at once
-  int64_t k_chunk;   // panels: k decoded at once
+  int64_t k_chunk;   // panels: k decoded at once; stream: k that all of a task's panels use before the next, 0: all
   int64_t n_share;   // panels: blocks of columns a task
   int64_t n_group;   // panels: of these, whose sums go on together from chunk to chunk,
   int64_t k_chunks;  // and the chunks whose packed rows they use before the next

@@ -72,15 +72,42 @@ void change(Plan& p, const std::string& name, const std::string& text) {
   }
 }
 
+// The longest a probe may take of the fastest one's time.
+constexpr double kQuiet = 1.2;
+
 double quantile(std::vector<double> values, double q) {
   std::sort(values.begin(), values.end());
   return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1) + 0.5)];
 }
 
+// µs of the slowest thread for as many instructions as a core can start: about twice as long when another process, or
+// another virtual machine, runs on the same core. Such neighbours slow products three to four times, each kind by another
+// factor, so that not even a ratio of two runs in turn means anything then.
+double probe() {
+  double slowest = 0;
+#pragma omp parallel reduction(max : slowest)
+  {
+    const auto start = std::chrono::steady_clock::now();
+    uint64_t a = 1, b = 2, c = 3, d = 4, e = 5, f = 6;
+    for (int i = 0; i < 10000; ++i) {
+      __asm__ volatile(
+          "add $1, %0\n\tadd $1, %1\n\tadd $1, %2\n\tadd $1, %3\n\tadd $1, %4\n\tadd $1, %5\n\t"
+          "add $1, %0\n\tadd $1, %1\n\tadd $1, %2\n\tadd $1, %3\n\tadd $1, %4\n\tadd $1, %5"
+          : "+r"(a), "+r"(b), "+r"(c), "+r"(d), "+r"(e), "+r"(f));
+    }
+    slowest = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+  }
+  return slowest;
+}
+
+struct Run {
+  double us, probe;
+};
+
 struct Variant {
   std::string text;
   Plan plan;
-  std::vector<double> us;
+  std::vector<Run> runs;
 };
 
 int run(const std::vector<std::string>& arguments) {
@@ -130,7 +157,7 @@ int run(const std::vector<std::string>& arguments) {
   for (int64_t i = 0; i < 16 << 20; ++i) other[i] = static_cast<uint64_t>(i);
 
   volatile uint64_t sink = 0;
-  auto once = [&](Variant& v, int64_t copy, uint8_t* out) {
+  auto once = [&](Variant& v, int64_t copy, uint8_t* out) -> Run {
     const Weight w{reinterpret_cast<const uint8_t*>(weights.get()) + copy * bytes, exponent.data(), nullptr, format, n, k};
     if (common["cold"] != "0") {
       uint64_t sum = 0;
@@ -138,9 +165,11 @@ int run(const std::vector<std::string>& arguments) {
       for (int64_t i = 0; i < 16 << 20; ++i) sum += other[i];
       sink = sink + sum;
     }
+    const double before = probe();
     const auto start = std::chrono::steady_clock::now();
     linear({x.get(), m, type, w, nullptr, out}, v.plan);
-    return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+    const double us = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+    return {us, std::max(before, probe())};
   };
 
   std::printf("%s, %d bits, M %lld, N %lld, K %lld, %lld weights of %.1f MB in turn\n", to_string(chosen).c_str(), format.bits,
@@ -160,16 +189,34 @@ int run(const std::vector<std::string>& arguments) {
   for (int64_t turn = 0; std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds || turn < 3; ++turn) {
     for (size_t i = 0; i < variants.size(); ++i) {
       Variant& v = variants[(i + static_cast<size_t>(turn)) % variants.size()];
-      v.us.push_back(once(v, turn % copies, y.get()));
+      v.runs.push_back(once(v, turn % copies, y.get()));
     }
   }
-  const double base = quantile(variants[0].us, 0.5);
-  std::printf("%10s %10s %10s %8s %10s %8s\n", "median µs", "p10", "p90", "GB/s", "GFLOP/s", "faster");
+  double fastest = variants[0].runs[0].probe;
   for (const Variant& v : variants) {
-    const double us = quantile(v.us, 0.5);
-    std::printf("%9.0f %10.0f %10.0f %8.1f %10.0f %7.3fx %s\n", us, quantile(v.us, 0.1), quantile(v.us, 0.9),
+    for (const Run& r : v.runs) fastest = std::min(fastest, r.probe);
+  }
+  // Of the runs without neighbours, as far as the probes before and after saw.
+  auto quiet = [&](const Variant& v) {
+    std::vector<double> us;
+    for (const Run& r : v.runs) {
+      if (r.probe <= kQuiet * fastest) us.push_back(r.us);
+    }
+    return us;
+  };
+  std::printf("%10s %10s %10s %8s %10s %8s %12s\n", "median µs", "p10", "p90", "GB/s", "GFLOP/s", "faster", "quiet runs");
+  double base = 0;
+  for (const Variant& v : variants) {
+    const std::vector<double> times = quiet(v);
+    if (times.empty()) {
+      std::printf("%s: none of %zu runs was quiet\n", v.text.c_str(), v.runs.size());
+      continue;
+    }
+    const double us = quantile(times, 0.5);
+    if (v.text.empty()) base = us;
+    std::printf("%9.0f %10.0f %10.0f %8.1f %10.0f %7.3fx %5zu of %zu %s\n", us, quantile(times, 0.1), quantile(times, 0.9),
                 static_cast<double>(bytes) / us / 1e3, 2.0 * static_cast<double>(m * n) * static_cast<double>(k) / us / 1e3,
-                base / us, v.text.empty() ? " as chosen" : v.text.c_str());
+                base / us, times.size(), v.runs.size(), v.text.empty() ? " as chosen" : v.text.c_str());
   }
   return status;
 }
