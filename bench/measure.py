@@ -54,7 +54,7 @@ def run_section(
     environment = {name: os.environ[name] for name in sorted(names) if name in os.environ}
     ceilings = gpu.ceilings if device == "cuda" else machine.ceilings
     limits = ceilings(min(1.0, seconds_per_case))
-    clock, rows, left_out = CLOCKS[device](), [], 0
+    clock, rows, left_out = CLOCKS[device](min(1.0, seconds_per_case)), [], 0
     deadline = None if within is None else time.monotonic() + within
     for request_by_name in requested:
         contexts: dict[str, Context] = {}
@@ -129,12 +129,12 @@ def _measure(work: Work, clock: Clock, seconds: float) -> dict:
         others = len(runnable) - 1
         share = 1.0 if not others else _FIRST_SHARE if name == runnable[0] else (1 - _FIRST_SHARE) / others
         clock_of_both = clock.together([work.candidate, baseline])
-        mine, theirs = time_pairs(clock_of_both, work.candidate, baseline, share * seconds)
-        all_samples += mine
-        rates = _rates(theirs, baseline.bytes, work.flops) | _how(clock_of_both)
-        baselines.append({"name": name, "bytes": baseline.bytes, **summary(theirs), **ratio(mine, theirs), **rates})
+        pairs = time_pairs(clock_of_both, work.candidate, baseline, share * seconds)
+        all_samples += pairs.mine
+        row = {"name": name, "bytes": baseline.bytes} | summary(pairs.theirs) | ratio(pairs.mine, pairs.theirs)
+        baselines.append(row | pairs.counts() | _rates(pairs.theirs, baseline.bytes, work.flops) | _how(clock_of_both))
     if not runnable:
-        all_samples, _ = time_pairs(clock.together([work.candidate]), work.candidate, None, seconds)
+        all_samples = time_pairs(clock.together([work.candidate]), work.candidate, None, seconds).mine
     moved = work.candidate.bytes
     row = {"time": summary(all_samples), "bytes": moved, "flops": work.flops, "product": work.product}
     return row | _rates(all_samples, moved, work.flops) | {"baselines": baselines}

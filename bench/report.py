@@ -43,10 +43,18 @@ def row_lines(row: dict) -> Iterator[str]:
             yield f"    {b['name']:<24} {b['reason']}"
         else:
             interval = f"[{b['low']:.2f}, {b['high']:.2f}]"
-            numbers = f"{microseconds(b['median_us'])}  {b['ratio']:6.2f}× {interval}, {b['pairs']} pairs"
+            numbers = f"{microseconds(b['median_us'])}  {b['ratio']:6.2f}× {interval}, {_pairs(b)}"
             how = b.get("timing", "")
             yield f"    {b['name']:<24} {numbers}{'  ' + how if how.startswith('eager') else ''}"
     yield from _eager(row)
+
+
+def _pairs(baseline: dict) -> str:
+    """Results from before pairs were set aside have no ``taken``."""
+    pairs, taken = baseline["pairs"], baseline.get("taken", baseline["pairs"])
+    if baseline.get("busy"):
+        return f"{pairs} pairs, busy"
+    return f"{pairs} pairs" if pairs == taken else f"{pairs} quiet of {taken} pairs"
 
 
 def _eager(row: dict) -> Iterator[str]:

@@ -8,10 +8,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import Protocol
 
 import numpy as np
 import torch
+
+from .neighbours import Probe
 
 # A sample shorter than this is mostly the clock and the loop: short calls are timed several at a time.
 MIN_SAMPLE_S = 200e-6
@@ -22,7 +25,13 @@ SLOW_S = 1.0
 ROUND_S = 0.15
 # Ratios whose 95 % interval is wider than this part of them are measured again.
 UNCERTAIN, PATIENCE = 0.15, 4
+# While there are not as many quiet pairs as there should be at least, more rounds.
+PATIENCE_QUIET = 10
 MIN_PAIRS, MAX_PAIRS = 7, 400
+# Samples of a pair longer than this together are all kept: what was before and after says little about what was within.
+PROBED_S = 0.25
+# With fewer quiet pairs than this, all are kept.
+MIN_QUIET = 3
 RESAMPLES = 2000
 
 
@@ -63,9 +72,18 @@ class Clock(Protocol):
     def how(self) -> str | None:
         """How it times, for the report; None where there is one way only."""
 
+    def probe(self) -> float:
+        """Something that is larger while others use what is timed."""
+
+    def quiet(self, probe: float) -> bool:
+        """Whether a probe says that nobody did."""
+
 
 class CpuClock:
     """The wall clock around calls that return when they are done."""
+
+    def __init__(self, calibrate_s: float = 0.0):
+        self._probe = Probe(calibrate_s)
 
     def seconds(self, runner: Runner, repeat: int) -> float:
         if runner.reset is not None:
@@ -79,6 +97,12 @@ class CpuClock:
 
     def how(self) -> None:
         return None
+
+    def probe(self) -> float:
+        return self._probe.seconds()
+
+    def quiet(self, probe: float) -> bool:
+        return self._probe.quiet(probe)
 
 
 def _in_turn(calls: Sequence[Callable[[], object]], count: int) -> None:
@@ -168,8 +192,14 @@ class CudaClock:
             return "CUDA graph"
         return f"eager: {self.refused}" if self.refused else "eager"
 
+    def probe(self) -> float:
+        return 0.0
 
-CLOCKS: dict[str, Callable[[], Clock]] = {"cpu": CpuClock, "cuda": CudaClock}
+    def quiet(self, probe: float) -> bool:
+        return True  # the device has one user
+
+
+CLOCKS: dict[str, Callable[[float], Clock]] = {"cpu": CpuClock, "cuda": lambda calibrate_s: CudaClock()}
 
 
 def warm_up(clock: Clock, runner: Runner) -> tuple[float, int]:
@@ -185,12 +215,33 @@ def warm_up(clock: Clock, runner: Runner) -> tuple[float, int]:
     return seconds, repeat
 
 
-def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> tuple[list[float], list[float]]:
-    """Seconds a call of ``a`` and of ``b``, one sample each in turn, so that a busy machine slows both.
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds a call of two runners, pair by pair.
+
+    Attributes:
+        mine, theirs: of the first and of the second (empty without one): quiet pairs, if there are enough, or else all.
+        taken: how many pairs there were.
+        busy: that they are all although hardly any was quiet.
+    """
+
+    mine: list[float]
+    theirs: list[float]
+    taken: int
+    busy: bool
+
+    def counts(self) -> dict:
+        """For the results, beside ``ratio``."""
+        return {"taken": self.taken} | ({"busy": True} if self.busy else {})
+
+
+def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> Pairs:
+    """Samples of ``a`` and of ``b``, one each in turn, so that a busy machine slows both.
 
     The one that begins changes from pair to pair. As many pairs as fit into ``budget_s`` seconds, from ``MIN_PAIRS`` to
-    ``MAX_PAIRS``; three where one pair alone exceeds the budget. Where these leave the ratio uncertain, because the
-    machine was busy with something else for a while, as many again, up to ``PATIENCE`` times.
+    ``MAX_PAIRS``; three where one pair alone exceeds the budget. Pairs during which others used the machine are set
+    aside (see neighbours.py). Where the rest leave the ratio uncertain, as many again, up to ``PATIENCE`` times; where
+    they are too few, up to ``PATIENCE_QUIET`` times.
     """
     runners = [a] if b is None else [a, b]
     estimates = [warm_up(clock, runner) for runner in runners]
@@ -198,17 +249,24 @@ def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> tu
     least = 3 if pair > budget_s else MIN_PAIRS
     count = min(max(int(budget_s / pair), least), MAX_PAIRS)
     samples: list[list[float]] = [[] for _ in runners]
-    for _ in range(PATIENCE):
+    probes: list[float] = []
+    for rounds in range(1, PATIENCE_QUIET + 1):
         deadline = time.perf_counter() + budget_s
         for turn in range(count):
             # Untimed resets may take longer than what is timed.
             if turn >= least and time.perf_counter() > deadline:
                 break
+            probe = clock.probe()
             for i in range(len(runners))[:: -1 if turn % 2 else 1]:
                 samples[i].append(clock.seconds(runners[i], estimates[i][1]))
-        if b is None or not _uncertain(ratio(*samples)):
+                probe = max(probe, clock.probe())
+            probes.append(probe)
+        quiet = [pair > PROBED_S or clock.quiet(probe) for probe in probes]
+        busy = sum(quiet) < MIN_QUIET
+        kept = samples if busy else [list(compress(each, quiet)) for each in samples]
+        if sum(quiet) >= least and (b is None or rounds >= PATIENCE or not _uncertain(ratio(*kept))):
             break
-    return samples[0], samples[1] if b is not None else []
+    return Pairs(kept[0], kept[1] if b is not None else [], len(probes), busy)
 
 
 def _uncertain(found: dict) -> bool:

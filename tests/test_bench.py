@@ -20,6 +20,7 @@ from inq_kernels.bench import (
     linear,
     machine,
     measure,
+    neighbours,
     optim,
     partition,
     plots,
@@ -28,7 +29,18 @@ from inq_kernels.bench import (
     timing,
 )
 from inq_kernels.bench.registry import GPU_OPS, NOT_MEASURED, OPS
-from inq_kernels.bench.timing import MIN_PAIRS, PATIENCE, CpuClock, CudaClock, Runner, ratio, summary, time_pairs
+from inq_kernels.bench.timing import (
+    MIN_PAIRS,
+    MIN_QUIET,
+    PATIENCE,
+    PATIENCE_QUIET,
+    CpuClock,
+    CudaClock,
+    Runner,
+    ratio,
+    summary,
+    time_pairs,
+)
 from inq_kernels.bench.weights import RandomWeights
 
 from inq_kernels import Format, bench, library, reference, unpack
@@ -215,12 +227,19 @@ class FakeClock:
         self.samples.append((runner.bytes, repeat))
         return self.costs[runner.bytes]
 
+    def probe(self):
+        return 1.0
+
+    def quiet(self, probe):
+        return probe <= 1.0
+
 
 def test_pairs_take_turns_and_short_calls_are_repeated():
     a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
     clock = FakeClock({1: 1e-3, 2: 1e-6})
-    mine, theirs = time_pairs(clock, a, b, 10 * 1.3e-3)
-    assert len(mine) == len(theirs) == 10 >= MIN_PAIRS
+    pairs = time_pairs(clock, a, b, 10 * 1.3e-3)
+    assert len(pairs.mine) == len(pairs.theirs) == pairs.taken == 10 >= MIN_PAIRS
+    assert not pairs.busy
     timed = clock.samples[-20:]
     assert [which for which, _ in timed] == [1, 2, 2, 1] * 5
     assert {repeat for which, repeat in timed if which == 1} == {1}
@@ -231,7 +250,7 @@ def test_pairs_take_turns_and_short_calls_are_repeated():
 @pytest.mark.parametrize(("cost", "pairs"), [(1.0, MIN_PAIRS), (30.0, 3)])
 def test_long_calls_get_few_pairs(cost, pairs):
     a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
-    assert len(time_pairs(FakeClock({1: cost, 2: cost}), a, b, 10)[0]) == pairs
+    assert len(time_pairs(FakeClock({1: cost, 2: cost}), a, b, 10).mine) == pairs
 
 
 class BusyClock(FakeClock):
@@ -253,9 +272,61 @@ def test_an_uncertain_ratio_is_measured_again(busy, again, expected):
     clock = BusyClock(0)
     time_pairs(clock, a, b, 0.0)
     clock = BusyClock(busy + sum(which == 2 for which, _ in clock.samples) - 3)  # those of the warm-up
-    mine, theirs = time_pairs(clock, a, b, 0.0)
-    assert (3 < len(mine) <= 3 * PATIENCE) if again else (len(mine) == 3)
-    assert ratio(mine, theirs)["ratio"] == pytest.approx(expected)
+    pairs = time_pairs(clock, a, b, 0.0)
+    assert (3 < pairs.taken <= 3 * PATIENCE) if again else (pairs.taken == 3)
+    assert ratio(pairs.mine, pairs.theirs)["ratio"] == pytest.approx(expected)
+
+
+class NeighbourClock(FakeClock):
+    """Others slow the second runner in some of the pairs, and probes see them: by turns, or always."""
+
+    def __init__(self, busy):
+        super().__init__({1: 0.01, 2: 0.01})
+        self.busy, self.pair = busy, 0
+
+    def probe(self):
+        self.pair += 1  # three probes a pair
+        return 2.0 if self.busy((self.pair - 1) // 3) else 1.0
+
+    def seconds(self, runner, repeat):
+        return super().seconds(runner, repeat) * (3.0 if runner.bytes == 2 and self.busy((self.pair - 1) // 3) else 1.0)
+
+
+def test_pairs_that_neighbours_disturbed_are_set_aside():
+    a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
+    pairs = time_pairs(NeighbourClock(lambda pair: pair % 3), a, b, 0.0)  # two thirds: the median would be theirs
+    assert MIN_QUIET <= len(pairs.mine) == len(pairs.theirs) < pairs.taken
+    assert not pairs.busy
+    assert pairs.counts() == {"taken": pairs.taken}
+    assert ratio(pairs.mine, pairs.theirs)["ratio"] == pytest.approx(1.0)
+
+
+def test_pairs_of_a_machine_that_is_never_quiet_are_all_kept_and_say_so():
+    a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
+    pairs = time_pairs(NeighbourClock(lambda pair: True), a, b, 0.0)
+    assert len(pairs.mine) == pairs.taken == 3 * PATIENCE_QUIET
+    assert pairs.counts() == {"taken": pairs.taken, "busy": True}
+    assert ratio(pairs.mine, pairs.theirs)["ratio"] == pytest.approx(3.0)
+
+
+def test_probes_are_not_asked_about_long_samples(monkeypatch):
+    monkeypatch.setattr(timing, "PROBED_S", 0.001)
+    a, b = Runner([lambda: None], 1), Runner([lambda: None], 2)
+    pairs = time_pairs(NeighbourClock(lambda pair: True), a, b, 0.0)
+    assert len(pairs.mine) == pairs.taken == 3
+    assert not pairs.busy
+
+
+def test_a_probe_knows_the_fastest():
+    probe = neighbours.Probe(calibrate_s=0.01)
+    assert 0 < probe.fastest < float("inf")
+    times = iter([3e-5, 2e-5, 4e-5, 4e-5])
+    probe._once = lambda: next(times)
+    probe.fastest = 2.5e-5
+    assert probe.seconds() == 2e-5  # the faster of two
+    assert probe.fastest == 2e-5
+    assert not probe.quiet(probe.seconds())
+    assert probe.quiet(2.4e-5)
 
 
 def test_every_copy_is_used_before_the_first_is_timed(monkeypatch):
@@ -274,9 +345,9 @@ def test_a_reset_runs_before_every_sample_and_calls_are_not_repeated():
         state.append(1)
 
     runner = Runner([call], 0, state.clear)
-    mine, none = time_pairs(CpuClock(), runner, None, 0.001)
-    assert len(mine) >= MIN_PAIRS
-    assert none == []
+    pairs = time_pairs(CpuClock(), runner, None, 0.001)
+    assert pairs.taken >= MIN_PAIRS
+    assert pairs.theirs == []
 
 
 def test_the_interval_covers_the_ratio():

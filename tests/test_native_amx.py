@@ -25,9 +25,9 @@ LIBRARY = Path(inq.__file__).parent / "_cpu.so"
 torch.ops.load_library(str(LIBRARY))
 ops = torch.ops.inq_cpu
 
-# Around 16 rows of a tile and 32 of a micro-tile, and past a block of rows.
-ROWS = (1, 15, 16, 17, 31, 32, 33, 50, 270)
-# N, K: around panels and tiles; past the ring of `stream` (2 to 8 tiles of k) and past a chunk (12).
+# Around 16 rows of a tile, 32 of a micro-tile and 64 of a stream, and past a block of rows.
+ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 50, 64, 65, 270)
+# N, K: around panels and tiles; past the ring of `stream` (2 to 8 tiles of k), what it takes at once (6), a chunk (12).
 SHAPES = ((1, 1), (15, 31), (17, 33), (33, 17), (70, 290), (100, 130), (16, 600))
 
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -108,7 +108,7 @@ def test_a_row_does_not_depend_on_the_others(amx):
     packed = random_packed(inq.Format(5), 70, 1100, scale=True)
     x = torch.randn(300, 1100, generator=generator()).bfloat16()
     whole = linear(x, packed)
-    for first, last in ((0, 1), (5, 7), (10, 27), (100, 132), (20, 53), (100, 230)):
+    for first, last in ((0, 1), (5, 7), (10, 27), (100, 132), (20, 53), (30, 94), (100, 230)):
         assert same_bits(linear(x[first:last], packed), whole[first:last])
 
 
@@ -142,13 +142,17 @@ def test_plan():
     assert plan(1, 4096, 14336) == f"{stream} rows=1 group=4 threads=2"
     assert plan(16, 4096, 14336) == f"{stream} rows=16 group=4 threads=2"
     assert plan(17, 4096, 14336) == f"{stream} rows=17 group=2 threads=2"
+    # From 33 rows on, some k are used by all panels of a task before the next.
+    assert plan(33, 4096, 14336) == f"{stream} rows=33 group=64 k_chunk=192 threads=2"
+    assert plan(64, 1024, 4096) == f"{stream} rows=64 group=16 k_chunk=192 threads=2"
+    assert plan(64, 57344, 8192) == f"{stream} rows=64 group=64 k_chunk=192 threads=2"
     panels = "panels isa=amx products=bfloat16 tile=32x32"
     # cached: the columns whose sums, and the k whose packed rows, are in the second-level cache together.
-    assert plan(33, 4096, 14336) == f"{panels} m_block=64 k_chunk=384 cached=512x5760 by=columns threads=2"
+    assert plan(65, 4096, 14336) == f"{panels} m_block=96 k_chunk=384 cached=512x2688 by=columns threads=2"
     assert plan(256, 4096, 14336) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=columns threads=2"
     assert plan(4096, 4096, 4096) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=rows threads=2"
     # Two blocks of rows would leave 46 of 48 threads idle; four of columns would leave a third of three threads idle.
-    assert "by=columns" in plan(64, 4096, 4096, threads=48)
+    assert "by=columns" in plan(96, 4096, 4096, threads=48)
     assert "m_block=160 k_chunk=384 cached=128x1152 by=rows" in plan(960, 128, 4096, threads=3)
     # A thread's packed rows are at most 8 MB.
     assert "m_block=128" in plan(4096, 4096, 32768)

@@ -2,6 +2,7 @@
 
 #if defined(__x86_64__)
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -13,19 +14,20 @@ namespace inq::cpu {
 namespace {
 
 // A product of small integers in units of the smallest level, exact in any order of summation. Its numbers: two row
-// tiles (the second not full), an odd panel, and more k than `stream` decodes at once.
-constexpr int kRows = 20, kPanels = 5, kTiles = 11, kK = kTiles * kTileK;
+// tiles (the second not full), or four where tall, an odd panel, and more k than `stream` decodes at once.
+constexpr int kRows = 20, kTall = 50, kPanels = 5, kTiles = 11, kK = kTiles * kTileK;
+static_assert(kTall >= kTallRows && kTiles > kTallTiles);
 constexpr Format kFormat{4, false};
 
 struct Sample {
-  Buffer<uint16_t> x{kRows * kK};  // bfloat16
+  Buffer<uint16_t> x{kTall * kK};  // bfloat16
   Buffer<uint8_t> weight{int64_t{kPanels} * kTiles * tile_bytes(kFormat)};
   Codebook book = codebook(kFormat);
 
   Sample() {
     uint32_t state = 1;
     auto random = [&] { return (state = state * 1664525u + 1013904223u) >> 24; };
-    for (int i = 0; i < kRows * kK; ++i) {
+    for (int i = 0; i < kTall * kK; ++i) {
       const float value = static_cast<float>(static_cast<int>(random() % 17) - 8);
       uint32_t bits;
       std::memcpy(&bits, &value, sizeof bits);
@@ -36,35 +38,42 @@ struct Sample {
 
   int64_t panel_bytes() const { return int64_t{kTiles} * tile_bytes(kFormat); }
 
-  Buffer<uint32_t> packed(const Kernels& kernels, int rows, int stride) const {
-    const void* row[kRows];
-    for (int r = 0; r < rows; ++r) row[r] = x.get() + r * kK;
+  Buffer<uint32_t> packed(const Kernels& kernels, int first, int rows, int stride) const {
+    const void* row[kTall];
+    for (int r = 0; r < rows; ++r) row[r] = x.get() + (first + r) * kK;
     Buffer<uint32_t> a(int64_t{stride} * kK / 2);
     kernels.pack({row, rows, stride, kK, kK / 2, DType::bfloat16, a.get()});
     return a;
   }
 
-  // The first `rows` rows of the product by `stream`, with a row count that it is compiled for.
-  Buffer<float> streamed(const Kernels& kernels, int rows, int stride) const {
+  // Rows [first, first + rows) of the product by `stream`, with a row count that it is compiled for.
+  Buffer<float> streamed(const Kernels& kernels, int first, int rows, int stride) const {
     float ones[kPanels * kPanelRows];
     for (float& one : ones) one = 1;
-    const Buffer<uint32_t> a = packed(kernels, rows, stride);
+    const Buffer<uint32_t> a = packed(kernels, first, rows, stride);
     Buffer<float> y(rows * kPanels * kPanelRows);
+    const Buffer<float> sums(round_up(stride, 16) * kPanels * kPanelRows);
     StreamArgs s{};
     s.book = &book;
-    s.weight = weight.get();
     s.panel_bytes = panel_bytes();
-    s.tiles = kTiles;
     s.panels = kPanels;
-    s.a = a.get();
     s.rows = stride;
+    s.sums = sums.get();
     s.finish.rows = rows;
     s.finish.columns = kPanels * kPanelRows;
     s.finish.power = ones;
     s.finish.type = DType::float32;
     s.finish.out = y.get();
     s.finish.out_stride = kPanels * kPanelRows;
-    kernels.stream(s);
+    const int at_once = stride >= kTallRows ? kTallTiles : kTiles;
+    for (int tile = 0; tile < kTiles; tile += at_once) {
+      s.weight = weight.get() + tile * tile_bytes(kFormat);
+      s.tiles = std::min(at_once, kTiles - tile);
+      s.a = a.get() + tile * kTileK / 2 * stride;
+      s.first = tile == 0;
+      s.last = tile + s.tiles == kTiles;
+      kernels.stream(s);
+    }
     return y;
   }
 
@@ -72,7 +81,7 @@ struct Sample {
   // the first's, which are fewer.
   Buffer<float> multiplied(const Kernels& kernels) const {
     constexpr int64_t kHalf = kTiles / 2, kHalfSteps = kHalf * kTileK / 2, kRestSteps = kK / 2 - kHalfSteps;
-    const Buffer<uint32_t> a = packed(kernels, kRows, kRows), b(kRestSteps * 2 * kPanelRows);
+    const Buffer<uint32_t> a = packed(kernels, 0, kRows, kRows), b(kRestSteps * 2 * kPanelRows);
     const uint8_t* rest = weight.get() + kHalf * tile_bytes(kFormat);
     kernels.decode({&book, weight.get(), panel_bytes(), kHalf, 2, b.get()});
     Buffer<float> c(2 * kRows * 2 * kPanelRows);  // and as many that are asked for
@@ -101,10 +110,16 @@ void check_same(const char* what, const float* got, const float* expected, int r
 void check_tiles(const Kernels& tiles) {
   constexpr int kColumns = kPanels * kPanelRows;
   const Sample sample;
-  const Buffer<float> expected = sample.streamed(avx512_pair_kernels(), kRows, 24);
-  const Buffer<float> many = sample.streamed(tiles, kRows, kRows), few = sample.streamed(tiles, 5, 5);
+  const Buffer<float> expected = sample.streamed(avx512_pair_kernels(), 0, kRows, 24);
+  const Buffer<float> many = sample.streamed(tiles, 0, kRows, kRows), few = sample.streamed(tiles, 0, 5, 5);
+  const Buffer<float> tall = sample.streamed(tiles, 0, kTall, kTall);
   check_same("the product of 20 rows", many.get(), expected.get(), kRows, kColumns, kColumns);
   check_same("the product of 5 rows", few.get(), expected.get(), 5, kColumns, kColumns);
+  for (int first = 0; first < kTall; first += kRows) {
+    const int rows = std::min(kRows, kTall - first);
+    const Buffer<float> part = sample.streamed(avx512_pair_kernels(), first, rows, 24);
+    check_same("the product of 50 rows", tall.get() + first * kColumns, part.get(), rows, kColumns, kColumns);
+  }
   check_same("the blocked product", sample.multiplied(tiles).get(), expected.get(), kRows, 2 * kPanelRows, kColumns);
 }
 

@@ -25,7 +25,7 @@ constexpr int64_t kColumnsToShare = 16;
 // of 32 decoded columns are 24 KB of the first-level cache, half of it: what is multiplied by them passes through the rest.
 constexpr int64_t kMostPackedAmx = 8 << 20, kMostRowsCachedAmx = 384 << 10, kMostSumsAmx = 512 << 10;
 // Tasks a thread of a tall stream: its sums, 4 KB a panel, come from the second-level cache.
-constexpr int64_t kTasksTallAmx = 2, kMostTallPanels = 128;
+constexpr int64_t kTasksTallAmx = 2, kMostTallPanels = 64;
 // For fewer rows decoding takes longer than multiplying.
 constexpr int64_t kLeastRowsAmx = 64;
 constexpr int64_t kChunkAmx = 12 * kTileK;

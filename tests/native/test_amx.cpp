@@ -118,6 +118,9 @@ void check_stream(Format format, int rows, int panels, int64_t tiles) {
   const std::vector<float> power(panels * kPanelRows, 0.5f);
   const Codebook book = codebook(format);
   const int columns = panels * kPanelRows - 3;
+  // Of exactly that alignment; where `stream` takes some k at a time.
+  const Buffer<float> sums((rows + 15) / 16 * 16 * panels * kPanelRows);
+  const int64_t at_once = rows >= kTallRows ? kTallTiles : tiles;
   std::vector<float> y[2];
   const Kernels* const sets[2] = {&amx_hardware_kernels(), &amx_emulated_kernels()};
   for (int i = 0; i < 2; ++i) {
@@ -129,11 +132,17 @@ void check_stream(Format format, int rows, int panels, int64_t tiles) {
     finish.type = DType::float32;
     finish.out = y[i].data();
     finish.out_stride = columns;
-    sets[i]->stream({&book, weight.data(), tiles * tile_bytes(format), tiles, panels,
-                     reinterpret_cast<const uint32_t*>(a.data()), rows, finish});
+    int64_t tile = 0;
+    do {
+      const int64_t count = std::min(at_once, tiles - tile);
+      sets[i]->stream({&book, weight.data() + tile * tile_bytes(format), tiles * tile_bytes(format), count, panels,
+                       reinterpret_cast<const uint32_t*>(a.data()) + tile * kTileK / 2 * rows, rows, finish, tile == 0,
+                       tile + count == tiles, sums.get()});
+      tile += count;
+    } while (tile < tiles);
   }
-  CHECK(std::memcmp(y[0].data(), y[1].data(), y[0].size() * sizeof(float)) == 0, "%d rows, %d panels, bits %d", rows,
-        panels, format.bits);
+  CHECK(std::memcmp(y[0].data(), y[1].data(), y[0].size() * sizeof(float)) == 0, "%d rows, %d panels, %d tiles, bits %d",
+        rows, panels, static_cast<int>(tiles), format.bits);
 }
 
 void check_machine_code() {
@@ -148,8 +157,9 @@ void check_machine_code() {
   }
   // In the middle of a task the number of rows may change, as above; `stream` is a task of its own.
   leave();
-  for (const int rows : {1, 2, 15, 16, 17, 31, 32}) {
+  for (const int rows : {1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 64}) {
     for (int panels = 1; panels <= 5; ++panels) check_stream({panels % 2 ? 5 : 4, false}, rows, panels, 9 + panels);
+    for (const int64_t tiles : {0, 6, 12}) check_stream({4, false}, rows, 3, tiles);
   }
 }
 
@@ -174,7 +184,7 @@ int main() {
   const std::vector<uint8_t> weight = random_values<uint8_t>(5 * 2 * tile_bytes({4, false}), 7);
   const std::vector<int8_t> exponent(70, 0);
   std::vector<uint16_t> y(200 * 70);
-  for (const int64_t m : {3, 200}) {
+  for (const int64_t m : {3, 50, 200}) {
     const Weight w{weight.data(), exponent.data(), nullptr, {4, false}, 70, 64};
     linear({x.data(), m, DType::bfloat16, w, nullptr, y.data()});
     CHECK(emulated_threads_configured() == 0, "after %d rows", static_cast<int>(m));
