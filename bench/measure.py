@@ -13,7 +13,7 @@ from .. import backends
 from . import gpu, machine
 from .case import DTYPES, Case, Context, Op, Request, Work
 from .registry import ALL
-from .timing import CLOCKS, Clock, CudaClock, Runner, ratio, summary, time_pairs
+from .timing import CLOCKS, PATIENCE, PATIENCE_QUIET, Clock, CudaClock, Runner, ratio, summary, time_pairs
 
 # The first baseline is what the bars are about: it gets this share of a case's time.
 _FIRST_SHARE = 0.5
@@ -129,7 +129,8 @@ def _measure(work: Work, clock: Clock, seconds: float) -> dict:
         others = len(runnable) - 1
         share = 1.0 if not others else _FIRST_SHARE if name == runnable[0] else (1 - _FIRST_SHARE) / others
         clock_of_both = clock.together([work.candidate, baseline])
-        pairs = time_pairs(clock_of_both, work.candidate, baseline, share * seconds)
+        patience = PATIENCE_QUIET if name == runnable[0] else PATIENCE
+        pairs = time_pairs(clock_of_both, work.candidate, baseline, share * seconds, patience)
         all_samples += pairs.mine
         row = {"name": name, "bytes": baseline.bytes} | summary(pairs.theirs) | ratio(pairs.mine, pairs.theirs)
         baselines.append(row | pairs.counts() | _rates(pairs.theirs, baseline.bytes, work.flops) | _how(clock_of_both))

@@ -235,13 +235,15 @@ class Pairs:
         return {"taken": self.taken} | ({"busy": True} if self.busy else {})
 
 
-def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> Pairs:
+def time_pairs(
+    clock: Clock, a: Runner, b: Runner | None, budget_s: float, patience_quiet: int = PATIENCE_QUIET
+) -> Pairs:
     """Samples of ``a`` and of ``b``, one each in turn, so that a busy machine slows both.
 
     The one that begins changes from pair to pair. As many pairs as fit into ``budget_s`` seconds, from ``MIN_PAIRS`` to
     ``MAX_PAIRS``; three where one pair alone exceeds the budget. Pairs during which others used the machine are set
     aside (see neighbours.py). Where the rest leave the ratio uncertain, as many again, up to ``PATIENCE`` times; where
-    they are too few, up to ``PATIENCE_QUIET`` times.
+    they are too few, up to ``patience_quiet`` times.
     """
     runners = [a] if b is None else [a, b]
     estimates = [warm_up(clock, runner) for runner in runners]
@@ -250,7 +252,7 @@ def time_pairs(clock: Clock, a: Runner, b: Runner | None, budget_s: float) -> Pa
     count = min(max(int(budget_s / pair), least), MAX_PAIRS)
     samples: list[list[float]] = [[] for _ in runners]
     probes: list[float] = []
-    for rounds in range(1, PATIENCE_QUIET + 1):
+    for rounds in range(1, patience_quiet + 1):
         deadline = time.perf_counter() + budget_s
         for turn in range(count):
             # Untimed resets may take longer than what is timed.

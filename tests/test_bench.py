@@ -178,7 +178,7 @@ def test_a_case_beside_its_bar_is_timed_for_longer(monkeypatch):
     """The masked steps' bar is 5 % from torch's step: with the pairs of other cases, noise decides."""
     seconds = []
     original = measure.time_pairs
-    monkeypatch.setattr(measure, "time_pairs", lambda c, a, b, s: seconds.append(s) or original(c, a, b, 0.0))
+    monkeypatch.setattr(measure, "time_pairs", lambda c, a, b, s, patience: seconds.append(s) or original(c, a, b, 0.0))
     for longer in (1.0, 8.0):
         call = Runner([lambda: None], 0)
         work = case.Work(call, {"same": Runner(call.calls, 0)}, lambda: None, longer=longer)

@@ -91,9 +91,9 @@ def test_as_good_as_dense_and_the_same_for_all_threads(fmt, amx):
 @needs_avx512
 @pytest.mark.parametrize("bits", [4, 5])
 def test_groups_of_columns_and_of_chunks(bits, amx):
-    """More of both than are used together: 16 blocks of 32 columns, of 19, and 2 chunks of K, of 5."""
-    fmt, n, k, m = inq.Format(bits), 600, 1600, 256
-    assert " cached=512x768 " in ops.plan("linear", m, n, k, "bfloat16", "amx", 1)
+    """More of both than are used together: 32 blocks of 32 columns, of 38, and 2 chunks of K, of 5."""
+    fmt, n, k, m = inq.Format(bits), 1200, 1600, 128
+    assert " cached=1024x768 " in ops.plan("linear", m, n, k, "bfloat16", "amx", 1)
     packed = random_packed(fmt, n, k, scale=True)
     x = integer_case(fmt, k, (m, k), torch.bfloat16)
     want = reference.linear(x, packed.weight, packed.weight_exp, packed.weight_scale, None, packed.format)
@@ -143,17 +143,17 @@ def test_plan():
     assert plan(16, 4096, 14336) == f"{stream} rows=16 group=4 threads=2"
     assert plan(17, 4096, 14336) == f"{stream} rows=17 group=2 threads=2"
     # From 33 rows on, some k are used by all panels of a task before the next.
-    assert plan(33, 4096, 14336) == f"{stream} rows=33 group=64 k_chunk=192 threads=2"
-    assert plan(64, 1024, 4096) == f"{stream} rows=64 group=16 k_chunk=192 threads=2"
-    assert plan(64, 57344, 8192) == f"{stream} rows=64 group=64 k_chunk=192 threads=2"
+    assert plan(33, 4096, 14336) == f"{stream} rows=33 group=128 k_chunk=192 threads=2"
+    assert plan(64, 1024, 4096) == f"{stream} rows=64 group=32 k_chunk=192 threads=2"
+    assert plan(64, 14336, 4096) == f"{stream} rows=64 group=112 k_chunk=192 threads=2"
     panels = "panels isa=amx products=bfloat16 tile=32x32"
     # cached: the columns whose sums, and the k whose packed rows, are in the second-level cache together.
-    assert plan(65, 4096, 14336) == f"{panels} m_block=96 k_chunk=384 cached=512x2688 by=columns threads=2"
-    assert plan(256, 4096, 14336) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=columns threads=2"
-    assert plan(4096, 4096, 4096) == f"{panels} m_block=256 k_chunk=384 cached=512x768 by=rows threads=2"
+    assert plan(65, 4096, 14336) == f"{panels} m_block=96 k_chunk=384 cached=512x1152 by=columns threads=2"
+    assert plan(256, 4096, 14336) == f"{panels} m_block=256 k_chunk=384 cached=512x384 by=columns threads=2"
+    assert plan(4096, 4096, 4096) == f"{panels} m_block=256 k_chunk=384 cached=512x384 by=rows threads=2"
     # Two blocks of rows would leave 46 of 48 threads idle; four of columns would leave a third of three threads idle.
     assert "by=columns" in plan(96, 4096, 4096, threads=48)
-    assert "m_block=160 k_chunk=384 cached=128x1152 by=rows" in plan(960, 128, 4096, threads=3)
+    assert "m_block=160 k_chunk=384 cached=128x384 by=rows" in plan(960, 128, 4096, threads=3)
     # A thread's packed rows are at most 8 MB.
     assert "m_block=128" in plan(4096, 4096, 32768)
     assert plan(784, 64, 576, op="conv2d").startswith(panels)

@@ -10,6 +10,7 @@
 // are the tile of 16 pairs of k × 16 columns that TDPBF16PS takes. So decoding and finishing are AVX-512's.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -288,6 +289,8 @@ void stream_tall(const StreamArgs& s) {
   Decoding<1, kSigns> first(*s.book, s.weight, s.panel_bytes, s.tiles);
   for (int64_t tile = 0; tile < s.tiles; ++tile) first.template next<0>(b + tile * kBlock);
   const int64_t lines_at_once = ceil_div(kSumLines, s.tiles > 0 ? s.tiles : 1);
+  Asking rows(s.ask);
+  const int64_t rows_at_once = ceil_div(rows.left(), std::max<int64_t>(s.panels * s.tiles, 1));
   for (int64_t panel = 0; panel < s.panels; ++panel) {
     float* c = s.sums + panel * kSumLines * kPanelRows;
     each_sum<Tiles, kRowTiles, 1>(c, [&](auto t, float* from) {
@@ -303,6 +306,7 @@ void stream_tall(const StreamArgs& s) {
       add_products<Tiles, kRowTiles, 1>(a, b + tile * kBlock);
       if (more) next.next(b + tile * kBlock, [&](const uint8_t* line) { __builtin_prefetch(line + ahead, 0, 2); });
       for (int64_t i = 0; i < lines_at_once; ++i, sums += kPanelRows) __builtin_prefetch(sums, 0, 3);
+      rows.next<2>(rows_at_once);
     }
     each_sum<Tiles, kRowTiles, 1>(c, [](auto t, float* to) { Tiles::template store<t>(to, kPanelRows * 4); });
     if (s.last) finish_panels(s, panel, c, kPanelRows);

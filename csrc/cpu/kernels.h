@@ -124,7 +124,8 @@ struct StreamArgs {
   int rows;           // of a; one of kStreamRows, or any where Shape::block is more than 1
   FinishArgs finish;  // rows, power, …, out of the first column; columns of all panels; c is not used
   bool first = true, last = true;  // k of all K; false only where tall
-  float* sums = nullptr;           // only where tall
+  float* sums = nullptr;           // only where tall, as the next
+  Ask ask = {};                    // the rows that will be packed for the next k
 };
 
 // The row counts that `stream` is compiled for; others take the next one and zero rows.

@@ -34,18 +34,40 @@ void pack_stream(const LinearArgs& args, const Plan& plan, uint32_t* a) {
   });
 }
 
+// Of x the k of `s.tiles` tiles from first_k on, as pack_stream does; the next as many are what s then asks for.
+void pack_part(const LinearArgs& args, const Plan& plan, int64_t first_k, StreamArgs& s, uint32_t* a) {
+  const int64_t k = args.weight.k, size = size_of(args.type), count = s.tiles * kTileK;
+  auto at = [&](int64_t row, int64_t i) { return static_cast<const uint8_t*>(args.x) + (row * k + i) * size; };
+  const void* row[kMostRowPointers];
+  for (int r = 0; r < args.m; ++r) row[r] = at(r, first_k);
+  kernels_of(plan).pack({row, static_cast<int>(args.m), plan.stream_rows, std::min(count, k - first_k),
+                         count / plan.shape.pair, args.type, a});
+  if (s.last) return;
+  const int64_t next = first_k + count, lines = ceil_div(std::min(count, k - next) * size, kCacheLine) + 1;
+  s.ask = {at(0, next), k * size, lines, 0, lines * args.m};
+}
+
 void run_stream(const LinearArgs& args, const Plan& plan) {
   const Weight& w = args.weight;
   const Kernels& kernels = kernels_of(plan);
   const Codebook book = codebook(w.format);
   const Buffer<float> power = powers(w);
-  const Buffer<uint32_t> a(tiles_of(w.k) * kTileK / plan.shape.pair * plan.stream_rows);
-  pack_stream(args, plan, a.get());
   const int64_t tiles = tiles_of(w.k), panel_bytes = tiles * tile_bytes(w.format), panels = panels_of(w.n);
+  // Some k at a time, if k_chunk says so: each thread then packs the rows' part by itself, into its nearest cache.
   const bool whole = plan.k_chunk == 0;
   const int64_t at_once = whole ? tiles : plan.k_chunk / kTileK;
-  auto make = [&] { return Buffer<float>(whole ? 0 : plan.group * round_up(plan.stream_rows, 16) * kPanelRows); };
-  parallel_tasks(ceil_div(panels, plan.group), plan.threads, make, [&](int64_t task, const Buffer<float>& sums) {
+  const int64_t a_steps = at_once * kTileK / plan.shape.pair * plan.stream_rows;
+  const Buffer<uint32_t> all_k(whole ? a_steps : 0);
+  if (whole) pack_stream(args, plan, all_k.get());
+  struct Scratch {
+    Buffer<float> sums;
+    Buffer<uint32_t> a;
+  };
+  auto make = [&] {
+    return Scratch{Buffer<float>(whole ? 0 : plan.group * round_up(plan.stream_rows, 16) * kPanelRows),
+                   Buffer<uint32_t>(whole ? 0 : a_steps)};
+  };
+  parallel_tasks(ceil_div(panels, plan.group), plan.threads, make, [&](int64_t task, const Scratch& own) {
     const int64_t panel = task * plan.group, column = panel * kPanelRows;
     const int64_t count = std::min(plan.group, panels - panel);
     StreamArgs s{};
@@ -53,7 +75,8 @@ void run_stream(const LinearArgs& args, const Plan& plan) {
     s.panel_bytes = panel_bytes;
     s.panels = count;
     s.rows = plan.stream_rows;
-    s.sums = sums.get();
+    s.sums = own.sums.get();
+    s.a = whole ? all_k.get() : own.a.get();
     s.finish.rows = static_cast<int>(args.m);
     s.finish.columns = static_cast<int>(std::min(count * kPanelRows, w.n - column));
     s.finish.power = power.get() + column;
@@ -65,11 +88,12 @@ void run_stream(const LinearArgs& args, const Plan& plan) {
     int64_t tile = 0;
     do {
       s.weight = w.data + panel * panel_bytes + tile * tile_bytes(w.format);
-      s.a = a.get() + tile * kTileK / plan.shape.pair * plan.stream_rows;
       s.tiles = std::min(at_once, tiles - tile);
       s.first = tile == 0;
+      const int64_t first_k = tile * kTileK;
       tile += s.tiles;
       s.last = tile == tiles;
+      if (!whole) pack_part(args, plan, first_k, s, own.a.get());
       kernels.stream(s);
     } while (tile < tiles);
   });

@@ -23,9 +23,9 @@ constexpr int64_t kColumnsToShare = 16;
 // On AMX a product is so fast that rows and sums must come from the second-level cache (2 MB, of which pages that share
 // its sets leave about half): those of some chunks, for some blocks of columns, are used before the next. 12 tiles of k
 // of 32 decoded columns are 24 KB of the first-level cache, half of it: what is multiplied by them passes through the rest.
-constexpr int64_t kMostPackedAmx = 8 << 20, kMostRowsCachedAmx = 384 << 10, kMostSumsAmx = 512 << 10;
-// Tasks a thread of a tall stream: its sums, 4 KB a panel, come from the second-level cache.
-constexpr int64_t kTasksTallAmx = 2, kMostTallPanels = 64;
+constexpr int64_t kMostPackedAmx = 8 << 20, kMostRowsCachedAmx = 192 << 10, kMostSumsAmx = 512 << 10;
+// Panels of a task of a tall stream: their sums, 4 KB each, come from the second-level cache.
+constexpr int64_t kMostTallPanels = 128;
 // For fewer rows decoding takes longer than multiplying.
 constexpr int64_t kLeastRowsAmx = 64;
 constexpr int64_t kChunkAmx = 12 * kTileK;
@@ -113,7 +113,8 @@ Plan plan(const Description& d) {
     p.group = std::clamp<int64_t>(ceil_div(panels_of(d.n), p.threads), 1, at_once);
     if (p.isa == Isa::amx && d.m >= kTallRows) {
       p.k_chunk = kTallTiles * kTileK;
-      p.group = std::clamp<int64_t>(ceil_div(panels_of(d.n), p.threads * kTasksTallAmx), 1, kMostTallPanels);
+      const int64_t rounds = ceil_div(panels_of(d.n), p.threads * kMostTallPanels);
+      p.group = ceil_div(panels_of(d.n), p.threads * rounds);
     }
     return p;
   }
