@@ -10,11 +10,11 @@
 // are the tile of 16 pairs of k × 16 columns that TDPBF16PS takes. So decoding and finishing are AVX-512's.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 #include <utility>
 
 #include "asking.h"
+#include "finishing.h"
 #include "kernels.h"
 #include "pairs_avx512.h"
 
@@ -48,7 +48,6 @@ constexpr int weight_tile(int row_tiles, int panel) {
   return row_tiles > 2 ? 7 : row_tiles == 2 ? 6 + panel : 5 + panel % 3;
 }
 
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int row_tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // f(0), …, f(count − 1), each with a constant: tile registers are numbers inside instructions.
@@ -244,20 +243,6 @@ void multiply_decoding(const MultiplyArgs& m, const DecodeArgs& d) {
 
 // --- few rows --------------------------------------------------------------------------------------------------------
 
-// What `stream` ends with, for some columns from `panel` on.
-inline void finish_panels(const StreamArgs& s, int64_t panel, const float* c, int columns) {
-  const int column = static_cast<int>(panel * kPanelRows);
-  FinishArgs f = s.finish;
-  f.c = c;
-  f.c_stride = columns;
-  f.columns = static_cast<int>(least(columns, f.columns - column));
-  f.power += column;
-  if (f.scale) f.scale += column;
-  if (f.bias) f.bias += column;
-  f.out = static_cast<unsigned char*>(f.out) + int64_t{column} * size_of(f.type);
-  avx512_pair_kernels().finish(f);
-}
-
 // A ring of decoded tiles in the first-level cache: each is used, and decoded over for the round after. The distance in
 // between is what lets the processor overlap the two, and stores reach the cache before they are loaded as tiles.
 template <class Tiles, int kRowTiles, int kPanels, bool kSigns>
@@ -275,7 +260,7 @@ void stream_pass(const StreamArgs& s, int64_t panel) {
     a += kBlockSteps * s.rows;
   }
   each_sum<Tiles, kRowTiles, kPanels>(c, [](auto t, float* to) { Tiles::template store<t>(to, kColumns * 4); });
-  finish_panels(s, panel, c, kColumns);
+  avx512_pair_kernels().finish(finish_of(s, panel, c, kColumns));
 }
 
 // More than two row tiles, some k at a time (kTallTiles): these k of the rows stay in the first-level cache, panels and
@@ -288,9 +273,9 @@ void stream_tall(const StreamArgs& s) {
   alignas(64) uint32_t b[kTallTiles * kBlock];
   Decoding<1, kSigns> first(*s.book, s.weight, s.panel_bytes, s.tiles);
   for (int64_t tile = 0; tile < s.tiles; ++tile) first.template next<0>(b + tile * kBlock);
-  const int64_t lines_at_once = ceil_div(kSumLines, s.tiles > 0 ? s.tiles : 1);
   Asking rows(s.ask);
-  const int64_t rows_at_once = ceil_div(rows.left(), std::max<int64_t>(s.panels * s.tiles, 1));
+  const int64_t tiles = s.tiles > 0 ? s.tiles : 1;
+  const int64_t lines_at_once = ceil_div(kSumLines, tiles), rows_at_once = ceil_div(rows.left(), s.panels * tiles);
   for (int64_t panel = 0; panel < s.panels; ++panel) {
     float* c = s.sums + panel * kSumLines * kPanelRows;
     each_sum<Tiles, kRowTiles, 1>(c, [&](auto t, float* from) {
@@ -300,7 +285,7 @@ void stream_tall(const StreamArgs& s) {
     Decoding<1, kSigns> next(*s.book, s.weight + (more ? panel + 1 : 0) * s.panel_bytes, s.panel_bytes, s.tiles);
     // Past the last panel follow the next k of the first.
     const int64_t ahead = panel + 2 < s.panels ? s.panel_bytes : s.tiles * next.kTile - (s.panels - 1) * s.panel_bytes;
-    const float* sums = c + kSumLines * kPanelRows;
+    const float* sums = more ? c + kSumLines * kPanelRows : s.sums;
     const uint32_t* a = s.a;
     for (int64_t tile = 0; tile < s.tiles; ++tile, a += kBlockSteps * s.rows) {
       add_products<Tiles, kRowTiles, 1>(a, b + tile * kBlock);
@@ -309,7 +294,7 @@ void stream_tall(const StreamArgs& s) {
       rows.next<2>(rows_at_once);
     }
     each_sum<Tiles, kRowTiles, 1>(c, [](auto t, float* to) { Tiles::template store<t>(to, kPanelRows * 4); });
-    if (s.last) finish_panels(s, panel, c, kPanelRows);
+    if (s.last) avx512_pair_kernels().finish(finish_of(s, panel, c, kPanelRows));
   }
 }
 
@@ -326,17 +311,16 @@ void stream_from(const StreamArgs& s, int64_t panel) {
 
 template <class Tiles, int kRowTiles>
 void stream_rows(const StreamArgs& s) {
-  constexpr int kPanels = stream_panels(kAmxShape, kRowTiles * kTileRows);
-  if constexpr (kRowTiles > 2) {
-    s.book->sign_plane ? stream_tall<Tiles, kRowTiles, true>(s) : stream_tall<Tiles, kRowTiles, false>(s);
+  if constexpr (kRowTiles < row_tiles_of(kTallRows)) {
+    stream_from<Tiles, kRowTiles, stream_panels(kAmxShape, kRowTiles * kTileRows)>(s, 0);
   } else {
-    stream_from<Tiles, kRowTiles, kPanels>(s, 0);
+    s.book->sign_plane ? stream_tall<Tiles, kRowTiles, true>(s) : stream_tall<Tiles, kRowTiles, false>(s);
   }
 }
 
 template <class Tiles>
 void stream(const StreamArgs& s) {
-  static_assert(kAmxShape.stream_rows == 4 * kTileRows);
+  static_assert(kAmxShape.stream_rows == 4 * kTileRows && kTallRows == 2 * kTileRows + 1);
   configure<Tiles>(s.rows);
   switch (row_tiles_of(s.rows)) {
     case 1: stream_rows<Tiles, 1>(s); break;

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "asking.h"
+#include "finishing.h"
 #include "kernels.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -20,10 +21,6 @@
 namespace {
 
 using namespace inq::cpu;
-
-// Not std::min: an inline function of the library, compiled here for more than the machine may have, could be the copy
-// that the linker keeps for everyone.
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class S>
 constexpr int kVectors = kPanelRows / S::kShape.lanes;  // a panel
@@ -430,16 +427,7 @@ void stream_pass(const StreamArgs& s, int64_t panel) {
       }
     }
   }
-  const int column = static_cast<int>(panel * kPanelRows);
-  FinishArgs f = s.finish;
-  f.c = &c[0][0];
-  f.c_stride = kColumns;
-  f.columns = static_cast<int>(least(kColumns, f.columns - column));
-  f.power += column;
-  if (f.scale) f.scale += column;
-  if (f.bias) f.bias += column;
-  f.out = static_cast<unsigned char*>(f.out) + int64_t{column} * size_of(f.type);
-  finish<S>(f);
+  finish<S>(finish_of(s, panel, &c[0][0], kColumns));
 }
 
 template <class S, int kRows, int kPanels>

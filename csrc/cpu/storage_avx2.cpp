@@ -46,7 +46,7 @@ struct RowLevels {
 };
 
 // Bytes of weights from what is packed to what is asked for. Left to the processor, an Intel Xeon (Emerald Rapids) took
-// half as long again.
+// a third to a half as long again.
 constexpr int64_t kPackAhead = 2048;
 
 template <DType dtype, int bits>
